@@ -1,0 +1,64 @@
+// Stochastic gradient descent with momentum: the update of one element.
+//
+// Arguments and results are those of torch.optim.SGD for dense gradients; Nesterov momentum in the
+// form of Sutskever et al. (ICML 2013).
+#pragma once
+
+#include "arithmetic.h"
+
+namespace recap {
+
+struct SgdHyper {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov;
+};
+
+template <typename T>
+struct SgdValues {
+  T grad_factor;  // 1 / grad_scale, negative to maximize
+  T l2;           // weight decay added to the gradient
+  T momentum;     // of the Nesterov look-ahead
+  T buffer_decay, buffer_gain;
+  T minus_lr;
+};
+
+// `first`: the momentum buffer is new and all zero, and starts as the gradient itself.
+inline SgdValues<double> sgd_values(const SgdHyper& h, bool first, double grad_factor) {
+  return {
+      grad_factor,
+      h.weight_decay,
+      h.momentum,
+      first ? 0.0 : h.momentum,
+      first ? 1.0 : 1.0 - h.dampening,
+      -h.lr,
+  };
+}
+
+inline SgdValues<float> to_float(const SgdValues<double>& h) {
+  return {
+      static_cast<float>(h.grad_factor),  static_cast<float>(h.l2),
+      static_cast<float>(h.momentum),     static_cast<float>(h.buffer_decay),
+      static_cast<float>(h.buffer_gain),  static_cast<float>(h.minus_lr),
+  };
+}
+
+template <bool kL2, bool kMomentum, bool kNesterov>
+struct Sgd {
+  static constexpr int kStates = kMomentum ? 1 : 0;
+  template <typename T>
+  using Values = SgdValues<T>;
+
+  template <typename T>
+  static RECAP_INLINE void update(const SgdValues<T>& h, T grad, T& param, T* state) {
+    T g = grad * h.grad_factor;
+    if constexpr (kL2) g = fma(h.l2, param, g);
+    if constexpr (kMomentum) {
+      T& buffer = state[0];
+      buffer = fma(h.buffer_gain, g, h.buffer_decay * buffer);
+      g = kNesterov ? fma(h.momentum, buffer, g) : buffer;
+    }
+    param = fma(h.minus_lr, g, param);
+  }
+};
+
+}  // namespace recap

@@ -1,0 +1,166 @@
+#include "bound_plan.h"
+
+#include <ATen/ops/empty.h>
+
+#include <set>
+
+#include "../cpu/engine.h"
+#include "thread_pool.h"
+
+namespace recap {
+namespace {
+
+Algorithm algorithm_named(const std::string& name) {
+  if (name == "adam") return Algorithm::adam;
+  if (name == "adagrad") return Algorithm::adagrad;
+  if (name == "sgd") return Algorithm::sgd;
+  throw py::value_error("unknown algorithm '" + name + "'");
+}
+
+// How many slots ahead a step reads, to hide the latency of memory that backward has evicted.
+constexpr size_t kPrefetch = 8;
+
+double scalar(const py::object& tensor, double none) {
+  if (tensor.is_none()) return none;
+  return THPVariable_Unpack(tensor.ptr()).item().toDouble();
+}
+
+}  // namespace
+
+BoundPlan::BoundPlan(const std::vector<GroupSource>& groups, const std::vector<size_t>& first) {
+  std::set<PyObject*> seen_states;
+  for (const GroupSource& source : groups) {
+    GroupReader reader(algorithm_named(source.algorithm), source.group, source.name);
+    const py::list params = source.group["params"];
+    const size_t begin = slots_.size();
+    for (size_t i = 0; i < params.size(); ++i) {
+      const py::object param = params[i];
+      const py::dict state =
+          source.state.contains(param) ? py::dict(source.state[param]) : py::dict();
+      slots_.emplace_back(source.names.at(i), param, state, reader.hyper());
+    }
+    groups_.push_back({std::move(reader), params, begin, slots_.size()});
+  }
+  share_step_counter();
+  for (const GroupSource& source : groups) {
+    if (seen_states.insert(source.state.ptr()).second) states_.emplace_back(source.state);
+  }
+  first_.assign(slots_.size(), 0);
+  for (const size_t slot : first) first_.at(slot) = 1;
+  for (const SlotTensors& slot : slots_) {
+    plan_.slots.push_back(slot.slot());
+    probes_.push_back(slot.probe());
+    const at::Tensor& count = slot.step_count();
+    counters_.push_back(count.defined() ? Counter{count.mutable_data_ptr(), count.scalar_type() == at::kDouble}
+                                        : Counter{});
+    has_state_.push_back(slot.has_state());
+  }
+  plan_.tiles = cut_tiles(plan_.slots, cpu::kTileSize);
+  step_.grads.resize(slots_.size());
+  step_.values_of_slot.resize(slots_.size());
+}
+
+// Step counts sit in one buffer, of which each state's `step` is a view: a step then touches a few
+// cache lines, where separate tensors would take one each.
+void BoundPlan::share_step_counter() {
+  for (const auto dtype : {at::kFloat, at::kDouble}) {
+    std::vector<SlotTensors*> counted;
+    std::set<const void*> storages;
+    for (SlotTensors& slot : slots_) {
+      const at::Tensor& step = slot.step_count();
+      if (!step.defined() || step.scalar_type() != dtype) continue;
+      counted.push_back(&slot);
+      storages.insert(step.storage().unsafeGetStorageImpl());
+    }
+    if (storages.size() <= 1) continue;
+    const at::Tensor buffer =
+        at::empty({static_cast<int64_t>(counted.size())}, at::TensorOptions().dtype(dtype));
+    for (size_t i = 0; i < counted.size(); ++i) {
+      at::Tensor counter = buffer.select(0, static_cast<int64_t>(i));
+      counter.copy_(counted[i]->step_count().reshape({}));
+      counted[i]->set_step_count(counter);
+    }
+  }
+}
+
+bool BoundPlan::groups_unchanged() {
+  for (Group& group : groups_) {
+    if (!group.reader.refresh()) return false;
+    PyObject* params = group.params.ptr();
+    if (static_cast<size_t>(PyList_GET_SIZE(params)) != group.end - group.begin) return false;
+    for (size_t slot = group.begin; slot < group.end; ++slot) {
+      if (PyList_GET_ITEM(params, slot - group.begin) != probes_[slot].object()) return false;
+    }
+  }
+  for (const DictSnapshot& state : states_) {
+    if (!state.unchanged()) return false;
+  }
+  return true;
+}
+
+bool BoundPlan::read_slots() {
+  copied_.clear();
+  slots_without_state_.clear();
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    if (slot + kPrefetch < probes_.size()) probes_[slot + kPrefetch].prefetch();
+    Probe& probe = probes_[slot];
+    if (!probe.unchanged() || (!probe.usual() && !slots_[slot].unchanged())) return false;
+    const at::Tensor& grad = probe.grad();
+    const void*& address = step_.grads[slot];
+    if (!grad.defined()) {
+      address = nullptr;
+      continue;
+    }
+    address = probe.plain(grad);
+    if (!address) {
+      bool needs_copy = false;
+      address = slots_[slot].gradient(grad, needs_copy);
+      if (needs_copy) copied_.push_back(static_cast<uint32_t>(slot));
+    }
+    if (!has_state_[slot]) slots_without_state_.push_back(slot);
+  }
+  return true;
+}
+
+double BoundPlan::Counter::increment() const {
+  if (!data) return 1.0;
+  return is_double ? *static_cast<double*>(data) += 1.0 : *static_cast<float*>(data) += 1.0f;
+}
+
+void BoundPlan::fill_values(double grad_scale) {
+  step_.values.clear();
+  for (const Group& group : groups_) {
+    double last_step = -1.0;
+    char last_first = 0;
+    for (size_t slot = group.begin; slot < group.end; ++slot) {
+      if (!step_.grads[slot]) continue;
+      const double step = counters_[slot].increment();
+      if (step != last_step || first_[slot] != last_first) {
+        step_.values.push_back(make_values(group.reader.hyper(), step, first_[slot], grad_scale));
+        last_step = step;
+        last_first = first_[slot];
+      }
+      step_.values_of_slot[slot] = static_cast<uint32_t>(step_.values.size() - 1);
+      first_[slot] = 0;
+      probes_[slot].bump_version();
+    }
+  }
+}
+
+Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_inf) {
+  if (!groups_unchanged() || !read_slots()) return Outcome::stale;
+  if (scalar(found_inf, 0.0) != 0.0) return Outcome::skipped;
+  if (!slots_without_state_.empty()) return Outcome::needs_state;
+  const double scale = scalar(grad_scale, 1.0);
+
+  for (const uint32_t slot : copied_) slots_[slot].copy_in();
+  fill_values(scale);
+  {
+    py::gil_scoped_release release;
+    cpu::run(plan_, step_, torch_thread_pool());
+  }
+  for (const uint32_t slot : copied_) slots_[slot].copy_out();
+  return Outcome::stepped;
+}
+
+}  // namespace recap

@@ -1,0 +1,169 @@
+#include "group_reader.h"
+
+#include <map>
+#include <set>
+#include <utility>
+
+namespace recap {
+namespace {
+
+// Whether the number or pair of numbers can change without becoming another object.
+bool can_change_in_place(PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+      if (can_change_in_place(PyTuple_GET_ITEM(value, i))) return true;
+    }
+    return false;
+  }
+  return PyList_Check(value) || THPVariable_Check(value);
+}
+
+}  // namespace
+
+GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name)
+    : algorithm_(algorithm), group_(std::move(group)), name_(std::move(name)) {
+  hyper_.algorithm = algorithm;
+  switch (algorithm) {
+    case Algorithm::adam: hyper_.adam = {}; break;
+    case Algorithm::adagrad: hyper_.adagrad = {}; break;
+    case Algorithm::sgd: hyper_.sgd = {}; break;
+  }
+  for (auto entry : group_) {
+    const auto key = py::reinterpret_borrow<py::object>(entry.first);
+    const auto value = py::reinterpret_borrow<py::object>(entry.second);
+    const Field field = py::isinstance<py::str>(key) ? field_of(key.cast<std::string>()) : Field::none;
+    items_.push_back({key, value, field, field != Field::none && can_change_in_place(value.ptr())});
+    read(items_.back());
+  }
+  static const std::map<Algorithm, std::set<std::string>> required = {
+      {Algorithm::adam, {"lr", "betas", "eps", "weight_decay", "amsgrad"}},
+      {Algorithm::adagrad, {"lr", "lr_decay", "eps", "weight_decay"}},
+      {Algorithm::sgd, {"lr", "momentum", "dampening", "weight_decay", "nesterov"}},
+  };
+  for (const std::string& key : required.at(algorithm)) {
+    if (!group_.contains(key)) {
+      throw py::key_error(name_ + " has no '" + key + "'; add it to the param group");
+    }
+  }
+}
+
+GroupReader::Field GroupReader::field_of(const std::string& key) const {
+  static const std::map<std::string, Field> common = {
+      {"lr", Field::lr},
+      {"weight_decay", Field::weight_decay},
+      {"maximize", Field::maximize},
+      {"capturable", Field::capturable},
+      {"differentiable", Field::differentiable},
+  };
+  static const std::map<Algorithm, std::map<std::string, Field>> own = {
+      {Algorithm::adam,
+       {{"betas", Field::betas},
+        {"eps", Field::eps},
+        {"amsgrad", Field::amsgrad},
+        {"decoupled_weight_decay", Field::decoupled_weight_decay}}},
+      {Algorithm::adagrad, {{"lr_decay", Field::lr_decay}, {"eps", Field::eps}}},
+      {Algorithm::sgd,
+       {{"momentum", Field::momentum},
+        {"dampening", Field::dampening},
+        {"nesterov", Field::nesterov}}},
+  };
+  if (const auto found = common.find(key); found != common.end()) return found->second;
+  const auto& fields = own.at(algorithm_);
+  const auto found = fields.find(key);
+  return found == fields.end() ? Field::none : found->second;
+}
+
+double GroupReader::number(py::handle value, const std::string& key) const {
+  if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  if (THPVariable_Check(value.ptr())) {
+    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    if (tensor.numel() == 1 && !tensor.is_complex()) return tensor.item().toDouble();
+    throw py::value_error(name_ + ": '" + key + "' is a tensor of " +
+                          std::to_string(tensor.numel()) + " elements; it must have one");
+  }
+  const double number = PyFloat_AsDouble(value.ptr());
+  if (number == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    throw py::type_error(name_ + ": '" + key + "' must be a number, not " +
+                         std::string(py::str(py::type::of(value))));
+  }
+  return number;
+}
+
+bool GroupReader::flag(py::handle value, const std::string& key) const {
+  const int truth = PyObject_IsTrue(value.ptr());
+  if (truth < 0) {
+    PyErr_Clear();
+    throw py::type_error(name_ + ": '" + key + "' must be True or False");
+  }
+  return truth != 0;
+}
+
+void GroupReader::read(const Item& item) {
+  if (item.field == Field::none) return;
+  const auto key = item.key.cast<std::string>();
+  const py::handle value = item.value;
+  AdamHyper& adam = hyper_.adam;
+  AdagradHyper& adagrad = hyper_.adagrad;
+  SgdHyper& sgd = hyper_.sgd;
+  const bool is_adam = algorithm_ == Algorithm::adam;
+  const bool is_adagrad = algorithm_ == Algorithm::adagrad;
+  switch (item.field) {
+    case Field::none: break;
+    case Field::lr:
+      (is_adam ? adam.lr : is_adagrad ? adagrad.lr : sgd.lr) = number(value, key);
+      break;
+    case Field::weight_decay:
+      (is_adam ? adam.weight_decay : is_adagrad ? adagrad.weight_decay : sgd.weight_decay) =
+          number(value, key);
+      break;
+    case Field::eps: (is_adam ? adam.eps : adagrad.eps) = number(value, key); break;
+    case Field::betas: {
+      if (!PySequence_Check(value.ptr()) || PySequence_Size(value.ptr()) != 2) {
+        throw py::type_error(name_ + ": 'betas' must be a pair of numbers");
+      }
+      const auto betas = py::reinterpret_borrow<py::sequence>(value);
+      adam.beta1 = number(py::object(betas[0]), "betas[0]");
+      adam.beta2 = number(py::object(betas[1]), "betas[1]");
+      break;
+    }
+    case Field::amsgrad: adam.amsgrad = flag(value, key); break;
+    case Field::decoupled_weight_decay: adam.decoupled_weight_decay = flag(value, key); break;
+    case Field::lr_decay: adagrad.lr_decay = number(value, key); break;
+    case Field::momentum: sgd.momentum = number(value, key); break;
+    case Field::dampening: sgd.dampening = number(value, key); break;
+    case Field::nesterov: sgd.nesterov = flag(value, key); break;
+    case Field::maximize: hyper_.maximize = flag(value, key); break;
+    case Field::capturable:
+    case Field::differentiable:
+      if (flag(value, key)) {
+        throw py::value_error(name_ + ": " + key +
+                              "=True is not supported by the fused step; use the torch.optim class");
+      }
+      break;
+  }
+}
+
+bool GroupReader::refresh() {
+  PyObject* group = group_.ptr();
+  if (static_cast<size_t>(PyDict_GET_SIZE(group)) != items_.size()) return false;
+  const bool amsgrad = algorithm_ == Algorithm::adam && hyper_.adam.amsgrad;
+  const bool momentum = algorithm_ == Algorithm::sgd && hyper_.sgd.momentum != 0.0;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  bool changed = false;
+  for (Item& item : items_) {
+    if (!PyDict_Next(group, &position, &key, &value) || key != item.key.ptr()) return false;
+    if (value == item.value.ptr() && !item.in_place) continue;
+    Item now = {item.key, py::reinterpret_borrow<py::object>(value), item.field,
+                item.field != Field::none && can_change_in_place(value)};
+    read(now);  // may raise: only what was read becomes known
+    item = std::move(now);
+    changed = true;
+  }
+  if (!changed) return true;
+  return amsgrad == (algorithm_ == Algorithm::adam && hyper_.adam.amsgrad) &&
+         momentum == (algorithm_ == Algorithm::sgd && hyper_.sgd.momentum != 0.0);
+}
+
+}  // namespace recap

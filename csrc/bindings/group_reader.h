@@ -1,0 +1,60 @@
+// Reads the hyperparameters of one torch param group, again only where the group's dict changed.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../plan/step.h"
+#include "python.h"
+
+namespace recap {
+
+class GroupReader {
+ public:
+  // `name` is how errors call the group. Raises KeyError, TypeError or ValueError naming the group
+  // and the field.
+  GroupReader(Algorithm algorithm, py::dict group, std::string name);
+
+  // Brings `hyper()` up to date. Returns false if what changed needs another plan: which states the
+  // algorithm keeps, or which keys the group has.
+  bool refresh();
+
+  const Hyper& hyper() const { return hyper_; }
+
+ private:
+  enum class Field {
+    none,
+    lr,
+    betas,
+    eps,
+    weight_decay,
+    amsgrad,
+    decoupled_weight_decay,
+    lr_decay,
+    momentum,
+    dampening,
+    nesterov,
+    maximize,
+    capturable,
+    differentiable,
+  };
+
+  struct Item {
+    py::object key, value;
+    Field field;
+    bool in_place;  // a tensor, whose value may change while the object stays
+  };
+
+  Field field_of(const std::string& key) const;
+  void read(const Item& item);
+  double number(py::handle value, const std::string& key) const;
+  bool flag(py::handle value, const std::string& key) const;
+
+  Algorithm algorithm_;
+  py::dict group_;
+  std::string name_;
+  std::vector<Item> items_;
+  Hyper hyper_;
+};
+
+}  // namespace recap

@@ -1,0 +1,154 @@
+// What every step looks at in a slot, packed: the checks that its tensors are still those of the plan,
+// and the reading of a gradient of the usual kind. What a probe cannot decide, SlotTensors does.
+//
+// A slot is spread over some twenty cache lines: Python objects, tensor and storage headers, autograd
+// metadata. Backward has evicted them by the time the optimizer runs, so a probe knows them all in
+// advance and `prefetch` asks for them a few slots ahead, all at once instead of one behind another.
+#pragma once
+
+#include <torch/csrc/autograd/variable.h>
+
+#include "../algorithms/updates.h"
+#include "python.h"
+
+namespace recap {
+
+constexpr int kMaxProbed = kMaxStates + 1;  // the states and the step count
+
+class Probe {
+ public:
+  // `states` are the tensors that the plan holds addresses of. The caller keeps all objects alive.
+  Probe(PyObject* param, const std::vector<at::Tensor>& states, PyObject* state_dict)
+      : object_(param), state_dict_(state_dict) {
+    const at::Tensor& tensor = THPVariable_Unpack(param);
+    impl_ = tensor.unsafeGetTensorImpl();
+    storage_ = impl_->unsafe_storage().unsafeGetStorageImpl();
+    data_ = address(impl_);
+    size_ = impl_->numel();
+    dtype_ = impl_->dtype();
+    contiguous_ = impl_->is_contiguous();
+    for (const at::Tensor& state : states) {
+      const c10::TensorImpl* impl = state.unsafeGetTensorImpl();
+      c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+      states_[state_count_++] = {impl, storage, storage->mutable_data()};
+    }
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    while (item_count_ < kMaxProbed && PyDict_Next(state_dict, &position, &key, &value)) {
+      items_[item_count_++] = value;
+    }
+    usual_ = contiguous_ && PyDict_GET_SIZE(state_dict) == item_count_;
+  }
+
+  // Whether `unchanged` sees all there is to see; otherwise SlotTensors::unchanged sees the rest.
+  bool usual() const { return usual_; }
+
+  PyObject* object() const { return object_; }
+  void bump_version() const { impl_->bump_version(); }
+
+  void prefetch() const {
+    __builtin_prefetch(object_);
+    prefetch_all(impl_);
+    prefetch_all(storage_);
+    prefetch_all(meta_);
+    prefetch_all(last_grad_);
+    prefetch_all(last_grad_storage_);
+    __builtin_prefetch(state_dict_);
+    for (int k = 0; k < state_count_; ++k) {
+      __builtin_prefetch(states_[k].impl);
+      __builtin_prefetch(states_[k].storage);
+    }
+  }
+
+  // Whether the parameter and its states are the tensors of the plan, at the same addresses.
+  bool unchanged() const {
+    if (THPVariable_Unpack(object_).unsafeGetTensorImpl() != impl_ || impl_->dtype() != dtype_ ||
+        impl_->numel() != size_ || impl_->is_contiguous() != contiguous_ ||
+        address(impl_) != data_) {
+      return false;
+    }
+    for (int k = 0; k < state_count_; ++k) {
+      const State& state = states_[k];
+      if (state.impl->unsafe_storage().unsafeGetStorageImpl() != state.storage ||
+          state.storage->data() != state.data) {
+        return false;
+      }
+    }
+    if (usual_ && PyDict_GET_SIZE(state_dict_) != item_count_) return false;
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    for (int k = 0; k < item_count_; ++k) {
+      if (!PyDict_Next(state_dict_, &position, &key, &value) || value != items_[k]) return false;
+    }
+    return true;
+  }
+
+  const at::Tensor& grad() {
+    static const at::Tensor none;
+    meta_ = static_cast<const torch::autograd::AutogradMeta*>(impl_->autograd_meta());
+    return meta_ ? meta_->grad_ : none;
+  }
+
+  // The address of `grad` if it can be read as it is: dense, of the parameter's dtype, device and
+  // shape, and both contiguous. Else null.
+  const void* plain(const at::Tensor& grad) {
+    const c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
+    if (!contiguous_ || impl->layout() != at::kStrided || impl->dtype() != dtype_ ||
+        impl->device_type() != at::kCPU || !impl->is_contiguous() || impl->numel() != size_ ||
+        impl->key_set().has_any(kWrapperKeys)) {
+      return nullptr;
+    }
+    const auto sizes = impl->sizes(), expected = impl_->sizes();
+    if (sizes.size() != expected.size()) return nullptr;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      if (sizes[i] != expected[i]) return nullptr;
+    }
+    last_grad_ = impl;
+    last_grad_storage_ = impl->unsafe_storage().unsafeGetStorageImpl();
+    return address(impl);
+  }
+
+ private:
+  static constexpr c10::DispatchKeySet kWrapperKeys{c10::DispatchKey::Python,
+                                                    c10::DispatchKey::PythonTLSSnapshot};
+
+  struct State {
+    const c10::TensorImpl* impl;
+    c10::StorageImpl* storage;
+    const void* data;
+  };
+
+  template <typename T>
+  static void prefetch_all(const T* object) {
+    const char* bytes = reinterpret_cast<const char*>(object);
+    for (size_t offset = 0; offset < sizeof(T); offset += 64) __builtin_prefetch(bytes + offset);
+    __builtin_prefetch(bytes + sizeof(T) - 1);
+  }
+
+  // The first element, for writing: what at::Tensor::mutable_data_ptr reads, without its calls.
+  static void* address(const c10::TensorImpl* impl) {
+    char* data =
+        static_cast<char*>(impl->unsafe_storage().unsafeGetStorageImpl()->mutable_data());
+    return data ? data + impl->storage_offset() * static_cast<int64_t>(impl->itemsize()) : nullptr;
+  }
+
+  PyObject* object_;
+  c10::TensorImpl* impl_;
+  c10::StorageImpl* storage_;
+  void* data_;
+  int64_t size_;
+  caffe2::TypeMeta dtype_;
+  bool contiguous_;
+  bool usual_;
+  int8_t state_count_ = 0;
+  int8_t item_count_ = 0;
+  State states_[kMaxProbed];
+  PyObject* state_dict_;
+  PyObject* items_[kMaxProbed];
+  // Hints for `prefetch` only: where these were in the last step.
+  const torch::autograd::AutogradMeta* meta_ = nullptr;
+  const c10::TensorImpl* last_grad_ = nullptr;
+  const c10::StorageImpl* last_grad_storage_ = nullptr;
+};
+
+}  // namespace recap

@@ -1,0 +1,208 @@
+#include "slot_tensors.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <sstream>
+
+namespace recap {
+namespace {
+
+template <typename... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+std::optional<Dtype> dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return Dtype::float32;
+    case at::kDouble: return Dtype::float64;
+    case at::kBFloat16: return Dtype::bfloat16;
+    case at::kHalf: return Dtype::float16;
+    default: return std::nullopt;
+  }
+}
+
+bool is_wrapper_subclass(const c10::TensorImpl* impl) {
+  return impl->key_set().has_any(
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot}));
+}
+
+// A dense tensor of `like`'s shape: its own strides if it is dense, else those torch would choose.
+at::Tensor dense_like(const at::Tensor& like) {
+  return at::zeros_like(like.detach(), like.options(), at::MemoryFormat::Preserve);
+}
+
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  return a.sizes() == b.sizes() &&
+         (a.strides() == b.strides() || (a.is_contiguous() && b.is_contiguous()));
+}
+
+}  // namespace
+
+std::vector<const char*> state_names(const Hyper& hyper) {
+  switch (hyper.algorithm) {
+    case Algorithm::adam:
+      if (hyper.adam.amsgrad) return {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+      return {"exp_avg", "exp_avg_sq"};
+    case Algorithm::adagrad: return {"sum"};
+    case Algorithm::sgd:
+      if (hyper.sgd.momentum != 0.0) return {"momentum_buffer"};
+      return {};
+  }
+  return {};
+}
+
+SlotTensors::SlotTensors(std::string name, py::object object, py::dict state, const Hyper& hyper)
+    : name_(std::move(name)), object_(std::move(object)), state_dict_(std::move(state)) {
+  if (!THPVariable_Check(object_.ptr())) {
+    throw py::type_error(text("parameter ", name_, " is not a tensor"));
+  }
+  check_param();
+  dtype_ = *dtype_of(param());
+  strides_ = param().strides().vec();
+  if (!param().is_non_overlapping_and_dense()) dense_param_ = dense_like(param());
+  take_state(hyper);
+  state_items_ = DictSnapshot(state_dict_);
+}
+
+void SlotTensors::check_param() const {
+  if (is_wrapper_subclass(param().unsafeGetTensorImpl())) {
+    throw py::type_error(text("parameter ", name_, " is a ",
+                              std::string(py::str(py::type::of(object_).attr("__name__"))),
+                              ", whose memory the fused step cannot reach; pass plain tensors"));
+  }
+  if (param().layout() != at::kStrided) {
+    throw std::runtime_error(text("parameter ", name_, " is ", param().layout(),
+                                  "; the fused step takes dense (strided) parameters"));
+  }
+  if (!param().device().is_cpu()) {
+    throw std::runtime_error(
+        text("parameter ", name_, " is on ", param().device(),
+             "; this build of recap_fast steps CPU tensors only: move the model to the CPU, or use "
+             "recap_fast.reference or a torch.optim class"));
+  }
+  if (!dtype_of(param())) {
+    throw py::type_error(text("parameter ", name_, " is ", param().dtype(),
+                              "; the fused step takes float32, float64, bfloat16 and float16"));
+  }
+  if (at::has_internal_overlap(param()) == at::MemOverlap::Yes) {
+    throw std::runtime_error(text("parameter ", name_, " of shape ", param().sizes(),
+                                  " and strides ", param().strides(),
+                                  " has elements that share memory; clone() it"));
+  }
+}
+
+void SlotTensors::take_state(const Hyper& hyper) {
+  const std::vector<const char*> names = state_names(hyper);
+  if (names.empty()) {
+    has_state_ = true;
+    return;
+  }
+  if (state_dict_.empty()) return;
+  if (hyper.algorithm == Algorithm::sgd &&
+      (!state_dict_.contains("momentum_buffer") || state_dict_["momentum_buffer"].is_none())) {
+    return;
+  }
+  const auto entry = [&](const char* key) -> const at::Tensor& {
+    if (!state_dict_.contains(key)) {
+      throw py::key_error(text("the state of parameter ", name_, " has no '", key,
+                               "'; was the option that needs it switched on after training began?"));
+    }
+    const py::object value = state_dict_[key];
+    if (!THPVariable_Check(value.ptr())) {
+      throw py::type_error(text("the state '", key, "' of parameter ", name_, " is not a tensor"));
+    }
+    return THPVariable_Unpack(value.ptr());
+  };
+  const at::Tensor layout = dense_param_.defined() ? dense_param_ : param();
+  for (const char* key : names) {
+    at::Tensor state = entry(key);
+    if (state.device() != param().device() || state.scalar_type() != param().scalar_type() ||
+        state.sizes() != param().sizes() || state.layout() != at::kStrided) {
+      throw std::runtime_error(text("the state '", key, "' of parameter ", name_, " is ",
+                                    state.dtype(), " ", state.sizes(), " on ", state.device(),
+                                    ", the parameter ", param().dtype(), " ", param().sizes(), " on ",
+                                    param().device(), "; they must agree"));
+    }
+    if (!same_layout(state, layout)) {  // as after loading a checkpoint of a contiguous copy
+      state = dense_like(layout).copy_(state);
+      state_dict_[key] = py::reinterpret_steal<py::object>(THPVariable_Wrap(state));
+    }
+    states_.push_back(state);
+  }
+  if (hyper.algorithm != Algorithm::sgd) {
+    step_ = entry("step");
+    if (step_.numel() != 1 || !step_.device().is_cpu() ||
+        (step_.scalar_type() != at::kFloat && step_.scalar_type() != at::kDouble)) {
+      throw std::runtime_error(text("the state 'step' of parameter ", name_, " is ", step_.dtype(),
+                                    " ", step_.sizes(), " on ", step_.device(),
+                                    "; it must be one float32 or float64 number on the CPU"));
+    }
+  }
+  has_state_ = true;
+}
+
+void SlotTensors::set_step_count(const at::Tensor& counter) {
+  step_ = counter;
+  state_dict_["step"] = py::reinterpret_steal<py::object>(THPVariable_Wrap(counter));
+  state_items_ = DictSnapshot(state_dict_);
+}
+
+Slot SlotTensors::slot() const {
+  Slot slot;
+  slot.param = (dense_param_.defined() ? dense_param_ : param()).mutable_data_ptr();
+  for (size_t k = 0; k < states_.size(); ++k) slot.state[k] = states_[k].mutable_data_ptr();
+  slot.size = has_state_ ? param().numel() : 0;
+  slot.dtype = dtype_;
+  return slot;
+}
+
+Probe SlotTensors::probe() const {
+  std::vector<at::Tensor> fixed = states_;
+  if (step_.defined()) fixed.push_back(step_);
+  return Probe(object_.ptr(), fixed, state_dict_.ptr());
+}
+
+bool SlotTensors::unchanged() const {
+  return state_items_.unchanged() && param().strides() == at::IntArrayRef(strides_);
+}
+
+const void* SlotTensors::gradient(const at::Tensor& grad, bool& needs_copy) {
+  if (grad.layout() != at::kStrided) {
+    throw std::runtime_error(text("parameter ", name_, " has a ", grad.layout(),
+                                  " gradient; the fused step takes dense gradients: build the layer "
+                                  "with sparse=False, or step it with a torch.optim class"));
+  }
+  if (is_wrapper_subclass(grad.unsafeGetTensorImpl())) {
+    throw py::type_error(text("the gradient of parameter ", name_,
+                              " is a tensor subclass whose memory the fused step cannot reach"));
+  }
+  if (grad.dtype() != param().dtype() || grad.device() != param().device() ||
+      grad.sizes() != param().sizes()) {
+    throw std::runtime_error(text("the gradient of parameter ", name_, " is ", grad.dtype(), " ",
+                                  grad.sizes(), " on ", grad.device(), ", the parameter ",
+                                  param().dtype(), " ", param().sizes(), " on ", param().device(),
+                                  "; they must agree"));
+  }
+  if (!dense_param_.defined() && same_layout(grad, param())) return grad.const_data_ptr();
+  if (!dense_grad_.defined()) {
+    dense_grad_ = dense_like(dense_param_.defined() ? dense_param_ : param());
+  }
+  needs_copy = true;
+  return dense_grad_.const_data_ptr();
+}
+
+void SlotTensors::copy_in() {
+  if (dense_param_.defined()) dense_param_.copy_(param().detach());
+  if (dense_grad_.defined()) dense_grad_.copy_(param().grad().detach());
+}
+
+void SlotTensors::copy_out() {
+  if (dense_param_.defined()) param().detach().copy_(dense_param_);
+}
+
+}  // namespace recap

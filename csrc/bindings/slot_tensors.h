@@ -1,0 +1,73 @@
+// The torch side of one slot: the parameter, its state and its gradient, and what must hold of them
+// before an engine may touch their memory.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../plan/plan.h"
+#include "../plan/step.h"
+#include "dict_snapshot.h"
+#include "probe.h"
+#include "python.h"
+
+namespace recap {
+
+// The state tensors of an algorithm as torch.optim names them, in the order of its update.
+std::vector<const char*> state_names(const Hyper& hyper);
+
+class SlotTensors {
+ public:
+  // `state` is the parameter's state dict; an empty one means that the state is still to be made.
+  // Raises an error naming the parameter if it is one that no engine can step.
+  SlotTensors(std::string name, py::object param, py::dict state, const Hyper& hyper);
+
+  const std::string& name() const { return name_; }
+  bool has_state() const { return has_state_; }
+  const at::Tensor& step_count() const { return step_; }  // undefined if it is not counted
+
+  // Makes `counter` the step count, in the state dict too.
+  void set_step_count(const at::Tensor& counter);
+
+  // The addresses for the plan, and the words that each step compares.
+  Slot slot() const;
+  Probe probe() const;
+
+  // Whether the strides and the state dict are as they were: what a probe leaves open for a slot that
+  // is not usual.
+  bool unchanged() const;
+
+  // The address of a gradient that is not plain, in the parameter's memory order. Raises an error
+  // naming the parameter if the gradient does not fit it. `needs_copy` is set if the address is that
+  // of a buffer which `copy_in` fills.
+  const void* gradient(const at::Tensor& grad, bool& needs_copy);
+
+  // For a parameter with gaps in memory, or a gradient laid out otherwise than its parameter: fill
+  // the dense copies before the engine runs, and write the parameter back after it.
+  void copy_in();
+  void copy_out();
+
+ private:
+  const at::Tensor& param() const { return THPVariable_Unpack(object_.ptr()); }
+  void check_param() const;
+  void take_state(const Hyper& hyper);
+
+  std::string name_;
+  // The parameter is held as a Python object alone: torch.utils.swap_tensors, and with it
+  // Module.to(), insists on the only reference to the tensor behind it.
+  py::object object_;
+  Dtype dtype_ = Dtype::float32;
+  std::vector<int64_t> strides_;
+
+  py::dict state_dict_;
+  DictSnapshot state_items_;
+  bool has_state_ = false;
+  std::vector<at::Tensor> states_;
+  at::Tensor step_;
+
+  at::Tensor dense_param_;  // defined only for a parameter with gaps
+  at::Tensor dense_grad_;   // made when first needed
+};
+
+}  // namespace recap

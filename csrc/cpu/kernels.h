@@ -1,0 +1,30 @@
+// The table of loops that one instruction set offers.
+#pragma once
+
+#include "../plan/plan.h"
+#include "../plan/step.h"
+
+namespace recap::cpu {
+
+// The elements [0, size) of each array are updated.
+struct Arrays {
+  void* param;
+  const void* grad;
+  void* state[kMaxStates];
+  int64_t size;
+};
+
+using Kernel = void (*)(const Values& values, const Arrays& arrays);
+
+struct Kernels {
+  const char* instruction_set;
+  Kernel of[kDtypes][kUpdates];
+};
+
+extern const Kernels kernels_baseline;
+#if defined(RECAP_WITH_X86)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace recap::cpu

@@ -1,0 +1,42 @@
+// A plan: every slot of every group, cut into tiles. It holds addresses and sizes only; an engine
+// needs nothing else to run a step, and nothing here knows of torch or of a device.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../algorithms/updates.h"
+
+namespace recap {
+
+enum class Dtype : uint8_t { float32, float64, bfloat16, float16 };
+constexpr int kDtypes = 4;
+
+constexpr int64_t dtype_size(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// One parameter tensor with its state tensors: dense memory, visited in memory order.
+struct Slot {
+  void* param = nullptr;
+  void* state[kMaxStates] = {};
+  int64_t size = 0;  // elements
+  Dtype dtype = Dtype::float32;
+};
+
+// A run of consecutive elements of one slot.
+struct Tile {
+  uint32_t slot;
+  int64_t begin;  // first element
+  int64_t size;   // elements
+};
+
+struct Plan {
+  std::vector<Slot> slots;
+  std::vector<Tile> tiles;
+};
+
+// Cuts every slot into tiles of at most `tile_size` elements, in slot order.
+std::vector<Tile> cut_tiles(const std::vector<Slot>& slots, int64_t tile_size);
+
+}  // namespace recap

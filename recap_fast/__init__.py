@@ -1,0 +1,59 @@
+"""recap_fast: the optimizer of a multi-task ranker, stepped in one native call.
+
+    from recap_fast import build_optimizer
+
+    optimizer, scheduler = build_optimizer(model, config.optimizer)
+
+Names are loaded when first used: `recap_fast.optim` works without torchrec, and
+`recap_fast.reference` without the compiled extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recap_fast._native import build_info
+    from recap_fast.build import build_optimizer
+    from recap_fast.config import (
+        EmbeddingOptimizerConfig,
+        OptimizerConfig,
+        RecapOptimizerConfig,
+        load_optimizer_config,
+    )
+    from recap_fast.shim import RecapLRShim
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "EmbeddingOptimizerConfig": "recap_fast.config",
+    "OptimizerConfig": "recap_fast.config",
+    "RecapLRShim": "recap_fast.shim",
+    "RecapOptimizerConfig": "recap_fast.config",
+    "build_info": "recap_fast._native",
+    "build_optimizer": "recap_fast.build",
+    "load_optimizer_config": "recap_fast.config",
+}
+
+__all__ = [
+    "EmbeddingOptimizerConfig",
+    "OptimizerConfig",
+    "RecapLRShim",
+    "RecapOptimizerConfig",
+    "build_info",
+    "build_optimizer",
+    "load_optimizer_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,76 @@
+"""Loads the extension module and says what this build contains.
+
+The extension reads torch's tensors in C++, so it runs only under the torch release it was built
+against. A mismatch would crash; here it is an ImportError that says what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def _release(version: str) -> str:
+    """``"2.13.0+cpu"`` -> ``"2.13"``: torch keeps its C++ interface within a minor release."""
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def _built_torch_version() -> str:
+    try:
+        from recap_fast._torch_version import TORCH_VERSION
+    except ImportError as error:
+        raise ImportError(
+            "recap_fast is not built: install it with `pip install --no-build-isolation .` "
+            "(or `pip install --no-build-isolation -e .` to work on it)"
+        ) from error
+    return TORCH_VERSION
+
+
+def _load() -> Any:
+    built = _built_torch_version()
+    if _release(built) != _release(torch.__version__):
+        raise ImportError(
+            f"recap_fast was built against torch {built}, but torch {torch.__version__} is running; "
+            "reinstall it under this torch: `pip install --force-reinstall --no-deps "
+            "--no-build-isolation recap-fast`"
+        )
+    from recap_fast import _C
+
+    return _C
+
+
+native = _load()
+
+
+def build_info() -> dict[str, Any]:
+    """What this build of recap_fast contains.
+
+    Returns:
+        ``engines``: names of the engines built in (``"cpu"``, ``"cuda"``);
+        ``instruction_sets``: those of the CPU engine that this processor can run, slowest first;
+        ``instruction_set``: the one in use;
+        ``torch_built_against`` and ``torch_running``: torch versions.
+    """
+    return {
+        "engines": ["cpu", "cuda"] if native.has_cuda_engine else ["cpu"],
+        "instruction_sets": native.instruction_sets(),
+        "instruction_set": native.instruction_set_in_use(),
+        "torch_built_against": native.torch_version,
+        "torch_running": torch.__version__,
+    }
+
+
+def use_instruction_set(name: str | None) -> None:
+    """Makes the CPU engine use the loops compiled for ``name``; None means the fastest.
+
+    Results do not depend on it: this is for tests and measurements.
+
+    Raises:
+        ValueError: ``name`` is not built in or this processor cannot run it.
+    """
+    if not native.use_instruction_set(name or ""):
+        raise ValueError(
+            f"instruction set {name!r} is not available; this processor and build have "
+            f"{native.instruction_sets()}"
+        )

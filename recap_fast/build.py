@@ -1,0 +1,45 @@
+"""`build_optimizer`: the optimizer of a model and its learning-rate scheduler."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from recap_fast.assembly import DEFAULT_LR, OptimizerClasses, assemble
+from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
+from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
+from recap_fast.optim.combined import FusedCombinedOptimizer
+from recap_fast.shim import RecapLRShim
+
+__all__ = ["DEFAULT_LR", "build_optimizer"]
+
+_CLASSES = OptimizerClasses(
+    adam=FusedAdam, adagrad=FusedAdagrad, sgd=FusedSGD, combined=FusedCombinedOptimizer
+)
+
+
+def build_optimizer(
+    model: nn.Module,
+    optimizer_config: RecapOptimizerConfig | OptimizerConfig,
+    emb_optimizer_config: EmbeddingOptimizerConfig | None = None,
+) -> tuple[FusedCombinedOptimizer, RecapLRShim]:
+    """Makes the optimizer of a model and its learning-rate scheduler.
+
+    The same as `recap_fast.reference.build_optimizer`, but `optimizer.step()` updates all dense
+    groups in one native call. Call `scheduler.step()` after it.
+
+    Args:
+        model: The model, wrapped or not (DDP, torch.compile, torchrec's model parallel). If it has
+            a `fused_optimizer` (see `recap_fast.embeddings`), that becomes part of the optimizer.
+        optimizer_config: Algorithm and learning rates; `recap_fast.grouping.group_parameters` tells
+            which parameters each rate is for.
+        emb_optimizer_config: The learning rate of the embedding tables: of the fused optimizer, and
+            of tables that are not fused, which train with plain SGD.
+
+    Returns:
+        The optimizer, with a param group for each group in the order of `group_parameters` and then
+        those of the fused optimizer, and its scheduler. All rates are those of step 0.
+
+    Raises:
+        ValueError: Model and configuration do not fit; the message names what was found.
+    """
+    return assemble(model, optimizer_config, emb_optimizer_config, _CLASSES)

@@ -1,0 +1,11 @@
+"""The demo: a multi-task ranker trained on MovieLens-100K with recap_fast and with the reference.
+
+* `movielens`: gets the three files and reads them.
+* `data`: features, labels, the split by time, batches; a synthetic data set of the same schema.
+* `model`: a MaskNet backbone with a tower per task, and the schedules it is trained with.
+* `train`: one loop that trains any number of optimizers side by side.
+* `report`, `picture`: the table and `results.json`; the losses and learning rates drawn.
+* `run`: all of it, as the command line calls it.
+
+Needs torchrec, fbgemm_gpu, torchmetrics, matplotlib and tqdm (`pip install recap-fast[demo]`).
+"""

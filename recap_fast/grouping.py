@@ -1,0 +1,328 @@
+"""Sorts a model's parameters into the param groups of its optimizer.
+
+The rules are those of the recap recommender: one group per task tower, one for the backbone, one
+for embedding tables that are not fused. What it lets pass in silence is an error here: the groups
+that a configuration has rates for and those that the model has must be the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from recap_fast.config import (
+    EmbeddingOptimizerConfig,
+    LearningRate,
+    MultiTaskLearningRates,
+    OptimizerConfig,
+    RecapOptimizerConfig,
+)
+
+logger = logging.getLogger("recap_fast")
+
+# What the original calls the groups that are no task's.
+BACKBONE = "backbone"
+DENSE_EMBEDDINGS = "dense_ebc"
+SINGLE_TASK = "single_task"
+ALL_PARAMS = "ALL_PARAMS"
+
+# A table of a torchrec EmbeddingBagCollection is "<path>.embedding_bags.<table>.weight".
+_TABLES = "embedding_bags"
+
+# Path segments of torch.compile, torchrec's model parallel, FSDP and activation checkpointing.
+WRAPPER_SEGMENTS = frozenset(
+    {"_orig_mod", "_dmp_wrapped_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+)
+
+_Parameters = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class DenseGroup:
+    """The parameters that share one dense optimizer and one learning rate.
+
+    Attributes:
+        name: Unique among the groups; the task's name for a tower.
+        role: What the group is. The name does not tell: a task may be called "backbone".
+        params: By name, as in `model.named_parameters()`, and in that order; never empty.
+        learning_rate: The group's schedule.
+    """
+
+    name: str
+    role: Literal["tower", "backbone", "dense_embeddings", "all"]
+    params: _Parameters
+    learning_rate: LearningRate
+
+
+def sanitize(task: str) -> str:
+    """Returns the name of the modules that belong to a task; module names have no dots."""
+    return task.replace(".", "__")
+
+
+def group_parameters(
+    model: nn.Module,
+    optimizer_config: RecapOptimizerConfig | OptimizerConfig,
+    emb_optimizer_config: EmbeddingOptimizerConfig | None = None,
+    fused_params: Mapping[str, torch.Tensor] | None = None,
+) -> list[DenseGroup]:
+    """Sorts the parameters that dense optimizers update into groups.
+
+    With `multi_task_learning_rates`, in this order:
+
+    * one group per task, in the order of the configuration: the parameters below any module called
+      `sanitize(task)`, embedding tables included;
+    * the backbone: all others, except
+    * the dense embeddings: the others with "embedding_bags" in their name.
+
+    With `single_task_learning_rate`, and with an `OptimizerConfig`, one group of everything,
+    unfused embedding tables included.
+
+    Names count without what wrappers add to them ("module.", "_orig_mod." and the like), so a tower
+    at the top level of a model is found, wrapped or not; the original finds it in a wrapped model
+    only. Frozen parameters stay in their groups, as in the original. Parameters that are updated
+    during the backward pass are in no group. A parameter with two names is in its group once, under
+    the first; a warning names both.
+
+    Args:
+        model: The model, wrapped or not (DDP, torch.compile, torchrec's model parallel).
+        optimizer_config: The learning rates of the dense groups.
+        emb_optimizer_config: The learning rate of embedding tables, fused or dense.
+        fused_params: What the model's fused optimizer updates, by name without wrappers; empty on a
+            rank that holds no shard. None: there is no fused optimizer.
+
+    Raises:
+        TypeError: `optimizer_config` is not a configuration.
+        ValueError: Model and configuration do not fit; the message names parameters and fields.
+    """
+    if not isinstance(optimizer_config, (RecapOptimizerConfig, OptimizerConfig)):
+        raise TypeError(
+            "optimizer_config must be a RecapOptimizerConfig or an OptimizerConfig, "
+            f"found {type(optimizer_config).__name__}"
+        )
+    dense, updated_in_backward = _split(model, fused_params or {})
+    trains_in_backward = bool(fused_params or updated_in_backward)
+    if not trains_in_backward and not any(param.requires_grad for param in dense.values()):
+        found = f"frozen ones only: {_some(dense)}" if dense else "no parameters at all"
+        raise ValueError(f"the model has no trainable parameter; found {found}")
+    if fused_params and emb_optimizer_config is None:
+        raise ValueError(
+            f"the model has a fused optimizer (of {_some(fused_params)}) but no learning rate for "
+            "it: pass emb_optimizer_config with a learning_rate"
+        )
+    if emb_optimizer_config is not None and emb_optimizer_config.learning_rate is None:
+        raise ValueError("emb_optimizer_config has no learning_rate: set it")
+
+    if isinstance(optimizer_config, OptimizerConfig):
+        _, section = optimizer_config.algorithm
+        rate = optimizer_config.learning_rate or LearningRate(constant=section.lr)
+        groups = [_group_of_all(ALL_PARAMS, dense, rate)]
+    elif optimizer_config.single_task_learning_rate is not None:
+        rate = optimizer_config.single_task_learning_rate
+        groups = [_group_of_all(SINGLE_TASK, dense, rate)]
+    else:
+        rates = optimizer_config.multi_task_learning_rates
+        _check_towers(rates, dense, updated_in_backward)
+        groups = _multi_task_groups(dense, rates, emb_optimizer_config)
+
+    dense_embeddings = any(group.role == "dense_embeddings" for group in groups)
+    if emb_optimizer_config is not None and fused_params is None and not dense_embeddings:
+        raise ValueError(
+            "emb_optimizer_config is given, but nothing uses it: the model has no fused optimizer "
+            f"and no group of dense embeddings, only {', '.join(group.name for group in groups)}. "
+            "Leave it out, or fuse the tables first (recap_fast.embeddings.fuse_embeddings)"
+        )
+    return groups
+
+
+def _split(
+    model: nn.Module, fused_params: Mapping[str, torch.Tensor]
+) -> tuple[_Parameters, _Parameters]:
+    """Returns the parameters of dense optimizers and those that are updated during backward.
+
+    A parameter with several names is there under each of them.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    bare = _without_wrappers(named)
+    fused_ids = {id(tensor) for tensor in fused_params.values()} | {
+        # A fused table may be listed as a parameter that is a view of what the optimizer updates.
+        id(param)
+        for name, param in named.items()
+        if name in fused_params or bare[name] in fused_params
+    }
+    own_ids = {id(p) for p in named.values() if getattr(p, "_in_backward_optimizers", None)}
+    unscheduled = [name for name, param in named.items() if id(param) in own_ids - fused_ids]
+    if unscheduled:
+        logger.warning(
+            "%s are updated in the backward pass by optimizers of their own, at rates that no "
+            "schedule sets",
+            _some(unscheduled),
+        )
+    dense, updated_in_backward = {}, {}
+    for name, param in named.items():
+        is_dense = id(param) not in fused_ids | own_ids
+        (dense if is_dense else updated_in_backward)[name] = param
+    return dense, updated_in_backward
+
+
+def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Maps each name to the one that it would have if the model were not wrapped."""
+    bare = {
+        name: ".".join(part for part in name.split(".") if part not in WRAPPER_SEGMENTS)
+        for name in names
+    }
+    # DDP and others hold all of the model as "module"; a module of the model may be called so too.
+    while bare and all(name.startswith("module.") for name in bare.values()):
+        bare = {full: name.removeprefix("module.") for full, name in bare.items()}
+    return bare
+
+
+def _modules_by_name(params: Iterable[str]) -> dict[str, list[str]]:
+    """Maps each parameter's name to those of the modules that it is in, from the outermost on."""
+    return {full: name.split(".")[:-1] for full, name in _without_wrappers(params).items()}
+
+
+def _check_towers(
+    rates: MultiTaskLearningRates, dense: _Parameters, updated_in_backward: _Parameters
+) -> None:
+    """Raises if a task has no parameters, or shares its module name with another task."""
+    module_names = dict.fromkeys(
+        module for path in _modules_by_name(dense).values() for module in path
+    )
+    tasks: dict[str, str] = {}
+    for task in rates.tower_learning_rates:
+        tower = sanitize(task)
+        if tower in tasks:
+            raise ValueError(
+                f"tower_learning_rates: the tasks {tasks[tower]!r} and {task!r} have the same "
+                f"module name, {tower!r}; rename one of them"
+            )
+        tasks[tower] = task
+        if tower in module_names:
+            continue
+        fused = [
+            name for name, path in _modules_by_name(updated_in_backward).items() if tower in path
+        ]
+        if fused:
+            raise ValueError(
+                f"tower_learning_rates: all parameters of the task {task!r} are updated during the "
+                f"backward pass ({_some(fused)}); they have no learning rate here, remove it"
+            )
+        close = difflib.get_close_matches(tower, module_names, n=1)
+        hint = f"did you mean {_some(close)}?" if close else f"there are {_some(module_names, 20)}"
+        raise ValueError(
+            f"tower_learning_rates: no parameter is in a module called {tower!r} (task {task!r}); "
+            + hint
+        )
+
+
+def _multi_task_groups(
+    dense: _Parameters,
+    rates: MultiTaskLearningRates,
+    emb_optimizer_config: EmbeddingOptimizerConfig | None,
+) -> list[DenseGroup]:
+    towers = rates.tower_learning_rates
+    backbone_name = _unused_name(BACKBONE, towers)
+    embeddings_name = _unused_name(DENSE_EMBEDDINGS, towers)
+    group_of: dict[str, str] = {}
+    for name, modules in _modules_by_name(dense).items():
+        tasks = [task for task in towers if sanitize(task) in modules]
+        if len(tasks) > 1:
+            raise ValueError(f"the parameter {name!r} matches several tasks: {_some(tasks)}")
+        rest = embeddings_name if _TABLES in name else backbone_name
+        group_of[name] = tasks[0] if tasks else rest
+    members = _members(dense, group_of)
+
+    groups = [DenseGroup(task, "tower", members[task], rate) for task, rate in towers.items()]
+    backbone = members.get(backbone_name)
+    if backbone and rates.backbone_learning_rate is None:
+        raise ValueError(
+            f"backbone_learning_rate is not set, but {_some(backbone)} are in no tower of "
+            f"tower_learning_rates ({_some(towers, 20)})"
+        )
+    if rates.backbone_learning_rate is not None:
+        if not backbone:
+            raise ValueError(
+                "backbone_learning_rate is set, but the model has no backbone: every parameter is "
+                "in a tower or an embedding table"
+            )
+        groups.append(DenseGroup(backbone_name, "backbone", backbone, rates.backbone_learning_rate))
+    embeddings = members.get(embeddings_name)
+    if embeddings:
+        rate = _dense_embedding_rate(embeddings, emb_optimizer_config)
+        groups.append(DenseGroup(embeddings_name, "dense_embeddings", embeddings, rate))
+    return groups
+
+
+def _group_of_all(name: str, dense: _Parameters, rate: LearningRate) -> DenseGroup:
+    members = _members(dense, dict.fromkeys(dense, name))
+    if not members:
+        raise ValueError(
+            f"the group {name!r} has a learning rate but no parameters: all of the model's are "
+            "updated during the backward pass"
+        )
+    return DenseGroup(name, "all", members[name], rate)
+
+
+def _members(dense: _Parameters, group_of: Mapping[str, str]) -> dict[str, _Parameters]:
+    """Returns the parameters of each group, every one of them once, under its first name."""
+    members: dict[str, _Parameters] = {}
+    first_names: dict[int, str] = {}
+    for name, param in dense.items():
+        group = group_of[name]
+        first = first_names.setdefault(id(param), name)
+        if first == name:
+            members.setdefault(group, {})[name] = param
+        elif group_of[first] == group:
+            logger.warning(
+                "%r and %r are the same parameter; the group %r has it once, under the first name",
+                first,
+                name,
+                group,
+            )
+        else:
+            raise ValueError(
+                f"{first!r} and {name!r} are the same parameter, but the first belongs to the "
+                f"group {group_of[first]!r} and the second to {group!r}, with a learning rate "
+                "each; register it as a parameter in one of the two places only"
+            )
+    return members
+
+
+def _dense_embedding_rate(
+    embeddings: _Parameters, emb_optimizer_config: EmbeddingOptimizerConfig | None
+) -> LearningRate:
+    """Returns the learning rate of the tables that are not fused."""
+    if emb_optimizer_config is None:
+        raise ValueError(
+            f"the embedding tables {_some(embeddings)} have no learning rate: pass "
+            "emb_optimizer_config with a learning_rate"
+        )
+    algorithm, _ = emb_optimizer_config.algorithm
+    if algorithm != "sgd":
+        raise ValueError(
+            f"emb_optimizer_config chooses {algorithm}, but {_some(embeddings)} are not fused, and "
+            "such tables train with sgd only; choose sgd, or fuse them first "
+            "(recap_fast.embeddings.fuse_embeddings)"
+        )
+    return emb_optimizer_config.learning_rate
+
+
+def _unused_name(name: str, taken: Iterable[str]) -> str:
+    """Returns `name`, with underscores at its end if a task is called so."""
+    taken = set(taken)
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    """Returns the first names and how many more there are, for a message."""
+    quoted = [repr(name) for name in names]
+    more = f" and {len(quoted) - limit} more" if len(quoted) > limit else ""
+    return ", ".join(quoted[:limit]) + more

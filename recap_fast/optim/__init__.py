@@ -1,0 +1,12 @@
+"""Fused optimizers: `torch.optim` classes whose step is one native call over all param groups.
+
+Importable without torchrec. `recap_fast.optim.combined`, which joins several of them under torchrec's
+`keyed.CombinedOptimizer`, needs it.
+"""
+
+from recap_fast.optim.adagrad import FusedAdagrad
+from recap_fast.optim.adam import FusedAdam, FusedAdamW
+from recap_fast.optim.fused import FusedOptimizer
+from recap_fast.optim.sgd import FusedSGD
+
+__all__ = ["FusedAdagrad", "FusedAdam", "FusedAdamW", "FusedOptimizer", "FusedSGD"]

@@ -1,0 +1,57 @@
+"""FusedAdagrad."""
+
+from __future__ import annotations
+
+from torch import Tensor, optim
+from torch.optim.optimizer import ParamsT
+
+from recap_fast.optim.fused import FusedOptimizer
+
+
+class FusedAdagrad(FusedOptimizer, optim.Adagrad):
+    """`torch.optim.Adagrad`, stepped over all param groups in one native call.
+
+    Arguments, param groups and state (``step``, ``sum``) are those of `torch.optim.Adagrad`, and
+    checkpoints load in both directions. Parameters as in `FusedAdam`; gradients must be dense.
+
+    Args:
+        params: parameters, named parameters or param groups.
+        lr: learning rate, a float or a one-element tensor.
+        lr_decay: the rate of step t is ``lr / (1 + (t - 1) * lr_decay)``.
+        weight_decay: L2 penalty.
+        initial_accumulator_value: what ``sum`` starts from.
+        eps: added to the denominator.
+        foreach, fused: None; accepted as in torch, since the step is always fused.
+        maximize: ascend instead of descend.
+        differentiable: False.
+
+    Raises:
+        ValueError: an argument is out of range, or asks for another way of stepping.
+    """
+
+    algorithm = "adagrad"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        self._check_execution(foreach, fused, differentiable)
+        super().__init__(
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            maximize=maximize,
+        )

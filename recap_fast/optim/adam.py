@@ -1,0 +1,91 @@
+"""FusedAdam and FusedAdamW."""
+
+from __future__ import annotations
+
+from torch import Tensor, optim
+from torch.optim.optimizer import ParamsT
+
+from recap_fast.optim.fused import FusedOptimizer
+
+
+class FusedAdam(FusedOptimizer, optim.Adam):
+    """`torch.optim.Adam`, stepped over all param groups in one native call.
+
+    Arguments, param groups and state (``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``) are
+    those of `torch.optim.Adam`, and checkpoints load in both directions. Parameters: dense float32,
+    float64, bfloat16 or float16 tensors of any shape; state has the parameter's dtype; 16-bit
+    elements are updated in float32 and rounded once.
+
+    Args:
+        params: parameters, named parameters or param groups.
+        lr: learning rate, a float or a one-element tensor.
+        betas: decay of the averages of the gradient and of its square, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: L2 penalty, or with ``decoupled_weight_decay`` AdamW's decay.
+        amsgrad: divide by the largest second moment so far (Reddi et al., 2018).
+        foreach, fused: None; accepted as in torch, since the step is always fused.
+        maximize: ascend instead of descend.
+        capturable: False; CUDA graphs need the CUDA engine.
+        differentiable: False.
+        decoupled_weight_decay: as in AdamW (Loshchilov & Hutter, 2019).
+
+    Raises:
+        ValueError: an argument is out of range, or asks for another way of stepping.
+    """
+
+    algorithm = "adam"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        self._check_execution(foreach, fused, differentiable, capturable)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+
+
+class FusedAdamW(FusedOptimizer, optim.AdamW):
+    """`torch.optim.AdamW`, stepped over all param groups in one native call.
+
+    Arguments as `FusedAdam`, with decoupled weight decay and torch's default of 0.01 for it.
+    """
+
+    algorithm = "adam"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        self._check_execution(foreach, fused, differentiable, capturable)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)

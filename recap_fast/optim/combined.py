@@ -1,0 +1,142 @@
+"""FusedCombinedOptimizer: the dense optimizers of a model stepped as one plan."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torchrec.optim import keyed
+
+from recap_fast.closure import evaluate
+from recap_fast.keyed import CombinedOptimizer
+from recap_fast.optim.fused import FusedOptimizer
+from recap_fast.optim.stepper import Stepper
+
+
+class FusedCombinedOptimizer(CombinedOptimizer):
+    """A `CombinedOptimizer` that steps all its dense param groups in one native call.
+
+    Groups, state, checkpoints and hooks are those of the optimizers inside. The call covers every
+    `keyed.KeyedOptimizerWrapper` around a `recap_fast.optim` optimizer; one around another optimizer
+    takes a step of its own.
+
+    With `torch.amp.GradScaler`, gradients are divided by the scale within the call and a step with an
+    infinite gradient is skipped as a whole. The tables of fused embedding optimizers have by then
+    been updated, by scaled gradients; the first such step warns of it.
+
+    Args:
+        optims: as for `keyed.CombinedOptimizer`: keyed optimizers, or pairs of a key and one.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self, optims: Sequence[keyed.KeyedOptimizer | tuple[str, keyed.KeyedOptimizer]]
+    ) -> None:
+        super().__init__(list(optims))
+        self._prepare()
+
+    def _prepare(self) -> None:
+        dense = list(self.dense_optimizers())
+        fused = [part for _, part in dense if isinstance(part._optimizer, FusedOptimizer)]
+        names = {
+            param: self.prepend_opt_key(name, key)
+            for key, part in dense
+            for name, param in part.params.items()
+        }
+        self._native = [part._optimizer for part in fused]
+        self._stepper = Stepper(self._native, names) if self._native else None
+        self._others = [part for _, part in self._optims if part not in fused]
+        # Empty dicts as long as nobody registers a hook on an optimizer inside.
+        self._inner_hooks = tuple(
+            hooks
+            for optimizer in self._native
+            for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        )
+        self._warned_of_scaled_tables = False
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every dense parameter that has a gradient.
+
+        Args:
+            closure: evaluated once, with gradients enabled, before the update.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError, TypeError, ValueError, KeyError: naming the parameter or param group that
+                cannot be stepped; no parameter of the native call has been changed.
+        """
+        loss = evaluate(closure)
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        if grad_scale is not None or found_inf is not None:
+            self._check_scaling(grad_scale)
+        if self._stepper is not None:
+            if (
+                any(self._inner_hooks)
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+            ):
+                self._step_with_hooks(grad_scale, found_inf)
+            else:
+                self._stepper.step(grad_scale, found_inf)
+        for part in self._others:
+            part.step()
+        return loss
+
+    def _check_scaling(self, grad_scale: torch.Tensor | None) -> None:
+        torch_parts = [
+            part for part in self._others if isinstance(part, keyed.KeyedOptimizerWrapper)
+        ]
+        if torch_parts:
+            raise RuntimeError(
+                "GradScaler: FusedCombinedOptimizer scales the steps of recap_fast.optim optimizers "
+                f"only, but holds a {type(torch_parts[0]._optimizer).__name__}; use the class of "
+                "recap_fast.optim for it, or recap_fast.reference"
+            )
+        if grad_scale is None or self._warned_of_scaled_tables or not self._others:
+            return
+        if any(part.params for part in self._others):
+            self._warned_of_scaled_tables = True
+            warnings.warn(
+                "GradScaler scales the loss, and with it the update that fused embedding tables take "
+                "in the backward pass: sgd then learns at grad_scale times its rate. Use bfloat16 "
+                "autocast without a GradScaler, or leave the tables unfused",
+                stacklevel=4,
+            )
+
+    def _step_with_hooks(
+        self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
+    ) -> None:
+        """Runs the hooks of the optimizers inside around the one call, as if each had its step."""
+        for optimizer in self._native:
+            hooks = itertools.chain(
+                _global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values()
+            )
+            for hook in list(hooks):
+                if hook(optimizer, (optimizer,), {}) is not None:
+                    raise RuntimeError(
+                        "a step pre hook of an optimizer inside FusedCombinedOptimizer must return "
+                        "None: its step has no arguments to change"
+                    )
+        self._stepper.step(grad_scale, found_inf)
+        for optimizer in self._native:
+            hooks = itertools.chain(
+                optimizer._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()
+            )
+            for hook in list(hooks):
+                hook(optimizer, (optimizer,), {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        derived = {"_native", "_stepper", "_others", "_inner_hooks"}
+        return {key: value for key, value in super().__getstate__().items() if key not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()

@@ -1,0 +1,49 @@
+"""FusedSGD."""
+
+from __future__ import annotations
+
+from torch import Tensor, optim
+from torch.optim.optimizer import ParamsT
+
+from recap_fast.optim.fused import FusedOptimizer
+
+
+class FusedSGD(FusedOptimizer, optim.SGD):
+    """`torch.optim.SGD`, stepped over all param groups in one native call.
+
+    Arguments, param groups and state (``momentum_buffer``) are those of `torch.optim.SGD`, and
+    checkpoints load in both directions. Parameters as in `FusedAdam`; gradients must be dense.
+
+    Args:
+        params: parameters, named parameters or param groups.
+        lr: learning rate, a float or a one-element tensor.
+        momentum: decay of the momentum buffer; 0 keeps none.
+        dampening: a gradient enters the buffer by ``1 - dampening``, the first one whole.
+        weight_decay: L2 penalty.
+        nesterov: look ahead by the momentum (Sutskever et al., 2013).
+        maximize: ascend instead of descend.
+        foreach, fused: None; accepted as in torch, since the step is always fused.
+        differentiable: False.
+
+    Raises:
+        ValueError: an argument is out of range, or asks for another way of stepping.
+    """
+
+    algorithm = "sgd"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        self._check_execution(foreach, fused, differentiable)
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)

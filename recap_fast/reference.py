@@ -1,0 +1,40 @@
+"""What `recap_fast.build_optimizer` means, in pure torch.
+
+The same groups, in the same order, with the same schedules, each updated by an optimizer of
+`torch.optim`, one after the other. `recap_fast.build_optimizer` follows the trajectory of this one,
+and a checkpoint of either loads into the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from recap_fast.assembly import OptimizerClasses, assemble
+from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
+from recap_fast.keyed import CombinedOptimizer
+from recap_fast.shim import RecapLRShim
+
+_CLASSES = OptimizerClasses(
+    adam=torch.optim.Adam,
+    adagrad=torch.optim.Adagrad,
+    sgd=torch.optim.SGD,
+    combined=CombinedOptimizer,
+)
+
+
+def build_optimizer(
+    model: nn.Module,
+    optimizer_config: RecapOptimizerConfig | OptimizerConfig,
+    emb_optimizer_config: EmbeddingOptimizerConfig | None = None,
+) -> tuple[CombinedOptimizer, RecapLRShim]:
+    """Makes the optimizer of a model and its learning-rate scheduler.
+
+    Arguments, results and errors are those of `recap_fast.build_optimizer`:
+
+    1. `recap_fast.grouping.group_parameters` sorts the parameters into groups;
+    2. each group gets an optimizer of the configured algorithm, dense embeddings plain SGD;
+    3. a `CombinedOptimizer` holds these and the model's fused optimizer, if it has one;
+    4. a `RecapLRShim` sets the rate of every param group, at step 0 and after each step.
+    """
+    return assemble(model, optimizer_config, emb_optimizer_config, _CLASSES)

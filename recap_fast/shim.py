@@ -1,0 +1,155 @@
+"""The learning-rate scheduler: a schedule for every param group of a combined optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler
+from torchrec.optim import keyed
+
+from recap_fast.config import LearningRate
+from recap_fast.schedules import compute_lr
+
+
+class RecapLRShim(LRScheduler):
+    """Drives the rates of a `CombinedOptimizer`; used like any other torch scheduler.
+
+    The param groups of the optimizer's `KeyedOptimizerWrapper`s are dense: they follow `lr_dict`,
+    in order. Those of every other optimizer inside are fused embeddings and follow
+    `emb_learning_rate`. If the optimizer has a method `sync_fused_learning_rates`, it is called
+    after every change of the rates.
+
+    A rate depends on its schedule and the step alone, so the step is all that a resume restores.
+
+    Args:
+        optimizer: The optimizer; each of its param groups must have a schedule.
+        lr_dict: Schedule by group name, one per dense param group, in the optimizer's order.
+        emb_learning_rate: Schedule of all fused param groups; None if there are none.
+        last_epoch: The last finished step, to resume without a saved state: the first rates are
+            those of step `last_epoch + 1`.
+
+    Raises:
+        TypeError: If the optimizer is not a `CombinedOptimizer` or a schedule not a `LearningRate`.
+        ValueError: If groups and schedules do not match, or `last_epoch` is less than -1.
+    """
+
+    def __init__(
+        self,
+        optimizer: keyed.CombinedOptimizer,
+        lr_dict: Mapping[str, LearningRate],
+        emb_learning_rate: LearningRate | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if last_epoch < -1:
+            raise ValueError(f"last_epoch must be -1 or greater, found {last_epoch}")
+        self._schedules = _schedule_per_param_group(optimizer, lr_dict, emb_learning_rate)
+        self.lr_dict = dict(lr_dict)
+        self.group_names = list(lr_dict)
+        self.emb_learning_rate = emb_learning_rate
+        # The base class would want each group's "initial_lr" with last_epoch; we need none.
+        super().__init__(optimizer)
+        if last_epoch != -1:
+            self._move_to(last_epoch + 1)
+
+    def get_lr(self) -> list[float]:
+        """Returns the rate of every param group at the current step, `last_epoch`."""
+        return [compute_lr(schedule, self.last_epoch) for schedule in self._schedules]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Sets the rates of the next step; call it after `optimizer.step()`."""
+        super().step(epoch)
+        sync = getattr(self.optimizer, "sync_fused_learning_rates", None)
+        if sync is not None:
+            sync()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the current step and what follows a schedule, as plain values."""
+        return {
+            "last_epoch": self.last_epoch,
+            "group_names": list(self.group_names),
+            "has_embedding_rate": self.emb_learning_rate is not None,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Moves to a saved step and sets its rates in the param groups at once.
+
+        The schedules stay those that this object was made with: a run may resume with new ones.
+
+        Raises:
+            ValueError: If it is not the state of a `RecapLRShim` for the same groups.
+        """
+        own = self.state_dict()
+        if state_dict.keys() != own.keys():
+            raise ValueError(
+                f"not the state of a RecapLRShim: expected the keys {', '.join(own)}; "
+                f"found {', '.join(map(str, state_dict)) or 'none'}"
+            )
+        step = state_dict["last_epoch"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"last_epoch in the state must be an int, 0 or more; found {step!r}")
+        saved_names = state_dict["group_names"]
+        if sorted(saved_names) != sorted(self.group_names):  # schedules go by name, not by place
+            raise ValueError(
+                f"the state has {len(saved_names)} dense group(s): {', '.join(saved_names)}; this "
+                f"scheduler has {len(self.group_names)}: {', '.join(self.group_names)}"
+            )
+        if state_dict["has_embedding_rate"] != own["has_embedding_rate"]:
+            raise ValueError(
+                f"has_embedding_rate is {state_dict['has_embedding_rate']} in the state, but "
+                f"{own['has_embedding_rate']} here: only one of the two has fused embeddings"
+            )
+        self._move_to(step)
+
+    def _move_to(self, step: int) -> None:
+        """Sets the rates of `step` as construction sets those of step 0."""
+        self.last_epoch = step - 1
+        self._step_count = 0  # or the base class may warn of a call before optimizer.step()
+        self.step()
+
+
+def _schedule_per_param_group(
+    optimizer: keyed.CombinedOptimizer,
+    lr_dict: Mapping[str, LearningRate],
+    emb_learning_rate: LearningRate | None,
+) -> list[LearningRate]:
+    """Returns the schedules in the order of `optimizer.param_groups`, after all checks."""
+    if not isinstance(optimizer, keyed.CombinedOptimizer):
+        raise TypeError(
+            "optimizer must be a torchrec.optim.keyed.CombinedOptimizer, "
+            f"found {type(optimizer).__name__}"
+        )
+    given = {f"lr_dict[{name!r}]": schedule for name, schedule in lr_dict.items()}
+    if emb_learning_rate is not None:
+        given["emb_learning_rate"] = emb_learning_rate
+    for name, schedule in given.items():
+        if not isinstance(schedule, LearningRate):
+            raise TypeError(f"{name} must be a LearningRate, found {schedule!r}")
+
+    parts = [part for _, part in optimizer.optimizers]
+    part_is_dense = [isinstance(part, keyed.KeyedOptimizerWrapper) for part in parts]
+    group_is_dense = [
+        is_dense
+        for part, is_dense in zip(parts, part_is_dense, strict=True)
+        for _ in part.param_groups
+    ]
+    num_dense, num_fused = group_is_dense.count(True), group_is_dense.count(False)
+    names = ", ".join(lr_dict) or "none"
+    if num_dense != len(lr_dict):
+        raise ValueError(
+            f"the optimizer has {num_dense} dense param group(s), but lr_dict has {len(lr_dict)} "
+            f"learning rate(s): {names}. Give one per dense param group, in the optimizer's order"
+        )
+    if num_fused > 0 and emb_learning_rate is None:
+        raise ValueError(
+            f"the optimizer has {num_fused} fused embedding param group(s) besides the {num_dense} "
+            f"dense: {names}. Give them an emb_learning_rate"
+        )
+    # A fused part without a param group is fine: under model parallel a rank may hold no table.
+    if emb_learning_rate is not None and all(part_is_dense):
+        raise ValueError(
+            f"emb_learning_rate is set, but all {num_dense} param group(s) are dense: {names}. "
+            "Leave it out, or add the fused optimizer of the embeddings to the optimizer"
+        )
+    dense_schedules = iter(lr_dict.values())
+    return [next(dense_schedules) if is_dense else emb_learning_rate for is_dense in group_is_dense]

@@ -1,0 +1,50 @@
+"""The state that `torch.optim` keeps for a parameter, made without taking a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _step_count() -> Tensor:
+    """A 0-dim CPU tensor in the dtype torch.optim counts steps in: that of the default dtype."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.zeros((), dtype=dtype)
+
+
+def new_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], param: Tensor
+) -> dict[str, Tensor]:
+    """Returns the state of ``param`` before its first step, under torch's names.
+
+    Args:
+        optimizer: a `torch.optim.Adam` (or AdamW), `Adagrad` or `SGD`, or a subclass.
+        group: the param group of ``param``.
+        param: a dense floating point tensor of any shape.
+
+    Returns:
+        Tensors of the shape, dtype, device and memory layout of ``param``, all zero (Adagrad's
+        ``sum``: its initial accumulator value), and for Adam and Adagrad a 0-dim ``step`` of zero.
+        Empty for SGD without momentum.
+
+    Raises:
+        TypeError: for any other class of optimizer.
+    """
+
+    def full(value: float = 0.0) -> Tensor:
+        return torch.full_like(param, value, memory_format=torch.preserve_format)
+
+    if isinstance(optimizer, torch.optim.Adam):
+        state = {"step": _step_count(), "exp_avg": full(), "exp_avg_sq": full()}
+        if group["amsgrad"]:
+            state["max_exp_avg_sq"] = full()
+        return state
+    if isinstance(optimizer, torch.optim.Adagrad):
+        return {"step": _step_count(), "sum": full(group["initial_accumulator_value"])}
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer": full()} if group["momentum"] != 0 else {}
+    raise TypeError(
+        f"cannot make state for {type(optimizer).__name__}; it must be Adam, AdamW, Adagrad or SGD"
+    )

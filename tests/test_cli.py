@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recap_fast import cli
+
+
+def test_help_names_every_option_and_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["demo", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--steps", "--batch-size", "--seed", "--threads", "--data", "--out"):
+        assert option in text
+    assert "MovieLens-100K" in text and "(default: 300)" in text
+    assert "(default: None)" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "argument --steps: '0' is not a whole number >= 1"),
+        (["--steps", "many"], "argument --steps: 'many' is not a whole number >= 1"),
+        (["--batch-size", "1"], "argument --batch-size: '1' is not a whole number >= 2"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number >= 0"),
+        (["--threads", "0.5"], "argument --threads: '0.5' is not a whole number >= 1"),
+        (["--stepz", "1"], "unrecognized arguments: --stepz 1"),
+    ],
+)
+def test_refuses_wrong_options(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["demo", *arguments])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2
+    assert "required: COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["torchrec", "fbgemm_gpu", "matplotlib", "tqdm"])
+def test_a_missing_package_is_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["demo"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"recap-fast: the demo needs {module}, which cannot be imported")
+    for command in (
+        "pip install recap-fast[demo]",
+        "pip install fbgemm-gpu-cpu",
+        "pip install --no-deps torchrec",
+    ):
+        assert command in err
+
+
+@pytest.fixture
+def synthetic_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recap_fast.demo import data
+
+    monkeypatch.setattr(data, "load", lambda directory: data.synthetic(400, seed=0))
+
+
+@pytest.mark.usefixtures("synthetic_data")
+def test_demo_prints_a_table_and_writes_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "folder"
+    arguments = ["--steps", "2", "--batch-size", "16", "--seed", "4", "--out", str(out)]
+    assert cli.main(["demo", *arguments]) == 0
+    text = capsys.readouterr().out
+    for task in ("is_liked", "is_loved", "is_disliked"):
+        assert f"AUC recap.engagement.{task}" in text
+    assert "optimizer, ms per step" in text and "largest parameter difference" in text
+    assert f"Wrote {out / 'demo.png'} and {out / 'results.json'}." in text
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text())
+    assert results["settings"] == {"steps": 2, "batch_size": 16, "seed": 4}
+    assert list(results["runs"]) == ["recap_fast", "reference"]
+    assert results["comparison"]["difference"]["relative"] < 1e-6
+
+
+@pytest.mark.usefixtures("synthetic_data")
+def test_demo_refuses_a_batch_that_is_too_large(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--batch-size", "4096", "--out", str(tmp_path)]) == 1
+    assert "--batch-size 4096 is more than" in capsys.readouterr().err
+
+
+def test_demo_refuses_an_output_folder_that_is_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("in the way")
+    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert "cannot write to the folder" in capsys.readouterr().err
+
+
+def test_demo_names_what_is_wrong_with_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("recap-fast: cannot read") and "ml-100k.user" in err
+
+
+def test_runs_as_a_module() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "recap_fast", "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: recap-fast") and "demo" in result.stdout
