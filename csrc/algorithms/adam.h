@@ -25,10 +25,10 @@ struct AdamHyper {
 // What one step needs of them: computed in double, used in the type of the update.
 template <typename T>
 struct AdamValues {
-  T grad_factor;            // 1 / grad_scale, negative to maximize
-  T l2;                     // weight decay added to the gradient
-  T decay;                  // what a decoupled weight decay leaves of the parameter
-  T average, square;        // lerp factors of exp_avg and exp_avg_sq
+  T grad_factor;      // 1 / grad_scale, negative to maximize
+  T l2;               // weight decay added to the gradient
+  T decay;            // what a decoupled weight decay leaves of the parameter
+  T average, square;  // lerp factors of exp_avg and exp_avg_sq
   T inverse_root_correction2;
   T eps;
   T minus_step_size;
@@ -51,14 +51,10 @@ inline AdamValues<double> adam_values(const AdamHyper& h, double step, double gr
 
 inline AdamValues<float> to_float(const AdamValues<double>& h) {
   return {
-      static_cast<float>(h.grad_factor),
-      static_cast<float>(h.l2),
-      static_cast<float>(h.decay),
-      static_cast<float>(h.average),
-      static_cast<float>(h.square),
-      static_cast<float>(h.inverse_root_correction2),
-      static_cast<float>(h.eps),
-      static_cast<float>(h.minus_step_size),
+      static_cast<float>(h.grad_factor), static_cast<float>(h.l2),
+      static_cast<float>(h.decay),       static_cast<float>(h.average),
+      static_cast<float>(h.square),      static_cast<float>(h.inverse_root_correction2),
+      static_cast<float>(h.eps),         static_cast<float>(h.minus_step_size),
   };
 }
 

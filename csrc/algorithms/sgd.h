@@ -36,9 +36,9 @@ inline SgdValues<double> sgd_values(const SgdHyper& h, bool first, double grad_f
 
 inline SgdValues<float> to_float(const SgdValues<double>& h) {
   return {
-      static_cast<float>(h.grad_factor),  static_cast<float>(h.l2),
-      static_cast<float>(h.momentum),     static_cast<float>(h.buffer_decay),
-      static_cast<float>(h.buffer_gain),  static_cast<float>(h.minus_lr),
+      static_cast<float>(h.grad_factor), static_cast<float>(h.l2),
+      static_cast<float>(h.momentum),    static_cast<float>(h.buffer_decay),
+      static_cast<float>(h.buffer_gain), static_cast<float>(h.minus_lr),
   };
 }
 

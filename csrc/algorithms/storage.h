@@ -1,8 +1,8 @@
-// How 16-bit parameters, gradients and states are stored: bfloat16 and IEEE half precision, converted
-// to float for the update and rounded to nearest even once, on the way back.
+// How 16-bit parameters, gradients and states are stored: bfloat16 and IEEE half precision,
+// converted to float for the update and rounded to nearest even once, on the way back.
 //
-// Integer arithmetic only, so the bits do not depend on the compiler, on the device or on a flush of
-// subnormal numbers. NaN becomes a quiet NaN.
+// Integer arithmetic only, so the bits do not depend on the compiler, on the device or on a flush
+// of subnormal numbers. NaN becomes a quiet NaN.
 #pragma once
 
 #include <cstdint>

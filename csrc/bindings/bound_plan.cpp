@@ -2,6 +2,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <map>
 #include <set>
 
 #include "../cpu/engine.h"
@@ -41,6 +43,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups, const std::vector<s
     }
     groups_.push_back({std::move(reader), params, begin, slots_.size()});
   }
+  refuse_shared_memory();
   share_step_counter();
   for (const GroupSource& source : groups) {
     if (seen_states.insert(source.state.ptr()).second) states_.emplace_back(source.state);
@@ -51,13 +54,41 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups, const std::vector<s
     plan_.slots.push_back(slot.slot());
     probes_.push_back(slot.probe());
     const at::Tensor& count = slot.step_count();
-    counters_.push_back(count.defined() ? Counter{count.mutable_data_ptr(), count.scalar_type() == at::kDouble}
-                                        : Counter{});
+    counters_.push_back(count.defined()
+                            ? Counter{count.mutable_data_ptr(), count.scalar_type() == at::kDouble}
+                            : Counter{});
     has_state_.push_back(slot.has_state());
   }
   plan_.tiles = cut_tiles(plan_.slots, cpu::kTileSize);
   step_.grads.resize(slots_.size());
   step_.values_of_slot.resize(slots_.size());
+}
+
+// Two slots over the same memory would be updated twice, or by two threads at once.
+void BoundPlan::refuse_shared_memory() const {
+  struct Extent {
+    const char *begin, *end;
+    const SlotTensors* slot;
+  };
+  const auto refuse = [](const SlotTensors& a, const SlotTensors& b) {
+    throw py::value_error("parameters " + a.name() + " and " + b.name() +
+                          " share memory; pass each parameter once, in one param group");
+  };
+  std::map<const void*, const SlotTensors*> seen;
+  std::vector<Extent> extents;
+  for (const SlotTensors& slot : slots_) {
+    const auto [first, is_new] = seen.emplace(slot.param().unsafeGetTensorImpl(), &slot);
+    if (!is_new) refuse(*first->second, slot);
+    const Slot memory = slot.slot();
+    const int64_t bytes = slot.param().numel() * dtype_size(memory.dtype);
+    const auto* begin = static_cast<const char*>(memory.param);
+    if (bytes > 0) extents.push_back({begin, begin + bytes, &slot});
+  }
+  std::sort(extents.begin(), extents.end(),
+            [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < extents.size(); ++i) {
+    if (extents[i].begin < extents[i - 1].end) refuse(*extents[i - 1].slot, *extents[i].slot);
+  }
 }
 
 // Step counts sit in one buffer, of which each state's `step` is a view: a step then touches a few

@@ -1,6 +1,6 @@
-// A plan bound to the Python objects it was built from: param groups, parameters and optimizer state.
-// One `step` checks that all of them are still what they were, reads gradients and hyperparameters,
-// and runs the engine. Everything that can fail comes before the first write.
+// A plan bound to the Python objects it was built from: param groups, parameters and optimizer
+// state. One `step` checks that all of them are still what they were, reads gradients and
+// hyperparameters, and runs the engine. Everything that can fail comes before the first write.
 #pragma once
 
 #include <memory>
@@ -60,6 +60,7 @@ class BoundPlan {
     size_t begin, end;  // its slots
   };
 
+  void refuse_shared_memory() const;
   void share_step_counter();
   bool groups_unchanged();
   bool read_slots();  // false: a slot changed since the plan was built

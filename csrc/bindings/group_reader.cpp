@@ -31,7 +31,8 @@ GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name)
   for (auto entry : group_) {
     const auto key = py::reinterpret_borrow<py::object>(entry.first);
     const auto value = py::reinterpret_borrow<py::object>(entry.second);
-    const Field field = py::isinstance<py::str>(key) ? field_of(key.cast<std::string>()) : Field::none;
+    const Field field =
+        py::isinstance<py::str>(key) ? field_of(key.cast<std::string>()) : Field::none;
     items_.push_back({key, value, field, field != Field::none && can_change_in_place(value.ptr())});
     read(items_.back());
   }
@@ -114,8 +115,9 @@ void GroupReader::read(const Item& item) {
       (is_adam ? adam.lr : is_adagrad ? adagrad.lr : sgd.lr) = number(value, key);
       break;
     case Field::weight_decay:
-      (is_adam ? adam.weight_decay : is_adagrad ? adagrad.weight_decay : sgd.weight_decay) =
-          number(value, key);
+      (is_adam      ? adam.weight_decay
+       : is_adagrad ? adagrad.weight_decay
+                    : sgd.weight_decay) = number(value, key);
       break;
     case Field::eps: (is_adam ? adam.eps : adagrad.eps) = number(value, key); break;
     case Field::betas: {
@@ -137,8 +139,9 @@ void GroupReader::read(const Item& item) {
     case Field::capturable:
     case Field::differentiable:
       if (flag(value, key)) {
-        throw py::value_error(name_ + ": " + key +
-                              "=True is not supported by the fused step; use the torch.optim class");
+        throw py::value_error(
+            name_ + ": " + key +
+            "=True is not supported by the fused step; use the torch.optim class");
       }
       break;
   }

@@ -1,9 +1,11 @@
-// What every step looks at in a slot, packed: the checks that its tensors are still those of the plan,
-// and the reading of a gradient of the usual kind. What a probe cannot decide, SlotTensors does.
+// What every step looks at in a slot, packed: the checks that its tensors are still those of the
+// plan, and the reading of a gradient of the usual kind. What a probe cannot decide, SlotTensors
+// does.
 //
-// A slot is spread over some twenty cache lines: Python objects, tensor and storage headers, autograd
-// metadata. Backward has evicted them by the time the optimizer runs, so a probe knows them all in
-// advance and `prefetch` asks for them a few slots ahead, all at once instead of one behind another.
+// A slot is spread over some twenty cache lines: Python objects, tensor and storage headers,
+// autograd metadata. Backward has evicted them by the time the optimizer runs, so a probe knows
+// them all in advance and `prefetch` asks for them a few slots ahead, all at once instead of one
+// behind another.
 #pragma once
 
 #include <torch/csrc/autograd/variable.h>
@@ -127,8 +129,7 @@ class Probe {
 
   // The first element, for writing: what at::Tensor::mutable_data_ptr reads, without its calls.
   static void* address(const c10::TensorImpl* impl) {
-    char* data =
-        static_cast<char*>(impl->unsafe_storage().unsafeGetStorageImpl()->mutable_data());
+    char* data = static_cast<char*>(impl->unsafe_storage().unsafeGetStorageImpl()->mutable_data());
     return data ? data + impl->storage_offset() * static_cast<int64_t>(impl->itemsize()) : nullptr;
   }
 

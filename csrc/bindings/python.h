@@ -1,5 +1,5 @@
-// The Python and torch headers that every binding needs, in the one order that works: pybind11 as it
-// was found by the build, before the copy that torch carries.
+// The Python and torch headers that every binding needs, in the one order that works: pybind11 as
+// it was found by the build, before the copy that torch carries.
 #pragma once
 
 #include <pybind11/pybind11.h>

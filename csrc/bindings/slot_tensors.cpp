@@ -109,8 +109,9 @@ void SlotTensors::take_state(const Hyper& hyper) {
   }
   const auto entry = [&](const char* key) -> const at::Tensor& {
     if (!state_dict_.contains(key)) {
-      throw py::key_error(text("the state of parameter ", name_, " has no '", key,
-                               "'; was the option that needs it switched on after training began?"));
+      throw py::key_error(
+          text("the state of parameter ", name_, " has no '", key,
+               "'; was the option that needs it switched on after training began?"));
     }
     const py::object value = state_dict_[key];
     if (!THPVariable_Check(value.ptr())) {
@@ -125,8 +126,8 @@ void SlotTensors::take_state(const Hyper& hyper) {
         state.sizes() != param().sizes() || state.layout() != at::kStrided) {
       throw std::runtime_error(text("the state '", key, "' of parameter ", name_, " is ",
                                     state.dtype(), " ", state.sizes(), " on ", state.device(),
-                                    ", the parameter ", param().dtype(), " ", param().sizes(), " on ",
-                                    param().device(), "; they must agree"));
+                                    ", the parameter ", param().dtype(), " ", param().sizes(),
+                                    " on ", param().device(), "; they must agree"));
     }
     if (!same_layout(state, layout)) {  // as after loading a checkpoint of a contiguous copy
       state = dense_like(layout).copy_(state);
@@ -173,9 +174,10 @@ bool SlotTensors::unchanged() const {
 
 const void* SlotTensors::gradient(const at::Tensor& grad, bool& needs_copy) {
   if (grad.layout() != at::kStrided) {
-    throw std::runtime_error(text("parameter ", name_, " has a ", grad.layout(),
-                                  " gradient; the fused step takes dense gradients: build the layer "
-                                  "with sparse=False, or step it with a torch.optim class"));
+    throw std::runtime_error(
+        text("parameter ", name_, " has a ", grad.layout(),
+             " gradient; the fused step takes dense gradients: build the layer "
+             "with sparse=False, or step it with a torch.optim class"));
   }
   if (is_wrapper_subclass(grad.unsafeGetTensorImpl())) {
     throw py::type_error(text("the gradient of parameter ", name_,

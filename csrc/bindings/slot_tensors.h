@@ -24,6 +24,7 @@ class SlotTensors {
   SlotTensors(std::string name, py::object param, py::dict state, const Hyper& hyper);
 
   const std::string& name() const { return name_; }
+  const at::Tensor& param() const { return THPVariable_Unpack(object_.ptr()); }
   bool has_state() const { return has_state_; }
   const at::Tensor& step_count() const { return step_; }  // undefined if it is not counted
 
@@ -34,13 +35,13 @@ class SlotTensors {
   Slot slot() const;
   Probe probe() const;
 
-  // Whether the strides and the state dict are as they were: what a probe leaves open for a slot that
-  // is not usual.
+  // Whether the strides and the state dict are as they were: what a probe leaves open for a slot
+  // that is not usual.
   bool unchanged() const;
 
   // The address of a gradient that is not plain, in the parameter's memory order. Raises an error
-  // naming the parameter if the gradient does not fit it. `needs_copy` is set if the address is that
-  // of a buffer which `copy_in` fills.
+  // naming the parameter if the gradient does not fit it. `needs_copy` is set if the address is
+  // that of a buffer which `copy_in` fills.
   const void* gradient(const at::Tensor& grad, bool& needs_copy);
 
   // For a parameter with gaps in memory, or a gradient laid out otherwise than its parameter: fill
@@ -49,7 +50,6 @@ class SlotTensors {
   void copy_out();
 
  private:
-  const at::Tensor& param() const { return THPVariable_Unpack(object_.ptr()); }
   void check_param() const;
   void take_state(const Hyper& hyper);
 

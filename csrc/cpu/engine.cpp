@@ -49,8 +49,8 @@ void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const 
   kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](values, arrays);
 }
 
-// Asks for the first elements of a tile that is soon to run: with many small tensors, each starts with
-// a miss in every array.
+// Asks for the first elements of a tile that is soon to run: with many small tensors, each starts
+// with a miss in every array.
 void prefetch_tile(const Plan& plan, const Step& step, const Tile& tile) {
   const Slot& slot = plan.slots[tile.slot];
   const int64_t offset = tile.begin * dtype_size(slot.dtype);
@@ -59,7 +59,8 @@ void prefetch_tile(const Plan& plan, const Step& step, const Tile& tile) {
   for (void* state : slot.state) __builtin_prefetch(advance(state, offset), 1);
 }
 
-void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, size_t begin, size_t end) {
+void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, size_t begin,
+               size_t end) {
   constexpr size_t kAhead = 4;
   for (size_t tile = begin; tile < end; ++tile) {
     if (tile + kAhead < end) prefetch_tile(plan, step, plan.tiles[tile + kAhead]);
@@ -75,8 +76,8 @@ int64_t active_bytes(const Plan& plan, const Step& step) {
   return bytes;
 }
 
-// One contiguous run of tiles for each thread, of equal bytes: neighbouring chunks dealt out in turn
-// would make the threads compete for the same pages and prefetch streams.
+// One contiguous run of tiles for each thread, of equal bytes: neighbouring chunks dealt out in
+// turn would make the threads compete for the same pages and prefetch streams.
 std::vector<size_t> split_tiles(const Plan& plan, const Step& step, int64_t bytes, int threads) {
   std::vector<size_t> bounds = {0};
   int64_t done = 0;
@@ -99,8 +100,7 @@ std::vector<size_t> split_tiles(const Plan& plan, const Step& step, int64_t byte
 void run(const Plan& plan, const Step& step, const ThreadPool& pool) {
   const Kernels& kernels = *in_use().load(std::memory_order_relaxed);
   const int64_t bytes = pool.threads > 1 ? active_bytes(plan, step) : 0;
-  const int threads =
-      static_cast<int>(std::min<int64_t>(pool.threads, bytes / kMinBytesPerThread));
+  const int threads = static_cast<int>(std::min<int64_t>(pool.threads, bytes / kMinBytesPerThread));
   if (threads <= 1) {
     run_tiles(kernels, plan, step, 0, plan.tiles.size());
     return;

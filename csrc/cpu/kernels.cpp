@@ -1,5 +1,6 @@
-// The loops over one tile. This file is compiled once per instruction set (RECAP_INSTRUCTION_SET) and
-// leaves vectorization to the compiler: the loops are flat, without aliasing and without branches.
+// The loops over one tile. This file is compiled once per instruction set (RECAP_INSTRUCTION_SET)
+// and leaves vectorization to the compiler: the loops are flat, without aliasing and without
+// branches.
 #include "kernels.h"
 
 #include "../algorithms/storage.h"

@@ -3,6 +3,9 @@
 The shape is that of the recap ranking model: parallel MaskNet blocks (Wang et al.,
 https://arxiv.org/abs/2102.07619) whose joined outputs pass one wide layer, then an MLP with batch
 normalisation per task. Every parameter of a task has `.{task}.` in its name, with `__` for `.`.
+
+The activation is SiLU, not ReLU: at a kink, rounding errors decide between two gradients, and any
+two optimizers that round differently would soon part ways, however correct both are.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Final
 
 import torch
 from torch import nn
+from torch.nn.functional import silu
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
 
 from recap_fast.config import (
@@ -47,18 +51,18 @@ class MaskBlock(nn.Module):
         super().__init__()
         self.mask = nn.Sequential(
             nn.Linear(in_features, mask_features),
-            nn.ReLU(),
+            nn.SiLU(),
             nn.Linear(mask_features, in_features),
         )
         self.hidden = nn.Linear(in_features, out_features)
         self.norm = nn.LayerNorm(out_features)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.norm(self.hidden(inputs * self.mask(inputs))))
+        return silu(self.norm(self.hidden(inputs * self.mask(inputs))))
 
 
 class MaskNet(nn.Module):
-    """Parallel mask blocks, joined by a ReLU layer: `[B, in_features]` to `[B, out_features]`."""
+    """Parallel mask blocks, joined by one wide layer: `[B, in_features]` to `[B, out_features]`."""
 
     def __init__(
         self, in_features: int, num_blocks: int, block_features: int, out_features: int
@@ -71,7 +75,7 @@ class MaskNet(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         joined = torch.cat([block(inputs) for block in self.blocks], dim=1)
-        return torch.relu(self.output(joined))
+        return silu(self.output(joined))
 
 
 def _tower(in_features: int, hidden_features: tuple[int, ...]) -> nn.Sequential:
@@ -85,7 +89,7 @@ def _tower(in_features: int, hidden_features: tuple[int, ...]) -> nn.Sequential:
         layers += [
             nn.Linear(in_features, features, bias=False),
             nn.BatchNorm1d(features, affine=False),
-            nn.ReLU(),
+            nn.SiLU(),
         ]
         in_features = features
     return nn.Sequential(*layers, nn.Linear(in_features, 1))
@@ -124,11 +128,6 @@ class MultiTaskRanker(nn.Module):
         self.towers = nn.ModuleDict(
             {task.replace(".", "__"): _tower(backbone_features, tower_features) for task in TASKS}
         )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         embedded = self.embedding_norm(self.embeddings(batch.sparse).values())

@@ -1,0 +1,45 @@
+# One obvious command each: demo, test, lint, bench, sanitize, clean.
+PYTHON   ?= python3
+VENV     ?= .venv
+TORCH    ?= torch==2.13.0
+TORCHREC ?= torchrec==1.8.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format bench sanitize clean
+
+demo: $(VENV)/built
+	$(BIN)/recap-fast demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+bench: $(VENV)/built
+	$(BIN)/python -m benchmarks.report
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) recap_fast_demo recap_fast/_C*.so recap_fast/_torch_version.py
+
+# torch first and pinned: the extension is built against it, and nothing after it may replace it.
+$(VENV)/installed: requirements/build.txt requirements/torchrec-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) -r requirements/build.txt -r requirements/torchrec-cpu.txt
+	$(PIP) --no-deps "$(TORCHREC)"
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(CSRC)
+	$(PIP) --no-build-isolation -e ".[demo,test,lint]"
+	touch $@
