@@ -88,7 +88,8 @@ def test_demo_prints_a_table_and_writes_its_files(
     results = json.loads((out / "results.json").read_text())
     assert results["settings"] == {"steps": 2, "batch_size": 16, "seed": 4}
     assert list(results["runs"]) == ["recap_fast", "reference"]
-    assert results["comparison"]["difference"]["relative"] < 1e-6
+    # A wrong learning rate would be off by 1e-4 or more.
+    assert results["comparison"]["difference"]["absolute"] < 1e-6
 
 
 @pytest.mark.usefixtures("synthetic_data")

@@ -54,6 +54,11 @@ RECAP_INLINE float load(BFloat16 value) {
 }
 
 RECAP_INLINE float load(Float16 value) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // infinity or NaN
@@ -64,6 +69,7 @@ RECAP_INLINE float load(Float16 value) {
   // Subnormal: the magnitude counts units of 2^-24, which float holds exactly.
   const float value_of_units = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
   return float_from_bits(sign | float_bits(value_of_units));
+#endif
 }
 
 RECAP_INLINE void store(float value, float& out) { out = value; }
@@ -76,6 +82,9 @@ RECAP_INLINE void store(float value, BFloat16& out) {
 }
 
 RECAP_INLINE void store(float value, Float16& out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -97,6 +106,7 @@ RECAP_INLINE void store(float value, Float16& out) {
     half = 0u;
   }
   out.bits = static_cast<uint16_t>(sign | half);
+#endif
 }
 
 }  // namespace recap

@@ -17,6 +17,12 @@ namespace recap {
 
 constexpr int kMaxProbed = kMaxStates + 1;  // the states and the step count
 
+// A tensor with one of these is not what its memory says: a subclass without memory of its own, or
+// a lazily negated or zeroed view.
+constexpr c10::DispatchKeySet kWrapperKeys{c10::DispatchKey::Python,
+                                           c10::DispatchKey::PythonTLSSnapshot};
+constexpr c10::DispatchKeySet kLazyKeys{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor};
+
 class Probe {
  public:
   // `states` are the tensors that the plan holds addresses of. The caller keeps all objects alive.
@@ -97,7 +103,7 @@ class Probe {
     const c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
     if (!contiguous_ || impl->layout() != at::kStrided || impl->dtype() != dtype_ ||
         impl->device_type() != at::kCPU || !impl->is_contiguous() || impl->numel() != size_ ||
-        impl->key_set().has_any(kWrapperKeys)) {
+        impl->key_set().has_any(kWrapperKeys | kLazyKeys)) {
       return nullptr;
     }
     const auto sizes = impl->sizes(), expected = impl_->sizes();
@@ -111,9 +117,6 @@ class Probe {
   }
 
  private:
-  static constexpr c10::DispatchKeySet kWrapperKeys{c10::DispatchKey::Python,
-                                                    c10::DispatchKey::PythonTLSSnapshot};
-
   struct State {
     const c10::TensorImpl* impl;
     c10::StorageImpl* storage;

@@ -26,9 +26,12 @@ std::optional<Dtype> dtype_of(const at::Tensor& tensor) {
   }
 }
 
-bool is_wrapper_subclass(const c10::TensorImpl* impl) {
-  return impl->key_set().has_any(
-      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot}));
+bool is_wrapper_subclass(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->key_set().has_any(kWrapperKeys);
+}
+
+bool is_lazy(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->key_set().has_any(kLazyKeys);
 }
 
 // A dense tensor of `like`'s shape: its own strides if it is dense, else those torch would choose.
@@ -64,13 +67,15 @@ SlotTensors::SlotTensors(std::string name, py::object object, py::dict state, co
   check_param();
   dtype_ = *dtype_of(param());
   strides_ = param().strides().vec();
-  if (!param().is_non_overlapping_and_dense()) dense_param_ = dense_like(param());
+  if (!param().is_non_overlapping_and_dense() || is_lazy(param())) {
+    dense_param_ = dense_like(param());
+  }
   take_state(hyper);
   state_items_ = DictSnapshot(state_dict_);
 }
 
 void SlotTensors::check_param() const {
-  if (is_wrapper_subclass(param().unsafeGetTensorImpl())) {
+  if (is_wrapper_subclass(param())) {
     throw py::type_error(text("parameter ", name_, " is a ",
                               std::string(py::str(py::type::of(object_).attr("__name__"))),
                               ", whose memory the fused step cannot reach; pass plain tensors"));
@@ -179,7 +184,7 @@ const void* SlotTensors::gradient(const at::Tensor& grad, bool& needs_copy) {
              " gradient; the fused step takes dense gradients: build the layer "
              "with sparse=False, or step it with a torch.optim class"));
   }
-  if (is_wrapper_subclass(grad.unsafeGetTensorImpl())) {
+  if (is_wrapper_subclass(grad)) {
     throw py::type_error(text("the gradient of parameter ", name_,
                               " is a tensor subclass whose memory the fused step cannot reach"));
   }
@@ -190,7 +195,11 @@ const void* SlotTensors::gradient(const at::Tensor& grad, bool& needs_copy) {
                                   param().dtype(), " ", param().sizes(), " on ", param().device(),
                                   "; they must agree"));
   }
-  if (!dense_param_.defined() && same_layout(grad, param())) return grad.const_data_ptr();
+  static const char empty = 0;
+  if (grad.numel() == 0) return &empty;  // no memory, but a gradient all the same
+  if (!dense_param_.defined() && !is_lazy(grad) && same_layout(grad, param())) {
+    return grad.const_data_ptr();
+  }
   if (!dense_grad_.defined()) {
     dense_grad_ = dense_like(dense_param_.defined() ? dense_param_ : param());
   }

@@ -24,7 +24,6 @@ TASKS: Final[Mapping[str, Callable[[np.ndarray], np.ndarray]]] = {
 DENSE_FEATURES: Final = (
     "user_age",
     "release_year",
-    "release_year_known",
     "hour_sin",
     "hour_cos",
     "weekday_sin",
@@ -204,15 +203,13 @@ def _dense_features(
 ) -> np.ndarray:
     """`DENSE_FEATURES` before normalisation, float64 `[ratings, features]`."""
     year = ratings.year[item]
-    year_known = ~np.isnan(year)
     hour = timestamp / 3600 % 24 * (2 * np.pi / 24)
     weekday = timestamp // 86_400 % 7 * (2 * np.pi / 7)
     user_count, user_sum = _past(user, timestamp, rating)
     item_count, item_sum = _past(item, timestamp, rating)
     columns = {
         "user_age": ratings.age[user],
-        "release_year": np.where(year_known, year, np.nanmean(ratings.year)),
-        "release_year_known": year_known,
+        "release_year": np.where(np.isnan(year), np.nanmean(ratings.year), year),
         "hour_sin": np.sin(hour),
         "hour_cos": np.cos(hour),
         "weekday_sin": np.sin(weekday),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,11 @@ class Stepper:
     def __init__(
         self, optimizers: Sequence[FusedOptimizer], names: Mapping[Tensor, str] | None = None
     ) -> None:
-        self._optimizers = tuple(optimizers)
+        # Weak: an optimizer owns its stepper, and a cycle would keep its state until a collection.
+        self._optimizers = tuple(weakref.ref(optimizer) for optimizer in optimizers)
         self._names = names or {}
         self._plan: Any = None
-        self._sources: list[tuple[FusedOptimizer, Any, Any, int]] = []
+        self._sources: list[tuple[weakref.ref[FusedOptimizer], Any, Any, int]] = []
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Updates every parameter that has a gradient.
@@ -62,7 +64,8 @@ class Stepper:
         """Whether an optimizer has another `state` or `param_groups` than the plan was built from."""
         if self._plan is None:
             return True
-        for optimizer, state, groups, count in self._sources:
+        for reference, state, groups, count in self._sources:
+            optimizer = reference()
             if (
                 optimizer.state is not state
                 or optimizer.param_groups is not groups
@@ -71,10 +74,13 @@ class Stepper:
                 return True
         return False
 
+    def _alive(self) -> list[FusedOptimizer]:
+        return [optimizer for reference in self._optimizers if (optimizer := reference())]
+
     def _slots(self) -> list[tuple[FusedOptimizer, dict[str, Any], Tensor]]:
         return [
             (optimizer, group, param)
-            for optimizer in self._optimizers
+            for optimizer in self._alive()
             for group in optimizer.param_groups
             for param in group["params"]
         ]
@@ -82,7 +88,7 @@ class Stepper:
     def _build(self, first: Sequence[int] = ()) -> None:
         self._plan = None
         sources = []
-        for number, optimizer in enumerate(self._optimizers):
+        for number, optimizer in enumerate(self._alive()):
             where = f" of optimizer {number}" if len(self._optimizers) > 1 else ""
             for index, group in enumerate(optimizer.param_groups):
                 name = f"param group {index}{where}"
@@ -96,7 +102,7 @@ class Stepper:
                 )
         self._plan = native.BoundPlan(sources, list(first))
         self._sources = [
-            (o, o.state, o.param_groups, len(o.param_groups)) for o in self._optimizers
+            (weakref.ref(o), o.state, o.param_groups, len(o.param_groups)) for o in self._alive()
         ]
 
     def _step_with_new_state(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

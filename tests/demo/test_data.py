@@ -85,7 +85,7 @@ def test_dense_features_are_what_their_names_say() -> None:
         assert column["weekday_cos"][row] == pytest.approx(np.cos(weekday))
     assert column["user_age"].tolist() == ratings.age[user].tolist()
     unknown = item == 1
-    assert column["release_year_known"].tolist() == (~unknown).tolist()
+    assert column["release_year"][~unknown].tolist() == ratings.year[item[~unknown]].tolist()
     assert column["release_year"][unknown] == pytest.approx((1990 + 1950 + 1970) / 3)
     assert column["item_past_ratings"][0] == 0 and column["item_past_mean"][0] == 3.5
 

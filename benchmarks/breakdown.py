@@ -1,0 +1,107 @@
+"""Where the time of one small step goes: `python -m benchmarks.breakdown`.
+
+The parts cannot be timed apart from outside, so the same call is timed on workloads that lack one
+part after another, and the differences are reported:
+
+* `optimizer.step()` against the native call alone: the Python around it;
+* tensors that have a gradient but no elements: everything but the loops over elements;
+* the same without gradients: the checks that nothing has changed since the plan was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+
+from benchmarks import peers, workloads
+from benchmarks.workloads import Workload
+
+_WORKLOADS: Final = ("B", "D", "E", "F", "DEMO")
+_ROUNDS: Final = 400
+
+
+def _without_elements(peer: peers.Peer) -> None:
+    """Cuts parameters and gradients to no elements, before the first step makes the states."""
+    for param in peer.params:
+        assert param.grad is not None
+        grad = param.grad
+        param.grad = None
+        # Views: the memory stays, as the address of a tensor without memory would be a special case.
+        param.data = param.data.flatten()[:0]
+        param.grad = grad.flatten()[:0]
+
+
+def _build(workload: Workload) -> peers.Peer:
+    return peers.build("recap_fast", peers.initial_values(workload), "adam")
+
+
+def _native_call(peer: peers.Peer) -> Callable[[], Any]:
+    """The one call into C++ that a step of `peer` makes."""
+    peer.step()
+    peer.step()
+    optimizer = peer.step.__self__  # type: ignore[attr-defined]
+    plan = optimizer._stepper._plan
+    return lambda: plan.step(None, None)
+
+
+def _medians(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median microseconds of each call, warm and timed in turn; less what timing nothing takes."""
+    times: dict[str, list[int]] = {name: [] for name in ("nothing", *calls)}
+    every = {"nothing": lambda: None, **calls}
+    for _ in range(_ROUNDS):
+        for name, call in every.items():
+            call()
+            begin = time.perf_counter_ns()
+            call()
+            times[name].append(time.perf_counter_ns() - begin)
+    medians = {name: statistics.median(of_call) / 1e3 for name, of_call in times.items()}
+    return {name: medians[name] - medians["nothing"] for name in calls}
+
+
+def parts(workload: Workload) -> dict[str, float]:
+    """Microseconds of a warm step of `recap_fast` with Adam, in all and by part."""
+    whole, empty, still = _build(workload), _build(workload), _build(workload)
+    _without_elements(empty)
+    native = {
+        name: _native_call(p) for name, p in (("whole", whole), ("empty", empty), ("still", still))
+    }
+    for param in still.params:
+        param.grad = None
+    times = _medians({"step": whole.step, **native})
+    return {
+        "optimizer.step()": times["step"],
+        "Python around the native call": times["step"] - times["whole"],
+        "checks that the plan holds": times["still"],
+        "gradients and values of the step": times["empty"] - times["still"],
+        "loops over elements": times["whole"] - times["empty"],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.breakdown",
+        description="Where the time of one warm Adam step goes, by differences of medians.",
+    )
+    parser.add_argument("workload", nargs="?", default="E", choices=_WORKLOADS)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    workload = workloads.by_name(arguments.workload)
+    print(
+        f"{workload.name}: {len(workload.groups)} groups, {workload.tensors} tensors, "
+        f"{workload.elements} elements; {arguments.threads} thread(s)"
+    )
+    for name, microseconds in parts(workload).items():
+        each = microseconds * 1e3 / workload.tensors
+        print(f"{name:36s}{microseconds:10.1f} µs {each:8.1f} ns per tensor")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What a reader needs to know of the machine that figures come from. No host names."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recap_fast import build_info
+
+
+def _processor() -> str:
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        cpuinfo = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return model.group(1).strip() if model else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _caches() -> dict[str, str]:
+    """Sizes of the caches of the first core, such as `{"L2": "512K"}`."""
+    sizes = {}
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind = (cache / "type").read_text().strip()
+        if kind != "Instruction":
+            level = (cache / "level").read_text().strip()
+            sizes[f"L{level}"] = (cache / "size").read_text().strip()
+    return sizes
+
+
+def _huge_pages() -> str:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = re.search(r"\[(\w+)\]", path.read_text()) if path.exists() else None
+    return chosen.group(1) if chosen else "unknown"
+
+
+def describe() -> dict[str, Any]:
+    """Facts that can be committed; `busy` is the load average before the run, per core."""
+    info = build_info()
+    return {
+        "processor": _processor(),
+        "cores": _cores(),
+        "caches": _caches(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "transparent_huge_pages": _huge_pages(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": info["instruction_set"],
+        "busy": round(os.getloadavg()[0] / _cores(), 2),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def name(facts: dict[str, Any]) -> str:
+    """A file name for results: `amd-epyc-2core-avx512`."""
+    processor = re.sub(r"\(.*?\)|CPU|@.*|\d+-Core|Processor", " ", facts["processor"])
+    words = re.findall(r"[a-z0-9]+", processor.lower())
+    return "-".join([*words, f"{facts['cores']}core", facts["instruction_set"]])

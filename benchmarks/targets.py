@@ -1,0 +1,125 @@
+"""The figures that the package must reach on a CPU, and what a run says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from benchmarks.interleave import Cache, Quartiles, Timings
+from benchmarks.plan import IN_ONE_GROUP, Measurement
+
+_OURS: Final = "recap_fast"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table.
+
+    Attributes:
+        text: what the figure is.
+        workload, algorithm, cache: the measurement it is taken from.
+        figure: takes it from the timings.
+        limits: what it must reach, by number of threads.
+        sense: whether a limit is the least or the most.
+        unit: written after the figure.
+    """
+
+    text: str
+    workload: str
+    algorithm: str
+    cache: Cache
+    figure: Callable[[Timings], Quartiles]
+    limits: Mapping[int, float]
+    sense: Literal["at most", "at least"]
+    unit: str = ""
+
+    def measured(self, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
+        """The figure, or None if it was not measured, or a peer that it needs did not run."""
+        key = (self.workload, self.algorithm, self.cache, threads)
+        for m in measurements:
+            if (m.workload, m.algorithm, m.cache, m.threads) == key:
+                try:
+                    return self.figure(m.timings)
+                except KeyError:
+                    return None
+        return None
+
+    def met(self, figure: Quartiles, threads: int) -> bool:
+        limit = self.limits[threads]
+        return figure.median <= limit if self.sense == "at most" else figure.median >= limit
+
+
+_NAMES: Final = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
+
+
+def _time_over(
+    other: str, workload: str, most: Mapping[int, float], algorithm: str = "adam"
+) -> Target:
+    return Target(
+        text=f"{workload}, {_NAMES[algorithm]}: time over {other}",
+        workload=workload,
+        algorithm=algorithm,
+        cache="cold",
+        figure=lambda timings: timings.ratio(_OURS, other),
+        limits=most,
+        sense="at most",
+    )
+
+
+def _speed_up(other: str, workload: str, least: float, cache: Cache = "cold") -> Target:
+    return Target(
+        text=f"{workload}, {cache}: speed-up over {other}",
+        workload=workload,
+        algorithm="adam",
+        cache=cache,
+        figure=lambda timings: timings.ratio(other, _OURS),
+        limits={1: least, 2: least},
+        sense="at least",
+        unit="x",
+    )
+
+
+def _host_time(workload: str, most: float, cache: Cache) -> Target:
+    return Target(
+        text=f"{workload}, {cache}: host time of a step",
+        workload=workload,
+        algorithm="adam",
+        cache=cache,
+        figure=lambda timings: timings.time(_OURS),
+        limits={1: most, 2: most},
+        sense="at most",
+        unit=" µs",
+    )
+
+
+def _groups(most: float, cache: Cache) -> Target:
+    return Target(
+        text=f"F, {cache}: time with 100 groups over time with 1 group",
+        workload="F",
+        algorithm="adam",
+        cache=cache,
+        figure=lambda timings: timings.ratio(_OURS, _OURS + IN_ONE_GROUP),
+        limits={1: most, 2: most},
+        sense="at most",
+    )
+
+
+TARGETS: Final = (
+    _time_over("torch fused", "A", {1: 0.97, 2: 0.90}),
+    _time_over("torch fused", "A", {1: 0.97, 2: 0.90}, "adagrad"),
+    _speed_up("reference", "A", 7),
+    *(_time_over("torch fused", "C", {1: 1.03, 2: 1.03}, algorithm) for algorithm in _NAMES),
+    _speed_up("torch fused", "B", 6),
+    _speed_up("torch fused", "B", 8, "warm"),
+    _speed_up("torch fused", "D", 8),
+    _speed_up("torch fused", "D", 15, "warm"),
+    _speed_up("DeepSpeed", "D", 4),
+    _speed_up("DeepSpeed", "D", 6, "warm"),
+    _host_time("E", 30, "warm"),
+    _host_time("E", 30, "cold"),
+    _host_time("F", 50, "warm"),
+    _host_time("F", 50, "cold"),
+    _groups(1.3, "warm"),
+    _groups(1.3, "cold"),
+)

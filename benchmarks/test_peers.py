@@ -1,0 +1,91 @@
+"""Whether the peers do what they are timed for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import peers, workloads
+from benchmarks.workloads import Workload
+
+_SMALL = Workload("small", "", (((3, 5), (7,)), ((1,),), ((40_000,), (2, 2, 2))))
+
+_STEPPING = [name for name in peers.PEERS if name not in ("torch for-loop", "ceiling")]
+
+
+def _build(name: str, algorithm: str) -> peers.Peer:
+    try:
+        return peers.build(name, peers.initial_values(_SMALL), algorithm)
+    except peers.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("algorithm", peers.ALGORITHMS)
+@pytest.mark.parametrize("name", _STEPPING)
+def test_every_peer_takes_the_step_of_the_for_loop(name: str, algorithm: str) -> None:
+    peer, oracle = _build(name, algorithm), _build("torch for-loop", algorithm)
+    steps = 1 if name == "DeepSpeed" else 3  # its Adagrad overwrites gradients
+    for _ in range(steps):
+        for stepped in (peer, oracle):
+            stepped.renew_gradients()
+            stepped.set_learning_rates()
+            stepped.step()
+    for param, expected in zip(peer.params, oracle.params, strict=True):
+        torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "ceiling"])
+def test_the_groups_have_different_learning_rates(name: str) -> None:
+    rates = [group["lr"] for group in _build(name, "adam").param_groups]
+    assert len(set(rates)) == len(_SMALL.groups)
+
+
+@pytest.mark.parametrize("states", [0, 1, 2])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_ceiling_reads_and_writes_every_element(states: int, threads: int) -> None:
+    ceiling = pytest.importorskip("benchmarks.ceiling")
+    # Of a size that rate * gradient changes even a one.
+    grads = [torch.full((size,), 1e6) for size in (1, 70_001, 40_000)]
+    params = [torch.ones_like(grad) for grad in grads]
+    of_states = [[torch.ones_like(grad) for grad in grads] for _ in range(states)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ceiling.make_step(params, grads, of_states)()
+    except ceiling.CannotCompile as reason:
+        pytest.skip(str(reason))
+    finally:
+        torch.set_num_threads(before)
+    for tensors in (params, *of_states):
+        for tensor in tensors:
+            torch.testing.assert_close(tensor, torch.full_like(tensor, 1.001))
+    assert all(bool((grad == 1e6).all()) for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("workload", "groups", "tensors", "elements"),
+    [
+        (workloads.A, 12, 128, 36_008_619),
+        (workloads.B, 12, 480, None),
+        (workloads.C, 1, 1, 50_000_000),
+        (workloads.D, 100, 400, 409_600),
+        (workloads.E, 12, 480, 480),
+        (workloads.F, 100, 400, 400),
+        (workloads.RECAP, 11, 104, None),
+    ],
+    ids=lambda value: value.name if isinstance(value, Workload) else None,
+)
+def test_the_workloads_have_their_sizes(
+    workload: Workload, groups: int, tensors: int, elements: int | None
+) -> None:
+    assert len(workload.groups) == groups
+    assert workload.tensors == tensors
+    assert elements is None or workload.elements == elements
+
+
+def test_bytes_per_step() -> None:
+    assert [peers.bytes_per_step(workloads.C, a) // 50_000_000 for a in peers.ALGORITHMS] == [
+        28,
+        20,
+        12,
+    ]

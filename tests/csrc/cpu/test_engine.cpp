@@ -1,0 +1,192 @@
+// The CPU engine against the scalar one: the same bits for every update, type, instruction set,
+// size and alignment, and nothing else touched.
+#include "cpu/engine.h"
+
+#include <sys/mman.h>
+
+#include "check.h"
+#include "compare.h"
+#include "problem.h"
+#include "scalar_engine.h"
+
+namespace {
+
+using recap::cpu::ThreadPool;
+
+constexpr int64_t kTile = recap::cpu::kTileSize;
+
+void must_not_run(int, void (*)(int, void*), void*) {
+  check::fail(__FILE__, __LINE__, "the pool was used");
+}
+constexpr ThreadPool kOneThread{1, must_not_run};
+
+std::vector<SlotShape> every_update_and_dtype(int64_t size, int shift) {
+  std::vector<SlotShape> shapes;
+  for (int update = 0; update < recap::kUpdates; ++update) {
+    for (int dtype = 0; dtype < recap::kDtypes; ++dtype) {
+      shapes.push_back({static_cast<Update>(update), static_cast<Dtype>(dtype), size, true, shift});
+    }
+  }
+  return shapes;
+}
+
+void check_against_scalar(int64_t size, Numbers numbers, bool slow) {
+  for (int shift = 0; shift < 4; ++shift) {
+    const std::vector<SlotShape> shapes = every_update_and_dtype(size, shift);
+    Problem expected(shapes, numbers, slow);
+    scalar::run(expected.plan, expected.step);
+    for (const std::string& set : recap::cpu::instruction_sets()) {
+      CHECK(recap::cpu::use_instruction_set(set));
+      Problem found(shapes, numbers, slow);
+      recap::cpu::run(found.plan, found.step, kOneThread);
+      check_same(found, expected, "instruction set ", set, ", shift ", shift);
+    }
+  }
+  recap::cpu::use_instruction_set("");
+}
+
+TEST(every_small_size_has_the_bits_of_the_scalar_engine) {
+  for (int64_t size = 0; size <= 33; ++size)
+    check_against_scalar(size, Numbers::ordinary, size % 2);
+}
+
+TEST(sizes_around_the_block_have_the_bits_of_the_scalar_engine) {
+  for (const int64_t size : {511, 512, 513, 1031})
+    check_against_scalar(size, Numbers::ordinary, true);
+}
+
+TEST(sizes_around_the_tile_have_the_bits_of_the_scalar_engine) {
+  for (const int64_t size : {kTile - 1, kTile + 1})
+    check_against_scalar(size, Numbers::ordinary, false);
+}
+
+TEST(any_bit_pattern_has_the_bits_of_the_scalar_engine) {
+  check_against_scalar(4099, Numbers::any, true);
+  check_against_scalar(4099, Numbers::any, false);
+}
+
+TEST(slots_without_a_gradient_are_untouched) {
+  std::vector<SlotShape> shapes = mixed_shapes();
+  Problem found(shapes, Numbers::ordinary);
+  recap::cpu::run(found.plan, found.step, kOneThread);
+  Problem before(shapes, Numbers::ordinary);
+  size_t skipped = 0;
+  for (size_t slot = 0; slot < shapes.size(); ++slot) {
+    if (shapes[slot].has_grad) continue;
+    ++skipped;
+    for (int index = 0; index < kArrays; ++index) {
+      if (!found.array(slot, index)) continue;
+      CHECK(memcmp(found.array(slot, index)->data(), before.array(slot, index)->data(),
+                   before.array(slot, index)->size()) == 0,
+            "slot ", slot, " array ", index);
+    }
+  }
+  CHECK(skipped >= 5);
+}
+
+TEST(gradients_are_only_read) {
+  const std::vector<SlotShape> shapes = mixed_shapes();
+  Problem found(shapes, Numbers::any), before(shapes, Numbers::any);
+  recap::cpu::run(found.plan, found.step, kOneThread);
+  for (size_t slot = 0; slot < shapes.size(); ++slot) {
+    CHECK(memcmp(found.array(slot, 1)->data(), before.array(slot, 1)->data(),
+                 before.array(slot, 1)->size()) == 0,
+          "slot ", slot);
+  }
+}
+
+TEST(a_small_plan_does_not_wake_the_pool) {
+  Problem problem(every_update_and_dtype(100, 0), Numbers::ordinary);
+  recap::cpu::run(problem.plan, problem.step, {8, must_not_run});
+}
+
+TEST(plans_with_nothing_to_do_do_nothing) {
+  recap::cpu::run({}, {}, {8, must_not_run});
+  Problem empty(every_update_and_dtype(0, 0), Numbers::ordinary);
+  recap::cpu::run(empty.plan, empty.step, {8, must_not_run});
+  CHECK(empty.guards_intact());
+  std::vector<SlotShape> shapes = mixed_shapes();
+  for (SlotShape& shape : shapes) shape.has_grad = false;
+  Problem idle(shapes, Numbers::ordinary), before(shapes, Numbers::ordinary);
+  recap::cpu::run(idle.plan, idle.step, {8, must_not_run});
+  check_same(idle, before);
+}
+
+TEST(slots_may_share_values) {
+  const std::vector<SlotShape> shapes(6, {Update::adam, Dtype::float32, 1000});
+  Problem expected(shapes, Numbers::ordinary), found(shapes, Numbers::ordinary);
+  scalar::run(expected.plan, expected.step);
+  found.step.values.resize(1);
+  found.step.values_of_slot.assign(shapes.size(), 0);
+  recap::cpu::run(found.plan, found.step, kOneThread);
+  check_same(found, expected);
+}
+
+// Address space that takes memory only where it is written.
+class Sparse {
+ public:
+  explicit Sparse(size_t size) : size_(size) {
+    data_ = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                 -1, 0);
+    if (data_ == MAP_FAILED) throw check::Skip{"no address space for a tensor this large"};
+  }
+  Sparse(const Sparse&) = delete;
+  ~Sparse() { munmap(data_, size_); }
+
+  recap::BFloat16* data() const { return static_cast<recap::BFloat16*>(data_); }
+
+ private:
+  size_t size_;
+  void* data_;
+};
+
+TEST(tiles_beyond_32_bits_are_where_they_should_be) {
+  constexpr uint16_t kOne = 0x3f80, kTwo = 0x4000, kMinusOne = 0xbf80;
+  constexpr int64_t kFar = (int64_t{1} << 32) + 12345;  // elements: twice as many bytes
+  constexpr int64_t kSize = kFar + kTile + 1;
+  const Sparse param(kSize * sizeof(recap::BFloat16)), grad(kSize * sizeof(recap::BFloat16));
+  recap::Hyper hyper;
+  hyper.algorithm = recap::Algorithm::sgd;
+  hyper.sgd = {1, 0, 0, 0, false};
+  recap::Plan plan;
+  plan.slots.resize(1);
+  plan.slots[0].param = param.data();
+  plan.slots[0].size = kSize;
+  plan.slots[0].dtype = Dtype::bfloat16;
+  plan.tiles = {{0, kFar, kTile}};
+  recap::Step step;
+  step.grads = {grad.data()};
+  step.values_of_slot = {0};
+  step.values = {recap::make_values(hyper, 1, false, 1)};
+
+  // Where the offset would lie in 32 bits of elements or bytes, and around the tile itself.
+  const int64_t wrapped = kFar & 0xffffffff, wrapped_bytes = (kFar * 2 & 0xffffffff) / 2;
+  for (const int64_t i : {wrapped, wrapped_bytes, kFar - 1, kFar, kFar + kTile - 1, kFar + kTile}) {
+    param.data()[i].bits = kOne;
+    grad.data()[i].bits = kTwo;
+  }
+  recap::cpu::run(plan, step, kOneThread);
+  for (const int64_t i : {kFar, kFar + kTile - 1})
+    CHECK_EQ(param.data()[i].bits, kMinusOne, "at ", i);
+  for (const int64_t i : {wrapped, wrapped_bytes, kFar - 1, kFar + kTile}) {
+    CHECK_EQ(param.data()[i].bits, kOne, "at ", i);
+  }
+}
+
+TEST(instruction_sets_are_chosen_by_name) {
+  const std::vector<std::string> sets = recap::cpu::instruction_sets();
+  CHECK_EQ(sets.front(), "baseline");
+  CHECK(recap::cpu::use_instruction_set(""));
+  CHECK_EQ(recap::cpu::instruction_set_in_use(), sets.back());
+  for (const std::string& set : sets) {
+    CHECK(recap::cpu::use_instruction_set(set));
+    CHECK_EQ(recap::cpu::instruction_set_in_use(), set);
+  }
+  CHECK(recap::cpu::use_instruction_set("baseline"));
+  CHECK(!recap::cpu::use_instruction_set("avx1024"));
+  CHECK_EQ(recap::cpu::instruction_set_in_use(), "baseline");
+  CHECK(recap::cpu::use_instruction_set(""));
+  CHECK_EQ(recap::cpu::instruction_set_in_use(), sets.back());
+}
+
+}  // namespace

@@ -1,0 +1,165 @@
+// What make_values chooses and computes for each algorithm.
+#include "plan/step.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+
+namespace {
+
+using recap::Algorithm;
+using recap::Hyper;
+using recap::Update;
+using recap::Values;
+
+Hyper adam(double weight_decay, bool amsgrad, bool decoupled) {
+  Hyper hyper;
+  hyper.algorithm = Algorithm::adam;
+  hyper.adam = {0.1, 0.9, 0.99, 1e-8, weight_decay, amsgrad, decoupled};
+  return hyper;
+}
+
+Hyper adagrad(double weight_decay) {
+  Hyper hyper;
+  hyper.algorithm = Algorithm::adagrad;
+  hyper.adagrad = {0.1, 0.5, 1e-10, weight_decay};
+  return hyper;
+}
+
+Hyper sgd(double momentum, double weight_decay, bool nesterov) {
+  Hyper hyper;
+  hyper.algorithm = Algorithm::sgd;
+  hyper.sgd = {0.1, momentum, 0.25, weight_decay, nesterov};
+  return hyper;
+}
+
+void check_update(const Hyper& hyper, Update expected, const char* name) {
+  const Update found = recap::make_values(hyper, 1, false, 1).update;
+  CHECK_EQ(static_cast<int>(found), static_cast<int>(expected), "for ", name);
+}
+
+#define CHECK_UPDATE(hyper, name) check_update(hyper, Update::name, #name)
+
+TEST(the_update_follows_from_the_hyperparameters) {
+  CHECK_UPDATE(adam(0, false, false), adam);
+  CHECK_UPDATE(adam(0.1, false, false), adam_l2);
+  CHECK_UPDATE(adam(0, true, false), adam_amsgrad);
+  CHECK_UPDATE(adam(0.1, true, false), adam_amsgrad_l2);
+  CHECK_UPDATE(adagrad(0), adagrad);
+  CHECK_UPDATE(adagrad(0.1), adagrad_l2);
+  CHECK_UPDATE(sgd(0, 0, false), sgd);
+  CHECK_UPDATE(sgd(0, 0.1, false), sgd_l2);
+  CHECK_UPDATE(sgd(0.9, 0, false), sgd_momentum);
+  CHECK_UPDATE(sgd(0.9, 0.1, false), sgd_momentum_l2);
+  CHECK_UPDATE(sgd(0.9, 0, true), sgd_nesterov);
+  CHECK_UPDATE(sgd(0.9, 0.1, true), sgd_nesterov_l2);
+}
+
+TEST(decoupled_weight_decay_is_no_l2_term) {
+  CHECK_UPDATE(adam(0.1, false, true), adam);
+  CHECK_UPDATE(adam(0.1, true, true), adam_amsgrad);
+  const Values values = recap::make_values(adam(0.1, false, true), 1, false, 1);
+  CHECK_EQ(values.float64.adam.l2, 0.0);
+  CHECK_EQ(values.float64.adam.decay, 1 - 0.1 * 0.1);
+}
+
+TEST(updates_with_a_momentum_or_a_maximum_have_their_states) {
+  CHECK_EQ(recap::UpdateType<Update::adam>::type::kStates, 2);
+  CHECK_EQ(recap::UpdateType<Update::adam_l2>::type::kStates, 2);
+  CHECK_EQ(recap::UpdateType<Update::adam_amsgrad>::type::kStates, 3);
+  CHECK_EQ(recap::UpdateType<Update::adam_amsgrad_l2>::type::kStates, 3);
+  CHECK_EQ(recap::UpdateType<Update::adagrad>::type::kStates, 1);
+  CHECK_EQ(recap::UpdateType<Update::adagrad_l2>::type::kStates, 1);
+  CHECK_EQ(recap::UpdateType<Update::sgd>::type::kStates, 0);
+  CHECK_EQ(recap::UpdateType<Update::sgd_l2>::type::kStates, 0);
+  CHECK_EQ(recap::UpdateType<Update::sgd_momentum>::type::kStates, 1);
+  CHECK_EQ(recap::UpdateType<Update::sgd_momentum_l2>::type::kStates, 1);
+  CHECK_EQ(recap::UpdateType<Update::sgd_nesterov>::type::kStates, 1);
+  CHECK_EQ(recap::UpdateType<Update::sgd_nesterov_l2>::type::kStates, 1);
+}
+
+// The factor of every algorithm for these hyperparameters.
+std::vector<double> grad_factors(bool maximize, double grad_scale) {
+  std::vector<double> factors;
+  for (Hyper hyper : {adam(0, false, false), adagrad(0), sgd(0, 0, false)}) {
+    hyper.maximize = maximize;
+    const Values values = recap::make_values(hyper, 1, false, grad_scale);
+    switch (hyper.algorithm) {
+      case Algorithm::adam: factors.push_back(values.float64.adam.grad_factor); break;
+      case Algorithm::adagrad: factors.push_back(values.float64.adagrad.grad_factor); break;
+      case Algorithm::sgd: factors.push_back(values.float64.sgd.grad_factor); break;
+    }
+  }
+  return factors;
+}
+
+TEST(gradients_are_divided_by_their_scale) {
+  for (const double factor : grad_factors(false, 1)) CHECK_EQ(factor, 1.0);
+  for (const double factor : grad_factors(true, 1)) CHECK_EQ(factor, -1.0);
+  for (const double factor : grad_factors(false, 65536)) CHECK_EQ(factor, 0x1p-16);
+  for (const double factor : grad_factors(true, 65536)) CHECK_EQ(factor, -0x1p-16);
+  // The reciprocal of a scale that is no power of two is that of float, as in GradScaler.
+  for (const double factor : grad_factors(false, 3))
+    CHECK_EQ(factor, static_cast<double>(1.0f / 3));
+}
+
+TEST(adam_values_depend_on_the_step) {
+  const Values values = recap::make_values(adam(0.1, false, false), 2, false, 1);
+  CHECK_EQ(values.float64.adam.l2, 0.1);
+  CHECK_EQ(values.float64.adam.decay, 1.0);
+  CHECK_EQ(values.float64.adam.eps, 1e-8);
+  CHECK(std::fabs(values.float64.adam.minus_step_size + 0.1 / 0.19) < 1e-15);
+  CHECK(std::fabs(values.float64.adam.inverse_root_correction2 - 1 / std::sqrt(0.0199)) < 1e-14);
+}
+
+TEST(adagrad_values_depend_on_the_step) {
+  const Values values = recap::make_values(adagrad(0.1), 5, false, 1);
+  CHECK_EQ(values.float64.adagrad.l2, 0.1);
+  CHECK_EQ(values.float64.adagrad.eps, 1e-10);
+  CHECK_EQ(values.float64.adagrad.minus_step_size, -0.1 / 3);
+}
+
+TEST(sgd_values_depend_on_whether_the_buffer_is_new) {
+  const Values first = recap::make_values(sgd(0.9, 0.1, true), 7, true, 1);
+  CHECK_EQ(first.float64.sgd.buffer_decay, 0.0);
+  CHECK_EQ(first.float64.sgd.buffer_gain, 1.0);
+  const Values later = recap::make_values(sgd(0.9, 0.1, true), 7, false, 1);
+  CHECK_EQ(later.float64.sgd.buffer_decay, 0.9);
+  CHECK_EQ(later.float64.sgd.buffer_gain, 0.75);
+  for (const Values& values : {first, later}) {
+    CHECK_EQ(values.float64.sgd.momentum, 0.9);
+    CHECK_EQ(values.float64.sgd.l2, 0.1);
+    CHECK_EQ(values.float64.sgd.minus_lr, -0.1);
+  }
+}
+
+// Every member, in the order of the struct.
+template <typename T, typename Struct>
+std::vector<T> members(const Struct& values) {
+  std::vector<T> all(sizeof(Struct) / sizeof(T));
+  memcpy(all.data(), &values, sizeof(Struct));
+  return all;
+}
+
+template <template <typename> class Type>
+void check_rounding(const Type<float>& float32, const Type<double>& float64) {
+  const std::vector<float> found = members<float>(float32);
+  const std::vector<double> exact = members<double>(float64);
+  CHECK_EQ(found.size(), exact.size());
+  for (size_t i = 0; i < found.size(); ++i) {
+    CHECK_EQ(found[i], static_cast<float>(exact[i]), "member ", i);
+  }
+}
+
+TEST(float_values_are_the_double_ones_rounded) {
+  const Values a = recap::make_values(adam(0.1, true, false), 3, false, 7);
+  check_rounding<recap::AdamValues>(a.in<float>().adam, a.in<double>().adam);
+  const Values b = recap::make_values(adagrad(0.1), 3, false, 7);
+  check_rounding<recap::AdagradValues>(b.in<float>().adagrad, b.in<double>().adagrad);
+  const Values c = recap::make_values(sgd(0.9, 0.1, true), 3, false, 7);
+  check_rounding<recap::SgdValues>(c.in<float>().sgd, c.in<double>().sgd);
+}
+
+}  // namespace

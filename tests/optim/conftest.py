@@ -1,0 +1,31 @@
+"""Fixtures of the tests of the step: where it runs, and engine settings that are put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from recap_fast import build_info
+from recap_fast._native import use_instruction_set
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that a step runs on; a test that takes it is one body for all of them."""
+    name: str = request.param
+    if name not in build_info()["engines"]:
+        pytest.skip(f"this build of recap_fast has no {name} engine")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this machine has no CUDA device")
+    return torch.device(name)
+
+
+@pytest.fixture
+def engine_settings() -> Iterator[None]:
+    """Puts back the number of threads and the instruction set that a test changes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    use_instruction_set(None)

@@ -1,0 +1,149 @@
+"""Builds and runs the C++ tests of the core, and looks at the instructions in what was built.
+
+The build stays in ``build/csrc``, so that only the first run waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "tests" / "csrc"
+BUILD = ROOT / "build" / "csrc"
+TESTS = sorted(
+    str(path.relative_to(SOURCES).with_suffix(""))
+    for folder in ("algorithms", "plan", "cpu")
+    for path in (SOURCES / folder).glob("test_*.cpp")
+)
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="needs cmake and a C++ compiler",
+)
+needs_x86_objects = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64")
+    or shutil.which("objdump") is None
+    or shutil.which("nm") is None,
+    reason="needs x86-64, objdump and nm",
+)
+
+
+@pytest.fixture(scope="module")
+def build() -> Path:
+    configure = ["cmake", "-S", str(SOURCES), "-B", str(BUILD), "-DCMAKE_BUILD_TYPE=Release"]
+    if subprocess.run(configure, capture_output=True).returncode != 0:
+        shutil.rmtree(BUILD, ignore_errors=True)  # made by another cmake, or for another folder
+        _run(*configure)
+    _run("cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count()))
+    return BUILD
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_core(build: Path, name: str) -> None:
+    exact = f"^{re.escape(name)}$"
+    _run("ctest", "--test-dir", str(build), "--output-on-failure", "--no-tests=error", "-R", exact)
+
+
+def _kernels(build: Path, instruction_set: str) -> str:
+    (found,) = build.rglob(f"recap_kernels_{instruction_set}.dir/**/kernels.cpp.o")
+    return str(found)
+
+
+def _instructions(kernels: str) -> dict[str, list[str]]:
+    """The instructions of each function."""
+    functions: dict[str, list[str]] = defaultdict(list)
+    name = ""
+    for line in _run("objdump", "-dC", "--no-show-raw-insn", "-M", "att", kernels).splitlines():
+        if header := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            name = header[1]
+        elif "\t" in line:
+            functions[name].append(line.split("\t", 1)[1])
+    return functions
+
+
+@needs_x86_objects
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+def test_no_function_of_a_kernels_object_can_replace_another(
+    build: Path, instruction_set: str
+) -> None:
+    """A weak copy compiled for AVX-512 could be the one that the linker keeps for everybody."""
+    symbols = _run("nm", "-C", "--defined-only", _kernels(build, instruction_set)).splitlines()
+    exported = [symbol for symbol in symbols if symbol.split()[1] not in "tTrRdDbB"]
+    assert exported == []
+    visible = [symbol.split(maxsplit=2)[2] for symbol in symbols if symbol.split()[1].isupper()]
+    assert visible == [f"recap::cpu::kernels_{instruction_set}"]
+
+
+@needs_x86_objects
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
+def test_vector_kernels_call_no_scalar_math(build: Path, instruction_set: str) -> None:
+    undefined = _run("nm", "-C", "--undefined-only", _kernels(build, instruction_set)).split()
+    assert not {"fma", "fmaf", "sqrt", "sqrtf"} & set(undefined)
+
+
+@needs_x86_objects
+@pytest.mark.parametrize(("instruction_set", "register"), [("avx2", "%ymm"), ("avx512", "%zmm")])
+@pytest.mark.parametrize(("dtype", "suffix"), [("float", "ps"), ("double", "pd")])
+@pytest.mark.parametrize(
+    ("algorithm", "needed"),
+    [
+        ("Adam<false, false>", {"vsqrt", "vdiv", "vfmadd"}),
+        ("Adam<true, true>", {"vsqrt", "vdiv", "vfmadd"}),
+        ("Adagrad<false>", {"vsqrt", "vdiv", "vfmadd"}),
+        ("Sgd<false, false, false>", {"vfmadd"}),
+        ("Sgd<true, true, true>", {"vfmadd"}),
+    ],
+)
+def test_loops_are_vectorized(
+    build: Path,
+    instruction_set: str,
+    register: str,
+    dtype: str,
+    suffix: str,
+    algorithm: str,
+    needed: set[str],
+) -> None:
+    """The 16-bit types run the loop for float, between loops that convert."""
+    functions = _instructions(_kernels(build, instruction_set))
+    packed = {
+        match[1]
+        for name, instructions in functions.items()
+        if f"<recap::{algorithm}, {dtype}>" in name
+        for instruction in instructions
+        if register in instruction
+        and (match := re.match(rf"(vsqrt|vdiv|vfmadd)\d*{suffix}\b", instruction))
+    }
+    assert packed == needed
+
+
+@needs_x86_objects
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
+def test_float16_is_converted_by_the_processor(build: Path, instruction_set: str) -> None:
+    mnemonics = {
+        instruction.split()[0]
+        for name, instructions in _instructions(_kernels(build, instruction_set)).items()
+        if "recap::Float16" in name
+        for instruction in instructions
+    }
+    assert {"vcvtph2ps", "vcvtps2ph"} <= mnemonics
+
+
+@needs_x86_objects
+def test_the_baseline_runs_on_any_x86_64(build: Path) -> None:
+    for name, instructions in _instructions(_kernels(build, "baseline")).items():
+        newer = [i for i in instructions if i.startswith("v") or "%ymm" in i or "%zmm" in i]
+        assert newer == [], name
