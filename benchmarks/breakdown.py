@@ -1,11 +1,11 @@
 """Where the time of one small step goes: `python -m benchmarks.breakdown`.
 
-The parts cannot be timed apart from outside, so the same call is timed on workloads that lack one
-part after another, and the differences are reported:
+The parts cannot be timed apart from outside, so the same call is timed from further and further
+inside, and on workloads that lack one part after another; the differences are reported:
 
-* `optimizer.step()` against the native call alone: the Python around it;
+* `optimizer.step()`, the stepper's step, the native call alone: the Python around each;
 * tensors that have a gradient but no elements: everything but the loops over elements;
-* the same without gradients: the checks that nothing has changed since the plan was made.
+* the same tensors without gradients: the checks that nothing has changed since the plan was made.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from benchmarks import peers, workloads
 from benchmarks.workloads import Workload
 
 _WORKLOADS: Final = ("B", "D", "E", "F", "DEMO")
-_ROUNDS: Final = 400
+_ROUNDS: Final = 100
+_CALLS: Final = 10
 
 
 def _without_elements(peer: peers.Peer) -> None:
@@ -32,7 +33,7 @@ def _without_elements(peer: peers.Peer) -> None:
         assert param.grad is not None
         grad = param.grad
         param.grad = None
-        # Views: the memory stays, as the address of a tensor without memory would be a special case.
+        # Views, since a tensor without memory would be a special case.
         param.data = param.data.flatten()[:0]
         param.grad = grad.flatten()[:0]
 
@@ -43,43 +44,52 @@ def _build(workload: Workload) -> peers.Peer:
 
 def _native_call(peer: peers.Peer) -> Callable[[], Any]:
     """The one call into C++ that a step of `peer` makes."""
-    peer.step()
-    peer.step()
-    optimizer = peer.step.__self__  # type: ignore[attr-defined]
-    plan = optimizer._stepper._plan
+    plan = _stepper(peer)._plan
     return lambda: plan.step(None, None)
 
 
+def _stepper(peer: peers.Peer) -> Any:
+    peer.step()
+    peer.step()
+    return peer.step.__self__._stepper  # type: ignore[attr-defined]
+
+
 def _medians(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median microseconds of each call, warm and timed in turn; less what timing nothing takes."""
-    times: dict[str, list[int]] = {name: [] for name in ("nothing", *calls)}
-    every = {"nothing": lambda: None, **calls}
+    """Microseconds of each call: the median of the means of ten calls in a row, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(_ROUNDS):
-        for name, call in every.items():
+        for name, call in calls.items():
             call()
             begin = time.perf_counter_ns()
-            call()
-            times[name].append(time.perf_counter_ns() - begin)
-    medians = {name: statistics.median(of_call) / 1e3 for name, of_call in times.items()}
-    return {name: medians[name] - medians["nothing"] for name in calls}
+            for _ in range(_CALLS):
+                call()
+            times[name].append((time.perf_counter_ns() - begin) / _CALLS)
+    return {name: statistics.median(of_call) / 1e3 for name, of_call in times.items()}
 
 
 def parts(workload: Workload) -> dict[str, float]:
     """Microseconds of a warm step of `recap_fast` with Adam, in all and by part."""
     whole, empty, still = _build(workload), _build(workload), _build(workload)
     _without_elements(empty)
-    native = {
-        name: _native_call(p) for name, p in (("whole", whole), ("empty", empty), ("still", still))
+    _without_elements(still)
+    stepper = _stepper(whole)
+    calls = {
+        "step": whole.step,
+        "stepper": lambda: stepper.step(None, None),
+        "native": _native_call(whole),
+        "empty": _native_call(empty),
+        "still": _native_call(still),
     }
     for param in still.params:
         param.grad = None
-    times = _medians({"step": whole.step, **native})
+    times = _medians(calls)
     return {
         "optimizer.step()": times["step"],
-        "Python around the native call": times["step"] - times["whole"],
-        "checks that the plan holds": times["still"],
-        "gradients and values of the step": times["empty"] - times["still"],
-        "loops over elements": times["whole"] - times["empty"],
+        "- torch's and our Python around it": times["step"] - times["stepper"],
+        "- Python of the stepper": times["stepper"] - times["native"],
+        "- checks that the plan holds": times["still"],
+        "- gradients and values of the step": times["empty"] - times["still"],
+        "- loops over elements": times["native"] - times["empty"],
     }
 
 

@@ -89,7 +89,7 @@ def interleave(
     cache: Cache,
     budget_seconds: float,
     slow: Collection[str] = (),
-    min_rounds: int = 8,
+    min_rounds: int = 5,
     max_rounds: int = 200,
 ) -> Timings:
     """Times steps of `peers` in turn, at torch's number of threads.

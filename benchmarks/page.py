@@ -54,8 +54,12 @@ def _verdict(target: Target, measurements: Sequence[Measurement], threads: int) 
     figure = target.measured(measurements, threads)
     if figure is None:
         return "not measured"
-    verdict = "met" if target.met(figure, threads) else "**not met**"
-    return f"{_with_quartiles(figure, target.unit)} {verdict}"
+    text = _with_quartiles(figure, target.unit)
+    if target.met(figure, threads):
+        return f"{text} met"
+    ceiling = target.of_ceiling(measurements, threads)
+    limit = "" if ceiling is None else f"; the ceiling {number(ceiling.median)}{target.unit}"
+    return f"{text} **not met**{limit}"
 
 
 def _targets(measurements: Sequence[Measurement]) -> str:
@@ -137,6 +141,8 @@ def render(results: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         _machine(results["machine"]),
         "## What must be reached\n",
         _HOW,
+        "Where a figure is not reached, the one of the ceiling follows: a loop that computes next "
+        "to nothing.\n",
         _targets(measurements),
         "## Side by side\n",
         "Median time of a step, and that time over recap_fast's (above 1: slower than "

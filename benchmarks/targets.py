@@ -19,7 +19,7 @@ class Target:
     Attributes:
         text: what the figure is.
         workload, algorithm, cache: the measurement it is taken from.
-        figure: takes it from the timings.
+        figure: takes it from the timings, for the peer named.
         limits: what it must reach, by number of threads.
         sense: whether a limit is the least or the most.
         unit: written after the figure.
@@ -29,18 +29,25 @@ class Target:
     workload: str
     algorithm: str
     cache: Cache
-    figure: Callable[[Timings], Quartiles]
+    figure: Callable[[Timings, str], Quartiles]
     limits: Mapping[int, float]
     sense: Literal["at most", "at least"]
     unit: str = ""
 
     def measured(self, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
         """The figure, or None if it was not measured, or a peer that it needs did not run."""
+        return self._of(_OURS, measurements, threads)
+
+    def of_ceiling(self, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
+        """What the figure would be if recap_fast were as fast as the ceiling, or None."""
+        return self._of("ceiling", measurements, threads)
+
+    def _of(self, peer: str, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
         key = (self.workload, self.algorithm, self.cache, threads)
         for m in measurements:
             if (m.workload, m.algorithm, m.cache, m.threads) == key:
                 try:
-                    return self.figure(m.timings)
+                    return self.figure(m.timings, peer)
                 except KeyError:
                     return None
         return None
@@ -61,7 +68,7 @@ def _time_over(
         workload=workload,
         algorithm=algorithm,
         cache="cold",
-        figure=lambda timings: timings.ratio(_OURS, other),
+        figure=lambda timings, peer: timings.ratio(peer, other),
         limits=most,
         sense="at most",
     )
@@ -73,7 +80,7 @@ def _speed_up(other: str, workload: str, least: float, cache: Cache = "cold") ->
         workload=workload,
         algorithm="adam",
         cache=cache,
-        figure=lambda timings: timings.ratio(other, _OURS),
+        figure=lambda timings, peer: timings.ratio(other, peer),
         limits={1: least, 2: least},
         sense="at least",
         unit="x",
@@ -86,7 +93,7 @@ def _host_time(workload: str, most: float, cache: Cache) -> Target:
         workload=workload,
         algorithm="adam",
         cache=cache,
-        figure=lambda timings: timings.time(_OURS),
+        figure=lambda timings, peer: timings.time(peer),
         limits={1: most, 2: most},
         sense="at most",
         unit=" µs",
@@ -99,7 +106,7 @@ def _groups(most: float, cache: Cache) -> Target:
         workload="F",
         algorithm="adam",
         cache=cache,
-        figure=lambda timings: timings.ratio(_OURS, _OURS + IN_ONE_GROUP),
+        figure=lambda timings, peer: timings.ratio(peer, peer + IN_ONE_GROUP),
         limits={1: most, 2: most},
         sense="at most",
     )

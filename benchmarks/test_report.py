@@ -131,11 +131,14 @@ def test_results_survive_being_written_and_read() -> None:
 
 
 def test_the_page_shows_losing_rows() -> None:
-    lost = _measurement(threads=2, timings=Timings({"recap_fast": [120.0], "torch fused": [100.0]}))
+    lost = _measurement(
+        threads=2,
+        timings=Timings({"recap_fast": [120.0], "torch fused": [100.0], "ceiling": [110.0]}),
+    )
     results = {"machine": _FACTS, "measurements": [_measurement().to_json(), lost.to_json()]}
     text = page.render(results, ["../benchmarks/results/x-growth-elements.png"])
     assert "| A, Adam: time over torch fused | ≤ 0.97 / ≤ 0.9 | 0.90 (0.90 to 0.95) met | " in text
-    assert "1.20 (1.20 to 1.20) **not met** |" in text
+    assert "1.20 (1.20 to 1.20) **not met**; the ceiling 1.10 |" in text
     assert "| reference | 800 µs · 8.00x | - |" in text
     assert "DeepSpeed: not installed." in text
     assert "![x-growth-elements](../benchmarks/results/x-growth-elements.png)" in text

@@ -5,8 +5,10 @@
 // results are those of torch.optim.Adam and AdamW.
 //
 // Two forms differ from torch's kernels, both to round less often:
-//  * exp_avg_sq moves by a lerp, like exp_avg. In `beta2 * v + (1 - beta2) * g * g` the two rounded
-//    coefficients do not add up to one, which drifts by 1e-8 per step at beta2 = 0.999.
+//  * exp_avg_sq moves by a lerp, like exp_avg. In torch's `beta2 * v + (1 - beta2) * g * g` v is
+//  rounded
+//    twice, and the two coefficients, each rounded, do not add up to one: at beta2 = 0.999 the
+//    second moment drifts by 1.3e-8 of itself per step.
 //  * the bias correction multiplies by a reciprocal inside an fma instead of dividing.
 #pragma once
 
@@ -25,10 +27,11 @@ struct AdamHyper {
 // What one step needs of them: computed in double, used in the type of the update.
 template <typename T>
 struct AdamValues {
-  T grad_factor;      // 1 / grad_scale, negative to maximize
-  T l2;               // weight decay added to the gradient
-  T decay;            // what a decoupled weight decay leaves of the parameter
-  T average, square;  // lerp factors of exp_avg and exp_avg_sq
+  T grad_factor;  // 1 / grad_scale, negative to maximize
+  T l2;           // weight decay added to the gradient
+  T decay;        // what a decoupled weight decay leaves of the parameter
+  T average;      // lerp factor of exp_avg
+  T square;       // weight of the new gradient's square in exp_avg_sq
   T inverse_root_correction2;
   T eps;
   T minus_step_size;
@@ -42,7 +45,7 @@ inline AdamValues<double> adam_values(const AdamHyper& h, double step, double gr
       h.decoupled_weight_decay ? 0.0 : h.weight_decay,
       h.decoupled_weight_decay ? 1.0 - h.lr * h.weight_decay : 1.0,
       lerp_factor(1.0 - h.beta1),
-      lerp_factor(1.0 - h.beta2),
+      1.0 - h.beta2,
       1.0 / std::sqrt(correction2),
       h.eps,
       -(h.lr / correction1),
@@ -72,11 +75,15 @@ struct Adam {
     T& m = state[0];
     m = fma(h.average, g - m, h.average > 0 ? m : g);
 
-    // An overflowed second moment stays infinite, as in torch, instead of becoming NaN.
+    // The lerp rounds once. It is not for a square that overflows before it is weighted, nor for a
+    // v that has overflowed and stays infinite, as in torch, nor for a weight at which it would
+    // keep v's rounding.
     T& v = state[1];
-    const bool overflowed = v == infinity<T>();
-    const T distance = fma(g, g, overflowed ? T(0) : -v);
-    v = fma(h.square, distance, h.square > 0 || overflowed ? v : g * g);
+    const T distance = fma(g, g, -v);
+    const bool finite = v < infinity<T>();
+    const bool lerps = finite && distance < infinity<T>() && h.square < T(0.5);
+    const T kept = finite ? fma(-h.square, v, v) : v;
+    v = lerps ? fma(h.square, distance, v) : fma(h.square * g, g, kept);
 
     T second = v;
     if constexpr (kAmsgrad) {

@@ -29,7 +29,9 @@ double scalar(const py::object& tensor, double none) {
 
 }  // namespace
 
-BoundPlan::BoundPlan(const std::vector<GroupSource>& groups, const std::vector<size_t>& first) {
+BoundPlan::BoundPlan(const std::vector<GroupSource>& groups, const std::vector<py::list>& lists,
+                     const std::vector<size_t>& first)
+    : lists_(lists.begin(), lists.end()) {
   std::set<PyObject*> seen_states;
   for (const GroupSource& source : groups) {
     GroupReader reader(algorithm_named(source.algorithm), source.group, source.name);
@@ -115,6 +117,9 @@ void BoundPlan::share_step_counter() {
 }
 
 bool BoundPlan::groups_unchanged() {
+  for (const ListSnapshot& list : lists_) {
+    if (!list.unchanged()) return false;
+  }
   for (Group& group : groups_) {
     if (!group.reader.refresh()) return false;
     PyObject* params = group.params.ptr();

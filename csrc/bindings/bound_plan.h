@@ -33,8 +33,10 @@ struct GroupSource {
 
 class BoundPlan {
  public:
-  // `first` holds the flat indices of slots whose momentum buffer is new.
-  BoundPlan(const std::vector<GroupSource>& groups, const std::vector<size_t>& first);
+  // `lists` are the optimizers' param_groups, which must keep holding the groups; `first` holds the
+  // flat indices of slots whose momentum buffer is new.
+  BoundPlan(const std::vector<GroupSource>& groups, const std::vector<py::list>& lists,
+            const std::vector<size_t>& first);
 
   // `grad_scale` and `found_inf` are one-element tensors, or None.
   Outcome step(const py::object& grad_scale, const py::object& found_inf);
@@ -66,6 +68,7 @@ class BoundPlan {
   bool read_slots();  // false: a slot changed since the plan was built
   void fill_values(double grad_scale);
 
+  std::vector<ListSnapshot> lists_;
   std::vector<Group> groups_;
   std::vector<DictSnapshot> states_;  // one for each distinct optimizer state
   std::vector<SlotTensors> slots_;

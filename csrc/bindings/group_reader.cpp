@@ -33,7 +33,8 @@ GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name)
     const auto value = py::reinterpret_borrow<py::object>(entry.second);
     const Field field =
         py::isinstance<py::str>(key) ? field_of(key.cast<std::string>()) : Field::none;
-    items_.push_back({key, value, field, field != Field::none && can_change_in_place(value.ptr())});
+    items_.push_back(
+        {key, value, field, is_hyperparameter(field) && can_change_in_place(value.ptr())});
     read(items_.back());
   }
   static const std::map<Algorithm, std::set<std::string>> required = {
@@ -50,6 +51,7 @@ GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name)
 
 GroupReader::Field GroupReader::field_of(const std::string& key) const {
   static const std::map<std::string, Field> common = {
+      {"params", Field::params},
       {"lr", Field::lr},
       {"weight_decay", Field::weight_decay},
       {"maximize", Field::maximize},
@@ -101,7 +103,7 @@ bool GroupReader::flag(py::handle value, const std::string& key) const {
 }
 
 void GroupReader::read(const Item& item) {
-  if (item.field == Field::none) return;
+  if (!is_hyperparameter(item.field)) return;
   const auto key = item.key.cast<std::string>();
   const py::handle value = item.value;
   AdamHyper& adam = hyper_.adam;
@@ -110,7 +112,8 @@ void GroupReader::read(const Item& item) {
   const bool is_adam = algorithm_ == Algorithm::adam;
   const bool is_adagrad = algorithm_ == Algorithm::adagrad;
   switch (item.field) {
-    case Field::none: break;
+    case Field::none:
+    case Field::params: break;
     case Field::lr:
       (is_adam ? adam.lr : is_adagrad ? adagrad.lr : sgd.lr) = number(value, key);
       break;
@@ -158,8 +161,9 @@ bool GroupReader::refresh() {
   for (Item& item : items_) {
     if (!PyDict_Next(group, &position, &key, &value) || key != item.key.ptr()) return false;
     if (value == item.value.ptr() && !item.in_place) continue;
+    if (item.field == Field::params) return false;
     Item now = {item.key, py::reinterpret_borrow<py::object>(value), item.field,
-                item.field != Field::none && can_change_in_place(value)};
+                is_hyperparameter(item.field) && can_change_in_place(value)};
     read(now);  // may raise: only what was read becomes known
     item = std::move(now);
     changed = true;

@@ -24,6 +24,7 @@ class GroupReader {
  private:
   enum class Field {
     none,
+    params,
     lr,
     betas,
     eps,
@@ -44,6 +45,10 @@ class GroupReader {
     Field field;
     bool in_place;  // a tensor, whose value may change while the object stays
   };
+
+  static bool is_hyperparameter(Field field) {
+    return field != Field::none && field != Field::params;
+  }
 
   Field field_of(const std::string& key) const;
   void read(const Item& item);

@@ -22,8 +22,9 @@ PYBIND11_MODULE(_C, m) {
            py::arg("names"));
 
   py::class_<BoundPlan>(m, "BoundPlan")
-      .def(py::init<const std::vector<GroupSource>&, const std::vector<size_t>&>(),
-           py::arg("groups"), py::arg("first"))
+      .def(py::init<const std::vector<GroupSource>&, const std::vector<py::list>&,
+                    const std::vector<size_t>&>(),
+           py::arg("groups"), py::arg("lists"), py::arg("first"))
       .def("step", &BoundPlan::step, py::arg("grad_scale"), py::arg("found_inf"))
       .def_property_readonly("slots_without_state", &BoundPlan::slots_without_state)
       .def_property_readonly("slots", &BoundPlan::slots)

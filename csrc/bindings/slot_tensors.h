@@ -8,9 +8,9 @@
 
 #include "../plan/plan.h"
 #include "../plan/step.h"
-#include "dict_snapshot.h"
 #include "probe.h"
 #include "python.h"
+#include "snapshot.h"
 
 namespace recap {
 

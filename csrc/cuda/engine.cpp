@@ -90,8 +90,13 @@ class Engine::Implementation {
           "copy the table of tiles");
     // The copy may read the host's memory after this returns.
     const auto destroy = [](void* table) { delete static_cast<std::vector<TileEntry>*>(table); };
-    void* const owned = tiles.release();
-    check(cudaLaunchHostFunc(last_stream_, destroy, owned), device_, "release the table of tiles");
+    const cudaError_t error = cudaLaunchHostFunc(last_stream_, destroy, tiles.get());
+    if (error == cudaSuccess) {
+      tiles.release();
+    } else {
+      cudaStreamSynchronize(last_stream_);
+    }
+    check(error, device_, "release the host's table of tiles");
   }
 
   void release() {

@@ -1,15 +1,87 @@
+// One optimizer step: every element of every slot of a launch, whatever its algorithm and dtype.
+//
+// The updates and their sources are in ../algorithms. Bytes that must move per element: Adam 7 values
+// (read param, grad and two states; write param and states), amsgrad 9, Adagrad and momentum SGD 5, SGD
+// 3, of 2, 4 or 8 bytes. There are some 15 operations to them, so memory bounds the kernel, and
+// everything below is about asking for it early and in the fewest accesses:
+//
+//  * One block per tile, not a persistent grid: tiles differ in cost (algorithm, dtype, slots without a
+//    gradient), and the hardware hands the next one to whichever multiprocessor is free.
+//  * A block waits for one table entry, then asks for elements: addresses and sizes come with the entry,
+//    the gradient's address and the hyperparameters with the kernel's parameter, which is in the
+//    constant bank. `__grid_constant__` lets the tables in it be indexed without a copy per thread.
+//  * A thread asks for 16 bytes of each array before it uses any: 2 to 5 independent loads. 768 resident
+//    threads then have 24 (SGD) to 60 KB in flight per multiprocessor. More per thread would take the
+//    registers that keep those threads resident.
+//  * Where a tile is not aligned to 16 bytes, as a gradient inside a communication bucket may be, or
+//    ends, neighbouring threads take neighbouring elements, as many per thread as a 16-byte access has.
+//    Both ways share the code of the update, of which there are 12 for each of 4 dtypes.
+//  * Accesses pass by the first-level cache (.cg), since nothing is touched twice; in the second level
+//    they are ordinary, so that a small model still finds its parameters there.
+//  * No shared memory and no synchronisation: there is nothing to exchange.
 #include "kernel.h"
 
 #include "../algorithms/storage.h"
 #include "launch_arguments.h"
 
+#define RECAP_DEVICE __device__ __forceinline__
+
 namespace recap::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 3;
+constexpr int kBlocksPerMultiprocessor = 3;  // allows 80 registers; at 4 blocks and 64, they spill
 
-// The word that moves kBytes bytes by one instruction.
+// --- access ---------------------------------------------------------------------------------------
+
+// What one thread holds of a chunk: 16 bytes of each array. Elements are cut out of whole registers when
+// they are used; an array of 16-bit elements would take a register for each.
+template <typename T>
+constexpr int kWidth = 16 / sizeof(T);
+template <typename T>
+constexpr int kChunk = kThreads * kWidth<T>;
+
+template <typename T>
+struct Share {
+  static constexpr int kWords = sizeof(T) / sizeof(uint32_t);
+  uint32_t word[4];
+
+  RECAP_DEVICE T get(int i) const {
+    T value;
+    memcpy(&value, &word[i * kWords], sizeof value);
+    return value;
+  }
+  RECAP_DEVICE void set(int i, T value) { memcpy(&word[i * kWords], &value, sizeof value); }
+};
+
+template <typename T>
+struct HalfShare {
+  uint32_t word[4];
+
+  RECAP_DEVICE T get(int i) const {
+    return {static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16))};
+  }
+  RECAP_DEVICE void set(int i, T value) {
+    const uint32_t old = word[i / 2], bits = value.bits;
+    word[i / 2] = i % 2 ? (old & 0xffffu) | bits << 16 : (old & 0xffff0000u) | bits;
+  }
+};
+template <>
+struct Share<BFloat16> : HalfShare<BFloat16> {};
+template <>
+struct Share<Float16> : HalfShare<Float16> {};
+
+// Brings the second word to the front, and the first to the end.
+template <typename T>
+RECAP_DEVICE void rotate(Share<T>& share) {
+  const uint32_t first = share.word[0];
+  share.word[0] = share.word[1];
+  share.word[1] = share.word[2];
+  share.word[2] = share.word[3];
+  share.word[3] = first;
+}
+
+// The word that moves kBytes bytes with one instruction.
 template <size_t kBytes>
 struct Word;
 template <>
@@ -29,72 +101,72 @@ struct Word<16> {
   using type = uint4;
 };
 
-template <typename T>
-__device__ __forceinline__ void load_word(T& to, const void* from) {
-  using W = typename Word<sizeof(T)>::type;
-  const W word = __ldcg(static_cast<const W*>(from));
-  memcpy(&to, &word, sizeof word);
+template <typename Value>
+RECAP_DEVICE Value load_from(const void* address) {
+  using W = typename Word<sizeof(Value)>::type;
+  const W word = __ldcg(static_cast<const W*>(address));
+  Value value;
+  memcpy(&value, &word, sizeof value);
+  return value;
 }
 
-template <typename T>
-__device__ __forceinline__ void store_word(const T& from, void* to) {
-  using W = typename Word<sizeof(T)>::type;
+template <typename Value>
+RECAP_DEVICE void store_to(void* address, const Value& value) {
+  using W = typename Word<sizeof(Value)>::type;
   W word;
-  memcpy(&word, &from, sizeof word);
-  __stcg(static_cast<W*>(to), word);
+  memcpy(&word, &value, sizeof word);
+  __stcg(static_cast<W*>(address), word);
 }
 
-// What one thread holds of a chunk: 16 bytes of each array.
-template <typename T>
-constexpr int kWidth = 16 / sizeof(T);
-template <typename T>
-constexpr int kChunk = kThreads * kWidth<T>;
-template <typename T>
-struct alignas(16) Share {
-  T at[kWidth<T>];
-};
-
-// Brings the second half of the elements to the front.
-template <typename T>
-__device__ __forceinline__ void swap_halves(Share<T>& share) {
-  uint4 word;
-  memcpy(&word, &share, sizeof word);
-  word = {word.z, word.w, word.x, word.y};
-  memcpy(&share, &word, sizeof word);
-}
-
-// A whole, aligned chunk: each thread takes neighbouring elements with one 16-byte access.
+// How the threads of a block share out a chunk that is whole and aligned.
 struct Whole {
   template <typename T>
-  __device__ __forceinline__ void load(Share<T>& share, const T* chunk) const {
-    load_word(share, chunk + threadIdx.x * kWidth<T>);
+  RECAP_DEVICE Share<T> load(const T* chunk) const {
+    return load_from<Share<T>>(chunk + threadIdx.x * kWidth<T>);
   }
   template <typename T>
-  __device__ __forceinline__ void store(const Share<T>& share, T* chunk) const {
-    store_word(share, chunk + threadIdx.x * kWidth<T>);
+  RECAP_DEVICE void store(T* chunk, const Share<T>& share) const {
+    store_to(chunk + threadIdx.x * kWidth<T>, share);
   }
 };
 
-// Any other chunk: neighbouring threads take neighbouring elements, one at a time.
+// Any other chunk.
 struct Part {
   int size;
 
   template <typename T>
-  __device__ __forceinline__ void load(Share<T>& share, const T* chunk) const {
+  RECAP_DEVICE Share<T> load(const T* chunk) const {
+    Share<T> share = {};
 #pragma unroll
     for (int i = 0; i < kWidth<T>; ++i) {
       const int at = static_cast<int>(threadIdx.x) + i * kThreads;
-      share.at[i] = T{};
-      if (at < size) load_word(share.at[i], chunk + at);
+      if (at < size) share.set(i, load_from<T>(chunk + at));
     }
+    return share;
   }
   template <typename T>
-  __device__ __forceinline__ void store(const Share<T>& share, T* chunk) const {
+  RECAP_DEVICE void store(T* chunk, const Share<T>& share) const {
 #pragma unroll
     for (int i = 0; i < kWidth<T>; ++i) {
       const int at = static_cast<int>(threadIdx.x) + i * kThreads;
-      if (at < size) store_word(share.at[i], chunk + at);
+      if (at < size) store_to(chunk + at, share.get(i));
     }
+  }
+};
+
+// --- update ---------------------------------------------------------------------------------------
+
+template <typename Algorithm, typename T>
+struct Arrays {
+  T* param;
+  const T* grad;
+  T* state[kMaxStates];
+
+  RECAP_DEVICE bool aligned() const {
+    uintptr_t addresses = reinterpret_cast<uintptr_t>(param) | reinterpret_cast<uintptr_t>(grad);
+#pragma unroll
+    for (int k = 0; k < Algorithm::kStates; ++k) addresses |= reinterpret_cast<uintptr_t>(state[k]);
+    return addresses % 16 == 0;
   }
 };
 
@@ -106,95 +178,93 @@ struct Chunk {
   Share<T> param, grad, state[kMaxStates];
 
   template <typename Access>
-  __device__ __forceinline__ void load(const Access& access, const TileEntry& tile, const T* g,
-                                       int begin) {
-    access.load(param, static_cast<const T*>(tile.param) + begin);
-    access.load(grad, g + begin);
+  RECAP_DEVICE void load(const Access& access, const Arrays<Algorithm, T>& arrays, int begin) {
+    param = access.load(static_cast<const T*>(arrays.param) + begin);
+    grad = access.load(arrays.grad + begin);
 #pragma unroll
     for (int k = 0; k < Algorithm::kStates; ++k) {
-      access.load(state[k], static_cast<const T*>(tile.state[k]) + begin);
+      state[k] = access.load(static_cast<const T*>(arrays.state[k]) + begin);
     }
   }
 
-  // 16-bit elements in two runs of four: unrolled all at once, the kernel would need more registers
-  // than it has, and twice the time to compile.
-  __device__ __forceinline__ void update(const Values& h) {
-    constexpr int kRun = kWidth<T> < 4 ? kWidth<T> : 4;
+  template <typename Access>
+  RECAP_DEVICE void store(const Access& access, const Arrays<Algorithm, T>& arrays, int begin) const {
+    access.store(arrays.param + begin, param);
+#pragma unroll
+    for (int k = 0; k < Algorithm::kStates; ++k) access.store(arrays.state[k] + begin, state[k]);
+  }
+
+  // 16-bit elements in a loop, one word at a time: all eight at once would need more registers than there
+  // are, and four times the time to compile.
+  RECAP_DEVICE void update(const Values& h) {
+    constexpr int kElements = sizeof(T) == 2 ? 2 : kWidth<T>;
 #pragma unroll 1
-    for (int done = 0; done < kWidth<T>; done += kRun) {
+    for (int done = 0; done < kWidth<T>; done += kElements) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) update_element(h, i);
-      if constexpr (kRun < kWidth<T>) {
-        swap_halves(param);
-        swap_halves(grad);
+      for (int i = 0; i < kElements; ++i) update_element(h, i);
+      if constexpr (kElements < kWidth<T>) {
+        rotate(param);
+        rotate(grad);
 #pragma unroll
-        for (int k = 0; k < Algorithm::kStates; ++k) swap_halves(state[k]);
+        for (int k = 0; k < Algorithm::kStates; ++k) rotate(state[k]);
       }
     }
   }
 
-  __device__ __forceinline__ void update_element(const Values& h, int i) {
-    C p = recap::load(param.at[i]);
+  RECAP_DEVICE void update_element(const Values& h, int i) {
+    C p = recap::load(param.get(i));
     C s[kMaxStates] = {};
 #pragma unroll
-    for (int k = 0; k < Algorithm::kStates; ++k) s[k] = recap::load(state[k].at[i]);
-    Algorithm::update(h, recap::load(grad.at[i]), p, s);
-    recap::store(p, param.at[i]);
-#pragma unroll
-    for (int k = 0; k < Algorithm::kStates; ++k) recap::store(s[k], state[k].at[i]);
-  }
-
-  template <typename Access>
-  __device__ __forceinline__ void store(const Access& access, const TileEntry& tile, int begin) {
-    access.store(param, static_cast<T*>(tile.param) + begin);
+    for (int k = 0; k < Algorithm::kStates; ++k) s[k] = recap::load(state[k].get(i));
+    Algorithm::update(h, recap::load(grad.get(i)), p, s);
+    T stored;
+    recap::store(p, stored);
+    param.set(i, stored);
 #pragma unroll
     for (int k = 0; k < Algorithm::kStates; ++k) {
-      access.store(state[k], static_cast<T*>(tile.state[k]) + begin);
+      recap::store(s[k], stored);
+      state[k].set(i, stored);
     }
   }
 };
 
 template <typename Algorithm, typename T>
-__device__ __forceinline__ void update_tile(const UpdateValues<typename Compute<T>::type>& values,
-                                            const TileEntry& tile, const void* slot_grad) {
+RECAP_DEVICE void update_tile(const UpdateValues<typename Compute<T>::type>& values,
+                              const TileEntry& tile, const void* grad) {
   const auto h = values.template of<Algorithm>();
-  const T* const grad = static_cast<const T*>(slot_grad) + tile.begin;
-  uintptr_t addresses = reinterpret_cast<uintptr_t>(tile.param) | reinterpret_cast<uintptr_t>(grad);
+  Arrays<Algorithm, T> arrays;
+  arrays.param = static_cast<T*>(tile.param);
+  arrays.grad = static_cast<const T*>(grad) + tile.begin;
 #pragma unroll
-  for (int k = 0; k < Algorithm::kStates; ++k) {
-    addresses |= reinterpret_cast<uintptr_t>(tile.state[k]);
-  }
-  const bool aligned = addresses % 16 == 0;
+  for (int k = 0; k < kMaxStates; ++k) arrays.state[k] = static_cast<T*>(tile.state[k]);
+  const bool aligned = arrays.aligned();
+  const int size = tile.size;
 #pragma unroll 1
-  for (int begin = 0; begin < tile.size; begin += kChunk<T>) {
+  for (int begin = 0; begin < size; begin += kChunk<T>) {
     Chunk<Algorithm, T> chunk;
-    const Part part = {tile.size - begin};
+    const Part part = {size - begin};
     const bool whole = aligned && part.size >= kChunk<T>;
     if (whole) {
-      chunk.load(Whole(), tile, grad, begin);
+      chunk.load(Whole(), arrays, begin);
     } else {
-      chunk.load(part, tile, grad, begin);
+      chunk.load(part, arrays, begin);
     }
     chunk.update(h);
     if (whole) {
-      chunk.store(Whole(), tile, begin);
+      chunk.store(Whole(), arrays, begin);
     } else {
-      chunk.store(part, tile, begin);
+      chunk.store(part, arrays, begin);
     }
   }
 }
 
 template <typename T>
-__device__ __forceinline__ const T* table(const ArgumentsHeader& header, uint32_t offset) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(&header) + offset);
-}
-
-template <typename T>
-__device__ __forceinline__ void update_tile_by(Update update,
-                                               const UpdateValues<typename Compute<T>::type>& values,
-                                               const TileEntry& tile, const void* grad) {
+RECAP_DEVICE void update_tile_by(Update update,
+                                 const UpdateValues<typename Compute<T>::type>& values,
+                                 const TileEntry& tile, const void* grad) {
 #define RECAP_CASE(name) \
-  case Update::name: return update_tile<typename UpdateType<Update::name>::type, T>(values, tile, grad)
+  case Update::name:     \
+    return update_tile<typename UpdateType<Update::name>::type, T>(values, tile, grad)
   switch (update) {
     RECAP_CASE(adam);
     RECAP_CASE(adam_l2);
@@ -212,11 +282,19 @@ __device__ __forceinline__ void update_tile_by(Update update,
 #undef RECAP_CASE
 }
 
+// --- kernel and launch ----------------------------------------------------------------------------
+
+template <typename T>
+RECAP_DEVICE const T* table(const ArgumentsHeader& header, uint32_t offset) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(&header) + offset);
+}
+
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    update_tiles(const __grid_constant__ Arguments<kBytes> arguments) {
+    update_tiles(const Arguments<kBytes> __grid_constant__ arguments) {
   const ArgumentsHeader& header = arguments.header;
-  const TileEntry tile = header.tiles[blockIdx.x];
+  // A reference: as a copy, its unused parts would hold registers.
+  const TileEntry& tile = header.tiles[blockIdx.x];
   const uint32_t slot = tile.slot - header.first_slot;
   const void* const grad = table<const void*>(header, header.grads)[slot];
   if (!grad) return;
@@ -234,7 +312,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 template <int kBytes>
 cudaError_t launch(unsigned blocks, void* arguments, cudaStream_t stream) {
-  return cudaLaunchKernel(update_tiles<kBytes>, dim3(blocks), dim3(kThreads), &arguments, 0, stream);
+  return cudaLaunchKernel(update_tiles<kBytes>, dim3(blocks), dim3(kThreads), &arguments, 0,
+                          stream);
 }
 
 }  // namespace

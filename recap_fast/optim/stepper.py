@@ -36,7 +36,7 @@ class Stepper:
         self._optimizers = tuple(weakref.ref(optimizer) for optimizer in optimizers)
         self._names = names or {}
         self._plan: Any = None
-        self._sources: list[tuple[weakref.ref[FusedOptimizer], Any, Any, int]] = []
+        self._sources: list[tuple[weakref.ref[FusedOptimizer], Any, Any]] = []
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Updates every parameter that has a gradient.
@@ -64,13 +64,9 @@ class Stepper:
         """Whether an optimizer has another `state` or `param_groups` than the plan was built from."""
         if self._plan is None:
             return True
-        for reference, state, groups, count in self._sources:
+        for reference, state, groups in self._sources:
             optimizer = reference()
-            if (
-                optimizer.state is not state
-                or optimizer.param_groups is not groups
-                or len(groups) != count
-            ):
+            if optimizer.state is not state or optimizer.param_groups is not groups:
                 return True
         return False
 
@@ -88,22 +84,23 @@ class Stepper:
     def _build(self, first: Sequence[int] = ()) -> None:
         self._plan = None
         sources = []
-        for number, optimizer in enumerate(self._alive()):
-            where = f" of optimizer {number}" if len(self._optimizers) > 1 else ""
+        optimizers = self._alive()
+        for number, optimizer in enumerate(optimizers):
+            where = f" of optimizer {number}" if len(optimizers) > 1 else ""
             for index, group in enumerate(optimizer.param_groups):
                 name = f"param group {index}{where}"
-                param_names = group.get("param_names")
                 names = [
-                    self._names.get(param) or (param_names[i] if param_names else f"{i} of {name}")
+                    self._names.get(param) or f"{i} of {name}"
                     for i, param in enumerate(group["params"])
                 ]
+                own_names = group.get("param_names", ())
+                names[: len(own_names)] = own_names[: len(names)]
                 sources.append(
                     native.GroupSource(optimizer.algorithm, name, group, optimizer.state, names)
                 )
-        self._plan = native.BoundPlan(sources, list(first))
-        self._sources = [
-            (weakref.ref(o), o.state, o.param_groups, len(o.param_groups)) for o in self._alive()
-        ]
+        lists = [optimizer.param_groups for optimizer in optimizers]
+        self._plan = native.BoundPlan(sources, lists, list(first))
+        self._sources = [(weakref.ref(o), o.state, o.param_groups) for o in optimizers]
 
     def _step_with_new_state(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         indices = self._plan.slots_without_state

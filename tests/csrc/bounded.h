@@ -57,6 +57,15 @@ Bounded coefficient(Bounded in_double) {
   return sizeof(T) < sizeof(double) ? rounded<T>(in_double) : in_double;
 }
 
+// A gradient times its factor, which is exact for a power of two.
+template <typename T>
+Bounded scaled(T grad, T factor) {
+  int exponent;
+  const bool power_of_two = std::fabs(std::frexp(factor, &exponent)) == T(0.5);
+  const Bounded product = Bounded{grad} * Bounded{factor};
+  return power_of_two ? product : rounded<T>(product);
+}
+
 // Keeps the largest share of its bound that an error has used: a bound that no error comes near
 // would test nothing.
 class Comparison {

@@ -1,5 +1,6 @@
 // Runs the tests of one executable, or those whose names are given; exits with 1 if one fails.
 #include <algorithm>
+#include <exception>
 #include <iostream>
 
 #include "check.h"
@@ -19,6 +20,9 @@ int main(int argc, char** argv) {
     } catch (const check::Failure& failure) {
       ++failed;
       std::cout << "FAILED   " << test.name << "\n  " << failure.message << std::endl;
+    } catch (const std::exception& error) {
+      ++failed;
+      std::cout << "FAILED   " << test.name << "\n  " << error.what() << std::endl;
     }
   }
   if (run == 0) std::cout << "no such test\n";

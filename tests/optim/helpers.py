@@ -136,7 +136,7 @@ def set_grads(params: Iterable[Tensor], seed: int) -> None:
         param.grad = numbers(param.shape, 1000 * (seed + 1) + index, param.dtype, param.device)
 
 
-# --- optimizers under torchrec's keys --------------------------------------------------------------
+# --- optimizers under torchrec's keys ------------------------------------------------------------
 
 
 def wrapped(
@@ -161,7 +161,7 @@ def combined(params: Sequence[nn.Parameter]) -> FusedCombinedOptimizer:
     )
 
 
-# --- comparison bit by bit -------------------------------------------------------------------------
+# --- comparison bit by bit -----------------------------------------------------------------------
 
 
 def bits(tensor: Tensor) -> Tensor:

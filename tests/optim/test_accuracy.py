@@ -1,7 +1,7 @@
 """How far a long run strays from float64 truth, against torch's own kernels.
 
-Parameters start at zero. Started at one, the rounding of the parameter itself, the same for everyone,
-would hide all else.
+Parameters start at zero. Started at one, the rounding of the parameter itself, the same for
+everyone, would hide all else.
 """
 
 from __future__ import annotations
@@ -117,5 +117,9 @@ def test_16_bit_errors_are_no_larger_than_those_of_torchs_for_loop(
         checkpoints=(1, 10, 50),
     )
     for step, (ours, theirs) in errors.items():
+        # torch's loop rounds eps to float16, to zero, and divides by it where the square vanishes.
+        assert ours.isfinite().all()
+        finite = theirs.isfinite()
+        ours, theirs = ours[finite], theirs[finite]
         rms = (ours.square().mean() / theirs.square().mean()).sqrt().item()
         assert rms <= CHANCE_RMS, f"after {step} steps the error is {rms:.3f} times the loop's"

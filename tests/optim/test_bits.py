@@ -1,4 +1,4 @@
-"""The same bits for any number of threads, split into groups, cut into tensors and instruction set."""
+"""The same bits for any number of threads, groups, cut into tensors and instruction set."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_special_values_do_not_depend_on_the_instruction_set(
         assert same_bits(a[~a.isnan()], b[~b.isnan()])
 
 
-# --- threads -----------------------------------------------------------------------------------------
+# --- threads -------------------------------------------------------------------------------------
 
 
 def _mixed_optimizer(scale: int) -> tuple[FusedCombinedOptimizer, list[nn.Parameter]]:
@@ -146,7 +146,7 @@ def test_one_large_tensor_is_the_same_for_two_threads(engine_settings: None) -> 
     _assert_all_same(results[0], results[1], "the number of threads")
 
 
-# --- groups and tensors ------------------------------------------------------------------------------
+# --- groups and tensors --------------------------------------------------------------------------
 
 COUNT = 12
 

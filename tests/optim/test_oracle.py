@@ -21,7 +21,7 @@ from tests.optim.helpers import DTYPES, FUSED, LAYOUTS, for_loop, laid_out, numb
 
 # The engine's tile has 8192 elements and its 16-bit block 512: below, at and beyond both.
 SHAPES = [
-    *[(), (1,), (5,), (1, 1, 1, 1), (3, 5), (2, 3, 4, 5), (7, 1, 3), (513,)],
+    *[(), (0,), (1,), (3, 0), (5,), (1, 1, 1, 1), (3, 5), (2, 3, 4, 5), (7, 1, 3), (513,)],
     *[(61, 67), (8193,), (2, 8, 33, 17)],
 ]
 
@@ -109,7 +109,7 @@ def _gradient(param: Tensor, layout: str, seed: int) -> Tensor:
     return laid_out(numbers(param.shape, seed, param.dtype, param.device), layout)
 
 
-# --- what a step may round ---------------------------------------------------------------------------
+# --- what a step may round -----------------------------------------------------------------------
 
 
 def _magnitudes(
@@ -145,8 +145,8 @@ def _magnitudes(
     return {"momentum_buffer": buffer}, lr * update
 
 
-# Operations that round on the way to one result, their operands' roundings included. The longest way
-# is Adam's: scaled gradient, two averages, root, correction, sum, quotient, product.
+# Operations that round on the way to one result, their operands' roundings included. The longest
+# way is Adam's: scaled gradient, two averages, root, correction, sum, quotient, product.
 ROUNDINGS = 12
 
 

@@ -41,7 +41,7 @@ struct Reference {
   Bounded param, sum;
 
   void step(const AdagradHyper& h, double step, T grad_factor, T grad) {
-    Bounded g = rounded<T>(Bounded{grad} * Bounded{grad_factor});
+    Bounded g = scaled<T>(grad, grad_factor);
     if (h.weight_decay != 0) g = rounded<T>(g + coefficient<T>({h.weight_decay}) * param);
     sum = rounded<T>(sum + g * g);
     const Bounded denominator = rounded<T>(rounded<T>(square_root(sum)) + coefficient<T>({h.eps}));

@@ -46,7 +46,7 @@ struct Reference {
   Bounded param, buffer;
 
   void step(const SgdHyper& h, bool first, T grad_factor, T grad) {
-    Bounded g = rounded<T>(Bounded{grad} * Bounded{grad_factor});
+    Bounded g = scaled<T>(grad, grad_factor);
     if (h.weight_decay != 0) g = rounded<T>(g + coefficient<T>({h.weight_decay}) * param);
     if (h.momentum != 0) {
       const Bounded momentum = coefficient<T>({h.momentum});
@@ -94,6 +94,11 @@ void check_trajectories() {
 TEST(float_trajectories_stay_within_their_rounding_errors) { check_trajectories<float>(); }
 TEST(double_trajectories_stay_within_their_rounding_errors) { check_trajectories<double>(); }
 
+long double half_ulp(float a) {
+  return (std::nextafter(std::fabs(a), std::numeric_limits<float>::infinity()) - std::fabs(a)) /
+         2.0L;
+}
+
 TEST(a_plain_step_is_rounded_once) {
   Random random(2);
   for (int run = 0; run < 100000; ++run) {
@@ -104,8 +109,20 @@ TEST(a_plain_step_is_rounded_once) {
     float param = before, buffer = 0;
     update<float>(h, false, 1.0f, grad, param, buffer);
     const long double exact = before - static_cast<long double>(static_cast<float>(h.lr)) * grad;
-    const long double ulp = std::nextafter(std::fabs(param), 1e9f) - std::fabs(param);
-    CHECK(std::fabs(param - exact) <= ulp / 2, "run ", run);
+    CHECK(std::fabs(param - exact) <= half_ulp(param), "run ", run);
+  }
+}
+
+TEST(a_nesterov_look_ahead_is_rounded_once) {
+  Random random(5);
+  for (int run = 0; run < 100000; ++run) {
+    const SgdHyper h{1, uniform(random, 0.5, 1), 0, 0, true};
+    const float grad = static_cast<float>(normal(random));
+    float param = 0, buffer = static_cast<float>(normal(random));
+    update<float>(h, false, 1.0f, grad, param, buffer);
+    const long double exact =
+        -(grad + static_cast<long double>(static_cast<float>(h.momentum)) * buffer);
+    CHECK(std::fabs(param - exact) <= half_ulp(param), "run ", run);
   }
 }
 

@@ -114,7 +114,7 @@ class Problem {
     }
     plan.slots.push_back(slot);
     step.values_of_slot.push_back(static_cast<uint32_t>(step.values.size()));
-    step.values.push_back(recap::make_values(hyper_for(shape.update, slow), 3, false, 2));
+    step.values.push_back(recap::make_values(hyper_for(shape.update, slow), 3, false, 3));
   }
 
   std::unique_ptr<Guarded> make_array(const SlotShape& shape, int index, Numbers numbers) {

@@ -112,12 +112,15 @@ TEST(plans_with_nothing_to_do_do_nothing) {
   check_same(idle, before);
 }
 
-TEST(slots_may_share_values) {
-  const std::vector<SlotShape> shapes(6, {Update::adam, Dtype::float32, 1000});
+TEST(slots_may_share_values_in_any_order) {
+  std::vector<SlotShape> shapes;
+  for (int i = 0; i < 6; ++i) {
+    shapes.push_back({i % 2 ? Update::sgd_nesterov : Update::adam, Dtype::float32, 1000});
+  }
   Problem expected(shapes, Numbers::ordinary), found(shapes, Numbers::ordinary);
   scalar::run(expected.plan, expected.step);
-  found.step.values.resize(1);
-  found.step.values_of_slot.assign(shapes.size(), 0);
+  found.step.values = {expected.step.values[1], expected.step.values[0]};
+  found.step.values_of_slot = {1, 0, 1, 0, 1, 0};
   recap::cpu::run(found.plan, found.step, kOneThread);
   check_same(found, expected);
 }

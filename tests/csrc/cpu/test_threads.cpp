@@ -79,8 +79,8 @@ void run_one_index(int count, void (*task)(int, void*), void* context) {
 TEST(the_threads_get_equal_shares) {
   constexpr int kThreads = 5;
   std::vector<SlotShape> shapes = {{Update::sgd, Dtype::float64, 20 * kTile},
-                                   {Update::sgd, Dtype::bfloat16, 90 * kTile + 5},
-                                   {Update::sgd, Dtype::float32, 30 * kTile, false}};
+                                   {Update::sgd, Dtype::float32, 30 * kTile, false},
+                                   {Update::sgd, Dtype::bfloat16, 90 * kTile + 5}};
   for (int i = 0; i < 200; ++i) shapes.push_back({Update::sgd, Dtype::float32, 700});
   int64_t total = 0;
   for (const SlotShape& shape : shapes) {

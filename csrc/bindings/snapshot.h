@@ -1,5 +1,6 @@
-// The items of a dict as they were when a plan was built, so that each step can tell, for a few
-// nanoseconds an item, that nobody has replaced one since.
+// The items of a dict or list as they were when a plan was built, so that each step can tell, for a
+// few nanoseconds an item, that nobody has replaced one since. Identities are compared, not values:
+// a tensor or list changed in place is still the same item.
 #pragma once
 
 #include <utility>
@@ -19,7 +20,6 @@ class DictSnapshot {
     }
   }
 
-  // Compares identities, not values: a tensor or list changed in place is still the same item.
   bool unchanged() const {
     if (!dict_) return true;
     if (static_cast<size_t>(PyDict_GET_SIZE(dict_.ptr())) != items_.size()) return false;
@@ -36,6 +36,25 @@ class DictSnapshot {
   py::dict dict_ = py::reinterpret_steal<py::dict>(nullptr);
   // Owned, so that the address of a dropped item cannot come back as another object.
   std::vector<std::pair<py::object, py::object>> items_;
+};
+
+class ListSnapshot {
+ public:
+  explicit ListSnapshot(py::list list) : list_(std::move(list)) {
+    for (auto item : list_) items_.push_back(py::reinterpret_borrow<py::object>(item));
+  }
+
+  bool unchanged() const {
+    if (static_cast<size_t>(PyList_GET_SIZE(list_.ptr())) != items_.size()) return false;
+    for (size_t i = 0; i < items_.size(); ++i) {
+      if (PyList_GET_ITEM(list_.ptr(), i) != items_[i].ptr()) return false;
+    }
+    return true;
+  }
+
+ private:
+  py::list list_;
+  std::vector<py::object> items_;  // owned, for the same reason
 };
 
 }  // namespace recap

@@ -1,0 +1,273 @@
+// A cuda_runtime.h that runs on the CPU: found instead of the toolkit's, it lets the very sources of the
+// CUDA engine be compiled as ordinary C++ and executed.
+//
+// Threads run one after the other, so kernels must not synchronise within a block; those of the engine
+// do not. Streams are queues that stay idle until something waits for them, and then run in an order
+// that the caller of CUDA may not rely on. So work that starts without waiting for what it needs reads
+// what is not there yet, or memory that is already freed. Device memory is poisoned before its first use
+// and after its last.
+//
+// One translation unit defines EMULATION_MAIN before it includes this.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__ &  // one copy for all threads
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorInvalidDevice };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+constexpr unsigned cudaEventDisableTiming = 2;
+
+struct dim3 {
+  unsigned x, y = 1, z = 1;
+  explicit dim3(unsigned x) : x(x) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+namespace emulation {
+
+constexpr int kDevices = 2;
+constexpr size_t kMaxArguments = 32764;
+
+struct Stream {
+  int device;
+  std::deque<std::function<bool()>> work;  // false: must wait for another stream
+};
+
+struct Event {
+  uint64_t recorded = 0, reached = 0;
+};
+
+struct Launch {
+  unsigned blocks;
+  size_t argument_bytes;
+  int device;
+};
+
+// Memory whose stores are counted, byte by byte.
+struct Watched {
+  size_t size;
+  std::vector<uint8_t> stores;
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Stream>> streams;
+  int device = 0;
+  std::vector<Launch> launches;
+  std::map<const unsigned char*, Watched> watched;
+  size_t stores_of[17] = {};  // by width in bytes
+  size_t copies = 0;
+  std::map<const void*, size_t> allocated;  // addresses and sizes
+  int calls_until_failure = -1;             // of the runtime calls that can fail; negative: none fails
+  bool sticky = false;                      // an error that nobody has taken yet
+
+  Machine();
+  Stream* stream(int device);  // a new one
+  bool fails() { return calls_until_failure >= 0 && calls_until_failure-- == 0; }
+
+  // Runs all work: of the youngest stream first, each as far as it can.
+  void synchronize();
+};
+
+Machine& machine();
+inline thread_local dim3 thread{0}, block{0};
+
+template <typename Word>
+void count_store(const Word* address) {
+  Machine& m = machine();
+  ++m.stores_of[sizeof(Word)];
+  const auto* byte = reinterpret_cast<const unsigned char*>(address);
+  auto after = m.watched.upper_bound(byte);
+  if (after == m.watched.begin()) return;
+  Watched& watched = std::prev(after)->second;
+  const size_t offset = byte - std::prev(after)->first;
+  for (size_t i = offset; i < offset + sizeof(Word) && i < watched.size; ++i) ++watched.stores[i];
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::thread)
+#define blockIdx (emulation::block)
+
+using cudaStream_t = emulation::Stream*;
+using cudaEvent_t = std::shared_ptr<emulation::Event>*;
+using cudaHostFn_t = void (*)(void*);
+
+template <typename Word>
+Word __ldcg(const Word* address) {
+  return *address;
+}
+template <typename Word>
+void __stcg(Word* address, Word value) {
+  emulation::count_store(address);
+  *address = value;
+}
+
+inline const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorInvalidValue";
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "out of memory" : "invalid argument";
+}
+
+namespace emulation {
+
+// The result of a call that enqueues `work`.
+inline cudaError_t enqueue(Stream* stream, std::function<bool()> work,
+                           cudaError_t failure = cudaErrorInvalidValue) {
+  if (!stream || stream->device != machine().device || machine().fails()) {
+    machine().sticky = true;
+    return failure;
+  }
+  stream->work.push_back(std::move(work));
+  return cudaSuccess;
+}
+
+}  // namespace emulation
+
+inline cudaError_t cudaGetLastError() {
+  const bool failed = emulation::machine().sticky;
+  emulation::machine().sticky = false;
+  return failed ? cudaErrorInvalidValue : cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulation::machine().device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= emulation::kDevices) return cudaErrorInvalidDevice;
+  emulation::machine().device = device;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  emulation::machine().synchronize();
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t stream) {
+  const cudaError_t error =
+      emulation::enqueue(stream, [] { return true; }, cudaErrorMemoryAllocation);
+  if (error != cudaSuccess) return error;
+  *memory = std::malloc(bytes);
+  std::memset(*memory, 0xcd, bytes);
+  emulation::machine().allocated[*memory] = bytes;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
+  return emulation::enqueue(stream, [memory] {
+    const auto found = emulation::machine().allocated.find(memory);
+    if (found == emulation::machine().allocated.end()) std::abort();
+    std::memset(memory, 0xdd, found->second);
+    std::free(memory);
+    emulation::machine().allocated.erase(found);
+    return true;
+  });
+}
+// Reads the host's memory as late as CUDA may.
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t stream) {
+  ++emulation::machine().copies;
+  return emulation::enqueue(stream, [=] {
+    std::memcpy(to, from, bytes);
+    return true;
+  });
+}
+inline cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
+  return emulation::enqueue(stream, [=] {
+    function(data);
+    return true;
+  });
+}
+
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  if (emulation::machine().fails()) return cudaErrorInvalidValue;
+  *event = new std::shared_ptr<emulation::Event>(new emulation::Event);
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  const auto state = *event;
+  const uint64_t number = ++state->recorded;
+  return emulation::enqueue(stream, [=] {
+    state->reached = number;
+    return true;
+  });
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  const auto state = *event;
+  const uint64_t number = state->recorded;
+  return emulation::enqueue(stream, [=] { return state->reached >= number; });
+}
+
+template <typename Arguments>
+cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments&), dim3 grid, dim3 threads, void** arguments,
+                             size_t, cudaStream_t stream) {
+  if (grid.x == 0 || sizeof(Arguments) > emulation::kMaxArguments) return cudaErrorInvalidValue;
+  const auto copy = std::make_shared<Arguments>();
+  std::memcpy(static_cast<void*>(copy.get()), arguments[0], sizeof(Arguments));
+  const cudaError_t error = emulation::enqueue(stream, [=] {
+    for (emulation::block.x = 0; emulation::block.x < grid.x; ++emulation::block.x) {
+      for (emulation::thread.x = 0; emulation::thread.x < threads.x; ++emulation::thread.x) {
+        kernel(*copy);
+      }
+    }
+    return true;
+  });
+  if (error == cudaSuccess) {
+    emulation::machine().launches.push_back({grid.x, sizeof(Arguments), stream->device});
+  }
+  return error;
+}
+
+#if defined(EMULATION_MAIN)
+namespace emulation {
+
+Machine& machine() {
+  static Machine the_machine;
+  return the_machine;
+}
+
+Machine::Machine() = default;
+
+Stream* Machine::stream(int device) {
+  streams.push_back(std::make_unique<Stream>(Stream{device, {}}));
+  return streams.back().get();
+}
+
+void Machine::synchronize() {
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (auto stream = streams.rbegin(); stream != streams.rend(); ++stream) {
+      auto& work = (*stream)->work;
+      while (!work.empty() && work.front()()) {
+        work.pop_front();
+        progress = true;
+      }
+    }
+  }
+  for (const auto& stream : streams) {
+    if (!stream->work.empty()) std::abort();  // streams that wait for each other
+  }
+}
+
+}  // namespace emulation
+#endif

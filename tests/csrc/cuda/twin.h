@@ -1,0 +1,170 @@
+// One set of tensors twice, with the same bits at the same alignment: for the CPU engine and for the CUDA
+// engine.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "algorithms/storage.h"
+#include "cpu/engine.h"
+#include "cpu/guarded.h"
+#include "cpu/problem.h"
+#include "cuda/engine.h"
+
+struct Tensor {
+  Update update = Update::adam;
+  Dtype dtype = Dtype::float32;
+  int64_t size = 1;
+  bool has_grad = true;
+  std::array<int, kArrays> shift = {};  // by how many elements param, grad and states are misaligned
+  int step = 3;                         // tensors with the same update and step share their values
+};
+
+class Twin {
+ public:
+  struct Side {
+    recap::Plan plan;
+    recap::Step step;
+    std::vector<std::unique_ptr<Guarded>> arrays;  // kArrays per slot: param, grad, states
+  };
+  Side cpu, cuda;
+
+  explicit Twin(const std::vector<Tensor>& tensors, uint32_t seed = 1)
+      : tensors_(tensors), random_(seed) {
+    for (const Tensor& tensor : tensors) {
+      add_values(tensor);
+      add_slot(tensor, cpu);
+      add_slot(tensor, cuda);
+      fill(tensor);
+    }
+    cpu.plan.tiles = recap::cut_tiles(cpu.plan.slots, recap::cpu::kTileSize);
+    cuda.plan.tiles = recap::cut_tiles(cuda.plan.slots, recap::cuda::kTileSize);
+  }
+
+  void run_cpu() {
+    const auto run = [](int count, void (*task)(int, void*), void* context) {
+      for (int i = 0; i < count; ++i) task(i, context);
+    };
+    recap::cpu::run(cpu.plan, cpu.step, {1, run});
+  }
+
+  // Where both sides differ first, or an empty string. A NaN equals any other.
+  std::string difference() {
+    for (size_t i = 0; i < cpu.arrays.size(); ++i) {
+      if (!cpu.arrays[i]) continue;
+      const Tensor& tensor = tensors_[i / kArrays];
+      if (!cuda.arrays[i]->intact()) return name(i) + " was written beyond its end";
+      const int64_t element = recap::dtype_size(tensor.dtype);
+      for (int64_t at = 0; at < tensor.size; ++at) {
+        const unsigned char* expected = cpu.arrays[i]->data() + at * element;
+        const unsigned char* found = cuda.arrays[i]->data() + at * element;
+        if (std::memcmp(expected, found, element) &&
+            !(is_nan(expected, tensor.dtype) && is_nan(found, tensor.dtype))) {
+          return name(i) + " differs at element " + std::to_string(at);
+        }
+      }
+    }
+    return "";
+  }
+
+  std::string name(size_t array) const {
+    const Tensor& tensor = tensors_[array / kArrays];
+    return "array " + std::to_string(array % kArrays) + " of slot " +
+           std::to_string(array / kArrays) + " (update " +
+           std::to_string(static_cast<int>(tensor.update)) + ", dtype " +
+           std::to_string(static_cast<int>(tensor.dtype)) + ", " + std::to_string(tensor.size) +
+           " elements)";
+  }
+
+  const std::vector<Tensor>& tensors() const { return tensors_; }
+
+ private:
+  void add_values(const Tensor& tensor) {
+    const auto key = std::make_pair(tensor.update, tensor.step);
+    const auto [entry, added] =
+        entries_.emplace(key, static_cast<uint32_t>(cpu.step.values.size()));
+    for (Side* side : {&cpu, &cuda}) {
+      side->step.values_of_slot.push_back(entry->second);
+      if (added) {
+        const recap::Hyper hyper = hyper_for(tensor.update, tensor.step % 2 != 0);
+        side->step.values.push_back(recap::make_values(hyper, tensor.step, false, 3));
+      }
+    }
+  }
+
+  static void add_slot(const Tensor& tensor, Side& side) {
+    const int64_t element = recap::dtype_size(tensor.dtype);
+    recap::Slot slot;
+    slot.size = tensor.size;
+    slot.dtype = tensor.dtype;
+    for (int index = 0; index < kArrays; ++index) {
+      const bool used = index < 2 + states_of(tensor.update);
+      side.arrays.push_back(used ? std::make_unique<Guarded>(tensor.size * element,
+                                                             tensor.shift[index] * element)
+                                 : nullptr);
+      void* data = used ? side.arrays.back()->data() : nullptr;
+      if (index == 0) slot.param = data;
+      if (index == 1) side.step.grads.push_back(tensor.has_grad ? data : nullptr);
+      if (index >= 2) slot.state[index - 2] = data;
+    }
+    side.plan.slots.push_back(slot);
+  }
+
+  void fill(const Tensor& tensor) {
+    const int64_t element = recap::dtype_size(tensor.dtype);
+    for (size_t i = cpu.arrays.size() - kArrays; i < cpu.arrays.size(); ++i) {
+      if (!cpu.arrays[i]) continue;
+      for (int64_t at = 0; at < tensor.size; ++at) {
+        unsigned char* to = cpu.arrays[i]->data() + at * element;
+        write_number(to, tensor.dtype, i % kArrays >= 2);
+        std::memcpy(cuda.arrays[i]->data() + at * element, to, element);
+      }
+    }
+  }
+
+  // Mostly ordinary, now and then as large or as small as the type allows.
+  void write_number(unsigned char* to, Dtype dtype, bool not_negative) {
+    double value = static_cast<double>(static_cast<int64_t>(random_())) * 0x1p-62;
+    switch (random_() % 64) {
+      case 0: value = 0.0; break;
+      case 1: value *= 0x1p-130; break;
+      case 2: value *= 0x1p-20; break;
+      case 3: value *= 0x1p13; break;
+      case 4: value *= 0x1p125; break;
+    }
+    if (not_negative) value = std::fabs(value);
+    const float narrow = static_cast<float>(value);
+    const auto put = [to](const auto& stored) { std::memcpy(to, &stored, sizeof stored); };
+    recap::BFloat16 bfloat16;
+    recap::Float16 float16;
+    switch (dtype) {
+      case Dtype::float64: return put(value);
+      case Dtype::float32: return put(narrow);
+      case Dtype::bfloat16: return recap::store(narrow, bfloat16), put(bfloat16);
+      case Dtype::float16: return recap::store(narrow, float16), put(float16);
+    }
+  }
+
+  static bool is_nan(const unsigned char* from, Dtype dtype) {
+    const auto test = [from](auto stored) {
+      std::memcpy(&stored, from, sizeof stored);
+      return std::isnan(recap::load(stored));
+    };
+    switch (dtype) {
+      case Dtype::float64: return test(double());
+      case Dtype::float32: return test(float());
+      case Dtype::bfloat16: return test(recap::BFloat16());
+      case Dtype::float16: return test(recap::Float16());
+    }
+    return false;
+  }
+
+  std::vector<Tensor> tensors_;
+  std::map<std::pair<Update, int>, uint32_t> entries_;
+  std::mt19937_64 random_;
+};

@@ -1,0 +1,267 @@
+"""What a step costs once its plan is made, counted in calls and not in seconds.
+
+One call into the extension, and Python's work does not grow with parameters: these are what make a
+step fast, and easily lost.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from recap_fast._native import native
+from recap_fast.optim.combined import FusedCombinedOptimizer
+from recap_fast.optim.stepper import Stepper
+from tests.optim.helpers import (
+    FUSED,
+    LAYOUTS,
+    UPDATES,
+    numbers,
+    parameter,
+    parameters,
+    set_grads,
+    wrapped,
+)
+
+# The methods of the extension's classes, by the objects that a profiler sees called. It does not
+# see constructors: those of plans are counted by the fixture `builds`.
+EXTENSION = {
+    getattr(function, "__func__", None): f"{cls.__name__}.{name}"
+    for cls in (native.BoundPlan, native.GroupSource)
+    for name, function in vars(cls).items()
+}
+
+
+def _calls(action: Callable[[], object]) -> Counter[str]:
+    """The names of all functions called: `python:NAME`, `extension:NAME` of ours, or `c:NAME`."""
+    seen: Counter[str] = Counter()
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            seen[f"python:{frame.f_code.co_name}"] += 1
+        elif event == "c_call":
+            name = EXTENSION.get(argument)
+            seen[f"extension:{name}" if name else f"c:{argument.__name__}"] += 1
+
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    del seen["c:setprofile"]
+    return seen
+
+
+def _extension_calls(calls: Counter[str]) -> list[str]:
+    return [name for name in calls.elements() if name.startswith("extension:")]
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[Stepper]:
+    """Grows by one whenever a stepper builds a plan."""
+    seen: list[Stepper] = []
+    build = Stepper._build
+
+    def counting(self: Stepper, *args: Any, **kwargs: Any) -> None:
+        seen.append(self)
+        build(self, *args, **kwargs)
+
+    monkeypatch.setattr(Stepper, "_build", counting)
+    return seen
+
+
+def _combined(
+    groups: int, params_per_group: int, device: torch.device
+) -> tuple[FusedCombinedOptimizer, list[nn.Parameter]]:
+    names = list(UPDATES)
+    params: list[nn.Parameter] = []
+    parts = []
+    for index in range(groups):
+        algorithm, options = UPDATES[names[index % len(names)]]
+        own = {str(i): parameter((3, 2), i, device=device) for i in range(params_per_group)}
+        params += own.values()
+        parts.append((str(index), wrapped(own, algorithm, **options)))
+    return FusedCombinedOptimizer(parts), params
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_step_is_one_native_call(update: str, device: torch.device) -> None:
+    algorithm, options = UPDATES[update]
+    params = parameters(3, device=device)
+    optimizer = FUSED[algorithm](params, **options)
+    optimizer.step()
+    assert _extension_calls(_calls(optimizer.step)) == ["extension:BoundPlan.step"]
+
+
+def test_a_step_of_many_groups_is_one_native_call(device: torch.device) -> None:
+    optimizer, params = _combined(groups=30, params_per_group=2, device=device)
+    set_grads(params, 0)
+    optimizer.step()
+    assert _extension_calls(_calls(optimizer.step)) == ["extension:BoundPlan.step"]
+
+
+def test_calls_do_not_grow_with_parameters(device: torch.device) -> None:
+    counts = []
+    for params_per_group in (1, 50):
+        optimizer, params = _combined(4, params_per_group, device)
+        set_grads(params, 0)
+        optimizer.step()
+        counts.append(_calls(optimizer.step))
+    assert counts[0] == counts[1]
+    assert sum(counts[0].values()) < 60
+
+
+def test_python_functions_called_do_not_grow_with_groups(device: torch.device) -> None:
+    counts = []
+    for groups in (1, 40):
+        optimizer, params = _combined(groups, 2, device)
+        set_grads(params, 0)
+        optimizer.step()
+        calls = _calls(optimizer.step)
+        counts.append({k: v for k, v in calls.items() if k.startswith("python:")})
+    assert counts[0] == counts[1]
+
+
+def test_hooks_do_not_make_the_native_call_more_than_one(device: torch.device) -> None:
+    optimizer, params = _combined(3, 2, device)
+    set_grads(params, 0)
+    for _, part in optimizer.optimizers:
+        part._optimizer.register_step_post_hook(lambda *_: None)
+    optimizer.step()
+    assert _extension_calls(_calls(optimizer.step)) == ["extension:BoundPlan.step"]
+
+
+# --- when the plan is built ----------------------------------------------------------------------
+
+
+def _new_gradients(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    set_grads(params, 7)
+
+
+def _zeroed_gradients(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad(set_to_none=False)
+
+
+def _some_without(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    params[0].grad = None
+
+
+def _other_strides(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    params[0].grad = LAYOUTS["transposed"](params[0].grad)
+
+
+def _new_rate(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * 0.5
+
+
+def _new_hyperparameters(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0].update(betas=(0.5, 0.6), eps=0.1, weight_decay=0.3, maximize=True)
+
+
+def _values_in_place(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    with torch.no_grad():
+        params[0].mul_(2)
+    optimizer.state[params[0]]["exp_avg"].zero_()
+    optimizer.state[params[0]]["step"].fill_(9)
+
+
+def _saved(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _new_gradients,
+        _zeroed_gradients,
+        _some_without,
+        _other_strides,
+        _new_rate,
+        _new_hyperparameters,
+        _values_in_place,
+        _saved,
+    ],
+)
+def test_what_changes_in_training_does_not_rebuild_the_plan(
+    change: Any, builds: list[Stepper], device: torch.device
+) -> None:
+    params = parameters(3, device=device)
+    optimizer = FUSED["adam"](params)
+    optimizer.step()
+    built = len(builds)
+    for _ in range(3):
+        change(params, optimizer)
+        optimizer.step()
+    assert len(builds) == built
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_memory_layout_rebuilds_the_plan(
+    layout: str, builds: list[Stepper], device: torch.device
+) -> None:
+    params = [parameter((2, 3, 4, 5), i, device=device, layout=layout) for i in range(2)]
+    optimizer = FUSED["adam"](params)
+    set_grads(params, 0)
+    optimizer.step()
+    built = len(builds)
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+    assert len(builds) == built
+
+
+def test_a_scheduler_does_not_rebuild_the_plan(builds: list[Stepper], device: torch.device) -> None:
+    params = parameters(2, device=device)
+    optimizer = FUSED["adam"](params)
+    scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    built = len(builds)
+    for _ in range(3):
+        scheduler.step()
+        optimizer.step()
+    assert len(builds) == built
+
+
+@pytest.mark.parametrize("update", ["adam", "adagrad", "sgd", "momentum"])
+def test_the_first_step_builds_the_plan_at_most_twice(
+    update: str, builds: list[Stepper], device: torch.device
+) -> None:
+    """Once to find which states are missing, once with them."""
+    algorithm, options = UPDATES[update]
+    FUSED[algorithm](parameters(3, device=device), **options).step()
+    assert len(builds) <= 2
+
+
+def test_a_change_of_layout_rebuilds_the_plan_once(
+    builds: list[Stepper], device: torch.device
+) -> None:
+    params = parameters(2, device=device)
+    optimizer = FUSED["adam"](params)
+    optimizer.step()
+    built = len(builds)
+    params[0].data = params[0].data.clone()
+    optimizer.step()
+    optimizer.step()
+    assert len(builds) == built + 1
+
+
+def test_a_step_allocates_no_tensor(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("counts allocations of the CPU")
+    params = [nn.Parameter(numbers((1000,), i, torch.float32, device)) for i in range(3)]
+    optimizer = FUSED["adam"](params)
+    set_grads(params, 0)
+    optimizer.step()
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        optimizer.step()
+    allocated = [event for event in profiler.events() if event.cpu_memory_usage > 0]
+    assert not allocated

@@ -1,0 +1,95 @@
+"""The extension module is loaded only under the torch release it was built against."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from recap_fast import _native, build_info
+from recap_fast._native import use_instruction_set
+
+
+@pytest.fixture(autouse=True)
+def _fastest_instruction_set_afterwards() -> Iterator[None]:
+    yield
+    use_instruction_set(None)
+
+
+def _built_against(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    module = types.ModuleType("recap_fast._torch_version") if version else None
+    if module:
+        module.TORCH_VERSION = version
+    # None makes the import fail, as if the file were not there.
+    monkeypatch.setitem(sys.modules, "recap_fast._torch_version", module)
+
+
+def test_the_build_says_what_it_contains() -> None:
+    info = build_info()
+    assert info["engines"][0] == "cpu" and set(info["engines"]) <= {"cpu", "cuda"}
+    assert info["instruction_sets"][0] == "baseline"
+    assert set(info["instruction_sets"]) <= {"baseline", "avx2", "avx512"}
+    assert info["torch_running"] == torch.__version__
+    assert info["torch_built_against"].split(".")[:2] == torch.__version__.split(".")[:2]
+
+
+def test_the_fastest_instruction_set_is_in_use() -> None:
+    info = build_info()
+    assert info["instruction_set"] == info["instruction_sets"][-1]
+
+
+def test_every_instruction_set_can_be_chosen() -> None:
+    sets = build_info()["instruction_sets"]
+    for name in sets:
+        use_instruction_set(name)
+        assert build_info()["instruction_set"] == name
+    use_instruction_set(None)
+    assert build_info()["instruction_set"] == sets[-1]
+
+
+def test_an_instruction_set_that_is_not_there_is_named() -> None:
+    before = build_info()["instruction_set"]
+    with pytest.raises(ValueError, match=r"'altivec' is not available.*baseline"):
+        use_instruction_set("altivec")
+    assert build_info()["instruction_set"] == before
+
+
+def test_another_release_of_torch_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    _built_against(monkeypatch, "2.9.1+cu126")
+    with pytest.raises(ImportError, match=r"built against torch 2\.9\.1.*pip install") as error:
+        _native._load()
+    assert torch.__version__ in str(error.value)
+
+
+def test_another_patch_release_or_variant_of_torch_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = ".".join(torch.__version__.split(".")[:2])
+    _built_against(monkeypatch, f"{release}.99+cu999")
+    assert _native._load() is _native.native
+
+
+def test_a_package_that_is_not_built_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    _built_against(monkeypatch, None)
+    with pytest.raises(ImportError, match=r"not built.*pip install"):
+        _native._load()
+
+
+def test_the_optimizers_do_not_import_torchrec() -> None:
+    code = """
+import sys
+sys.modules["torchrec"] = sys.modules["fbgemm_gpu"] = None  # importing them fails
+import torch
+import recap_fast
+from recap_fast.optim import FusedAdam
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+FusedAdam([param], lr=0.5).step()
+print(round(param[0].item(), 3), recap_fast.build_info()["engines"][0])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["0.5", "cpu"]
