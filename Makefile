@@ -29,6 +29,14 @@ format: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.report
 
+# The C++ core, without Python: first memory and undefined behaviour, then races of the threaded engine.
+sanitize: $(VENV)/installed
+	for kind in address,undefined thread; do \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake -S tests/csrc -B build/sanitize-$$kind -G Ninja -DRECAP_SANITIZE=$$kind && \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-$$kind && \
+	  PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
+	done
+
 clean:
 	rm -rf build dist *.egg-info $(VENV) recap_fast_demo recap_fast/_C*.so recap_fast/_torch_version.py
 

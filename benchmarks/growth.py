@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from benchmarks import peers
 from benchmarks.interleave import interleave
 from benchmarks.workloads import Workload
@@ -61,12 +63,22 @@ def _times(workload: Workload, budget_seconds: float) -> dict[str, float]:
 
 
 def draw(directory: Path, stem: str, quick: bool = False) -> list[Path]:
-    """Measures at torch's number of threads and writes one picture for each of `DIMENSIONS`."""
+    """Measures with one thread and writes one picture for each of `DIMENSIONS`.
+
+    Args:
+        directory: where the pictures go, as `<stem>-growth-<dimension>.png`.
+        stem: how the file names begin.
+        quick: leaves out the largest size of each, and takes less time for the others.
+
+    Returns:
+        The paths of the pictures.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    torch.set_num_threads(1)
     paths = []
     for name, (axis, make, sizes) in DIMENSIONS.items():
         sizes = sizes[:-1] if quick else sizes
@@ -77,7 +89,7 @@ def draw(directory: Path, stem: str, quick: bool = False) -> list[Path]:
             ys = [times[peer] for times in points if peer in times]
             if xs:
                 axes.loglog(xs, ys, marker="o", label=peer)
-        axes.set(xlabel=axis, ylabel="cold Adam step [µs]")
+        axes.set(xlabel=axis, ylabel="cold Adam step, one thread [µs]")
         axes.grid(True, which="major", alpha=0.3)
         axes.legend()
         path = directory / f"{stem}-growth-{name}.png"

@@ -22,9 +22,16 @@ Algorithm algorithm_named(const std::string& name) {
 // How many slots ahead a step reads, to hide the latency of memory that backward has evicted.
 constexpr size_t kPrefetch = 8;
 
-double scalar(const py::object& tensor, double none) {
-  if (tensor.is_none()) return none;
-  return THPVariable_Unpack(tensor.ptr()).item().toDouble();
+// The value of a one-element tensor or a number; `none` for None.
+double scalar(const py::object& value, const char* name, double none) {
+  if (value.is_none()) return none;
+  if (THPVariable_Check(value.ptr())) {
+    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    if (tensor.numel() == 1) return tensor.item().toDouble();
+  } else if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) {
+    return value.cast<double>();
+  }
+  throw py::type_error(std::string(name) + " must be None, a number or a one-element tensor");
 }
 
 }  // namespace
@@ -184,10 +191,10 @@ void BoundPlan::fill_values(double grad_scale) {
 }
 
 Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_inf) {
+  const double scale = scalar(grad_scale, "grad_scale", 1.0);
   if (!groups_unchanged() || !read_slots()) return Outcome::stale;
-  if (scalar(found_inf, 0.0) != 0.0) return Outcome::skipped;
+  if (scalar(found_inf, "found_inf", 0.0) != 0.0) return Outcome::skipped;
   if (!slots_without_state_.empty()) return Outcome::needs_state;
-  const double scale = scalar(grad_scale, 1.0);
 
   for (const uint32_t slot : copied_) slots_[slot].copy_in();
   fill_values(scale);

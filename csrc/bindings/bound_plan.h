@@ -38,7 +38,7 @@ class BoundPlan {
   BoundPlan(const std::vector<GroupSource>& groups, const std::vector<py::list>& lists,
             const std::vector<size_t>& first);
 
-  // `grad_scale` and `found_inf` are one-element tensors, or None.
+  // `grad_scale` and `found_inf` are one-element tensors, numbers or None.
   Outcome step(const py::object& grad_scale, const py::object& found_inf);
 
   // After `needs_state`: the flat indices of the slots to make state for.

@@ -38,7 +38,8 @@ GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name)
     read(items_.back());
   }
   static const std::map<Algorithm, std::set<std::string>> required = {
-      {Algorithm::adam, {"lr", "betas", "eps", "weight_decay", "amsgrad"}},
+      {Algorithm::adam,
+       {"lr", "betas", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay"}},
       {Algorithm::adagrad, {"lr", "lr_decay", "eps", "weight_decay"}},
       {Algorithm::sgd, {"lr", "momentum", "dampening", "weight_decay", "nesterov"}},
   };
@@ -47,6 +48,7 @@ GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name)
       throw py::key_error(name_ + " has no '" + key + "'; add it to the param group");
     }
   }
+  keeps_ = kept_state();
 }
 
 GroupReader::Field GroupReader::field_of(const std::string& key) const {
@@ -153,11 +155,8 @@ void GroupReader::read(const Item& item) {
 bool GroupReader::refresh() {
   PyObject* group = group_.ptr();
   if (static_cast<size_t>(PyDict_GET_SIZE(group)) != items_.size()) return false;
-  const bool amsgrad = algorithm_ == Algorithm::adam && hyper_.adam.amsgrad;
-  const bool momentum = algorithm_ == Algorithm::sgd && hyper_.sgd.momentum != 0.0;
   Py_ssize_t position = 0;
   PyObject *key, *value;
-  bool changed = false;
   for (Item& item : items_) {
     if (!PyDict_Next(group, &position, &key, &value) || key != item.key.ptr()) return false;
     if (value == item.value.ptr() && !item.in_place) continue;
@@ -166,11 +165,18 @@ bool GroupReader::refresh() {
                 is_hyperparameter(item.field) && can_change_in_place(value)};
     read(now);  // may raise: only what was read becomes known
     item = std::move(now);
-    changed = true;
   }
-  if (!changed) return true;
-  return amsgrad == (algorithm_ == Algorithm::adam && hyper_.adam.amsgrad) &&
-         momentum == (algorithm_ == Algorithm::sgd && hyper_.sgd.momentum != 0.0);
+  // Against what the plan was made with: an earlier call may have read a switch and then raised.
+  return keeps_ == kept_state();
+}
+
+bool GroupReader::kept_state() const {
+  switch (algorithm_) {
+    case Algorithm::adam: return hyper_.adam.amsgrad;
+    case Algorithm::sgd: return hyper_.sgd.momentum != 0.0;
+    case Algorithm::adagrad: return false;
+  }
+  return false;
 }
 
 }  // namespace recap

@@ -54,12 +54,14 @@ class GroupReader {
   void read(const Item& item);
   double number(py::handle value, const std::string& key) const;
   bool flag(py::handle value, const std::string& key) const;
+  bool kept_state() const;  // whether the option that needs another state is on
 
   Algorithm algorithm_;
   py::dict group_;
   std::string name_;
   std::vector<Item> items_;
   Hyper hyper_;
+  bool keeps_ = false;  // `kept_state` of the plan
 };
 
 }  // namespace recap

@@ -94,6 +94,10 @@ void SlotTensors::check_param() const {
     throw py::type_error(text("parameter ", name_, " is ", param().dtype(),
                               "; the fused step takes float32, float64, bfloat16 and float16"));
   }
+  if (param().is_inference()) {
+    throw std::runtime_error(
+        text("parameter ", name_, " is an inference tensor, which cannot be updated; clone() it"));
+  }
   if (at::has_internal_overlap(param()) == at::MemOverlap::Yes) {
     throw std::runtime_error(text("parameter ", name_, " of shape ", param().sizes(),
                                   " and strides ", param().strides(),
@@ -127,6 +131,10 @@ void SlotTensors::take_state(const Hyper& hyper) {
   const at::Tensor layout = dense_param_.defined() ? dense_param_ : param();
   for (const char* key : names) {
     at::Tensor state = entry(key);
+    if (is_wrapper_subclass(state)) {
+      throw py::type_error(text("the state '", key, "' of parameter ", name_,
+                                " is a tensor subclass whose memory the fused step cannot reach"));
+    }
     if (state.device() != param().device() || state.scalar_type() != param().scalar_type() ||
         state.sizes() != param().sizes() || state.layout() != at::kStrided) {
       throw std::runtime_error(text("the state '", key, "' of parameter ", name_, " is ",

@@ -69,8 +69,8 @@ class Engine::Implementation {
     for (bool more = launches_.first(step); more; more = launches_.next(step)) {
       follow(stream);
       launches_.write(step, tiles_, arguments_);
-      check(launch_kernel(launches_.argument_bytes(), launches_.tiles(), arguments_, stream), device_,
-            "launch the optimizer step");
+      check(launch_kernel(launches_.argument_bytes(), launches_.tiles(), arguments_, stream),
+            device_, "launch the optimizer step");
     }
   }
 
@@ -86,8 +86,8 @@ class Engine::Implementation {
     void* table = nullptr;
     check(cudaMallocAsync(&table, bytes, last_stream_), device_, "allocate the table of tiles");
     tiles_ = static_cast<TileEntry*>(table);
-    check(cudaMemcpyAsync(tiles_, tiles->data(), bytes, cudaMemcpyHostToDevice, last_stream_), device_,
-          "copy the table of tiles");
+    check(cudaMemcpyAsync(tiles_, tiles->data(), bytes, cudaMemcpyHostToDevice, last_stream_),
+          device_, "copy the table of tiles");
     // The copy may read the host's memory after this returns.
     const auto destroy = [](void* table) { delete static_cast<std::vector<TileEntry>*>(table); };
     const cudaError_t error = cudaLaunchHostFunc(last_stream_, destroy, tiles.get());
@@ -104,8 +104,8 @@ class Engine::Implementation {
     if (moved_) cudaEventDestroy(moved_);
   }
 
-  // Makes `stream` wait for what this engine did on the stream before. So the table is there before any
-  // step, and all steps are over when it is freed.
+  // Makes `stream` wait for what this engine did on the stream before. So the table is there before
+  // any step, and all steps are over when it is freed.
   void follow(cudaStream_t stream) {
     if (stream == last_stream_) return;
     check(cudaEventRecord(moved_, last_stream_), device_, "record an event");

@@ -1,22 +1,27 @@
 // One optimizer step: every element of every slot of a launch, whatever its algorithm and dtype.
 //
-// The updates and their sources are in ../algorithms. Bytes that must move per element: Adam 7 values
-// (read param, grad and two states; write param and states), amsgrad 9, Adagrad and momentum SGD 5, SGD
-// 3, of 2, 4 or 8 bytes. There are some 15 operations to them, so memory bounds the kernel, and
-// everything below is about asking for it early and in the fewest accesses:
+// The updates and their sources are in ../algorithms. Bytes that must move per element: Adam 7
+// values (read param, grad and two states; write param and states), amsgrad 9, Adagrad and momentum
+// SGD 5, SGD 3, of 2, 4 or 8 bytes. There are some 15 operations to them, so memory bounds the
+// kernel, and everything below is about asking for it early and in the fewest accesses:
 //
-//  * One block per tile, not a persistent grid: tiles differ in cost (algorithm, dtype, slots without a
+//  * One block per tile, not a persistent grid: tiles differ in cost (algorithm, dtype, slots
+//  without a
 //    gradient), and the hardware hands the next one to whichever multiprocessor is free.
-//  * A block waits for one table entry, then asks for elements: addresses and sizes come with the entry,
+//  * A block waits for one table entry, then asks for elements: addresses and sizes come with the
+//  entry,
 //    the gradient's address and the hyperparameters with the kernel's parameter, which is in the
 //    constant bank. `__grid_constant__` lets the tables in it be indexed without a copy per thread.
-//  * A thread asks for 16 bytes of each array before it uses any: 2 to 5 independent loads. 768 resident
-//    threads then have 24 (SGD) to 60 KB in flight per multiprocessor. More per thread would take the
-//    registers that keep those threads resident.
-//  * Where a tile is not aligned to 16 bytes, as a gradient inside a communication bucket may be, or
-//    ends, neighbouring threads take neighbouring elements, as many per thread as a 16-byte access has.
-//    Both ways share the code of the update, of which there are 12 for each of 4 dtypes.
-//  * Accesses pass by the first-level cache (.cg), since nothing is touched twice; in the second level
+//  * A thread asks for 16 bytes of each array before it uses any: 2 to 5 independent loads. 768
+//  resident
+//    threads then have 24 (SGD) to 60 KB in flight per multiprocessor. More per thread would take
+//    the registers that keep those threads resident.
+//  * Where a tile is not aligned to 16 bytes, as a gradient inside a communication bucket may be,
+//  or
+//    ends, neighbouring threads take neighbouring elements, as many per thread as a 16-byte access
+//    has. Both ways share the code of the update, of which there are 12 for each of 4 dtypes.
+//  * Accesses pass by the first-level cache (.cg), since nothing is touched twice; in the second
+//  level
 //    they are ordinary, so that a small model still finds its parameters there.
 //  * No shared memory and no synchronisation: there is nothing to exchange.
 #include "kernel.h"
@@ -32,10 +37,11 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 3;  // allows 80 registers; at 4 blocks and 64, they spill
 
-// --- access ---------------------------------------------------------------------------------------
+// --- access
+// ---------------------------------------------------------------------------------------
 
-// What one thread holds of a chunk: 16 bytes of each array. Elements are cut out of whole registers when
-// they are used; an array of 16-bit elements would take a register for each.
+// What one thread holds of a chunk: 16 bytes of each array. Elements are cut out of whole registers
+// when they are used; an array of 16-bit elements would take a register for each.
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 template <typename T>
@@ -58,9 +64,7 @@ template <typename T>
 struct HalfShare {
   uint32_t word[4];
 
-  RECAP_DEVICE T get(int i) const {
-    return {static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16))};
-  }
+  RECAP_DEVICE T get(int i) const { return {static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16))}; }
   RECAP_DEVICE void set(int i, T value) {
     const uint32_t old = word[i / 2], bits = value.bits;
     word[i / 2] = i % 2 ? (old & 0xffffu) | bits << 16 : (old & 0xffff0000u) | bits;
@@ -154,7 +158,8 @@ struct Part {
   }
 };
 
-// --- update ---------------------------------------------------------------------------------------
+// --- update
+// ---------------------------------------------------------------------------------------
 
 template <typename Algorithm, typename T>
 struct Arrays {
@@ -188,14 +193,15 @@ struct Chunk {
   }
 
   template <typename Access>
-  RECAP_DEVICE void store(const Access& access, const Arrays<Algorithm, T>& arrays, int begin) const {
+  RECAP_DEVICE void store(const Access& access, const Arrays<Algorithm, T>& arrays,
+                          int begin) const {
     access.store(arrays.param + begin, param);
 #pragma unroll
     for (int k = 0; k < Algorithm::kStates; ++k) access.store(arrays.state[k] + begin, state[k]);
   }
 
-  // 16-bit elements in a loop, one word at a time: all eight at once would need more registers than there
-  // are, and four times the time to compile.
+  // 16-bit elements in a loop, one word at a time: all eight at once would need more registers than
+  // there are, and four times the time to compile.
   RECAP_DEVICE void update(const Values& h) {
     constexpr int kElements = sizeof(T) == 2 ? 2 : kWidth<T>;
 #pragma unroll 1
@@ -282,7 +288,8 @@ RECAP_DEVICE void update_tile_by(Update update,
 #undef RECAP_CASE
 }
 
-// --- kernel and launch ----------------------------------------------------------------------------
+// --- kernel and launch
+// ----------------------------------------------------------------------------
 
 template <typename T>
 RECAP_DEVICE const T* table(const ArgumentsHeader& header, uint32_t offset) {

@@ -17,7 +17,8 @@ std::vector<TileEntry> make_tile_table(const Plan& plan) {
   table.reserve(plan.tiles.size());
   for (const Tile& tile : plan.tiles) {
     if (tile.size > kTileSize || (!table.empty() && tile.slot < table.back().slot)) {
-      throw std::invalid_argument("a CUDA plan needs tiles of at most cuda::kTileSize elements, in slot order");
+      throw std::invalid_argument(
+          "a CUDA plan needs tiles of at most cuda::kTileSize elements, in slot order");
     }
     const Slot& slot = plan.slots[tile.slot];
     const int64_t offset = tile.begin * dtype_size(slot.dtype);
@@ -58,7 +59,8 @@ bool Launches::accept(const Step& step, uint32_t slot) {
   uint16_t& entry = entry_of_[step.values_of_slot[slot]];
   const size_t entries = entries_.size() + (entry == kNoEntry ? 1 : 0);
   const bool float64 = float64_ || is_float64_[slot];
-  if (entries > kMaxEntries || argument_bytes(slot + 1 - begin_, entries, float64) > kLargeArguments) {
+  if (entries > kMaxEntries ||
+      argument_bytes(slot + 1 - begin_, entries, float64) > kLargeArguments) {
     return false;
   }
   if (entry == kNoEntry) {

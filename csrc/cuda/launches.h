@@ -9,8 +9,8 @@
 
 namespace recap::cuda {
 
-// The device table of `plan`. Throws std::invalid_argument unless the tiles are in slot order and none
-// is larger than kTileSize.
+// The device table of `plan`. Throws std::invalid_argument unless the tiles are in slot order and
+// none is larger than kTileSize.
 std::vector<TileEntry> make_tile_table(const Plan& plan);
 
 class Launches {
@@ -38,8 +38,8 @@ class Launches {
   std::vector<uint32_t> first_tile_of_slot_;  // and the number of tiles at the end
   uint32_t slots_;
 
-  // The launch: the slots [begin_, end_). Each entry is an index into step.values, of which entry_of_
-  // is the inverse.
+  // The launch: the slots [begin_, end_). Each entry is an index into step.values, of which
+  // entry_of_ is the inverse.
   uint32_t begin_ = 0, end_ = 0;
   bool float64_ = false;
   std::vector<uint32_t> entries_;

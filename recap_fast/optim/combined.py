@@ -139,4 +139,5 @@ class FusedCombinedOptimizer(CombinedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._patch_step_function()  # or hooks are not called where none was made before
         self._prepare()

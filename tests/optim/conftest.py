@@ -22,10 +22,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(name)
 
 
-@pytest.fixture
-def engine_settings() -> Iterator[None]:
-    """Puts back the number of threads and the instruction set that a test changes."""
+@pytest.fixture(autouse=True)
+def _engine_settings() -> Iterator[None]:
+    """One thread, unless a test asks for more: on a busy machine, others would only wait.
+
+    Afterwards puts back the number of threads, and the fastest instruction set.
+    """
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     use_instruction_set(None)

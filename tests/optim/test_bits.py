@@ -21,7 +21,7 @@ STEPS = 3
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest, engine_settings: None) -> str:
+def instruction_set(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name not in build_info()["instruction_sets"]:
         pytest.skip(f"this processor or build does not have {name}")
@@ -124,9 +124,7 @@ def _run_mixed(scale: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("scale", [3, 9_001])
-def test_bits_do_not_depend_on_the_number_of_threads(
-    scale: int, threads: int, engine_settings: None
-) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(scale: int, threads: int) -> None:
     # The large one has 6 MB of parameters: 128 KiB for each thread are enough to wake it.
     torch.set_num_threads(1)
     expected = _run_mixed(scale)
@@ -134,7 +132,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     _assert_all_same(expected, _run_mixed(scale), "the number of threads")
 
 
-def test_one_large_tensor_is_the_same_for_two_threads(engine_settings: None) -> None:
+def test_one_large_tensor_is_the_same_for_two_threads() -> None:
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)

@@ -319,7 +319,6 @@ def test_a_copy_has_its_hooks(device: torch.device) -> None:
     assert calls == [1]
 
 
-@pytest.mark.xfail(strict=True, reason="__setstate__ does not patch the step, as torch's does")
 def test_hooks_work_in_a_process_that_only_unpickled(tmp_path: Any) -> None:
     file = tmp_path / "optimizer.pickle"
     file.write_bytes(pickle.dumps(FusedCombinedOptimizer([wrapped({"x": parameters(1)[0]})])))

@@ -91,16 +91,12 @@ def test_an_overflown_second_moment_leaves_the_parameter_finite(
         assert (param == 1).all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="exp_avg_sq: g * g is formed, and overflows, before it is weighted"
-)
 def test_a_gradient_whose_weighted_square_is_finite_does_not_overflow(device: torch.device) -> None:
     """(1 - beta2) g * g is in range up to g = 5e20, although g * g is not from 1.8e19."""
     grads = [torch.tensor([3e19, 1e20, 5e20]), torch.ones(3), torch.ones(3)]
     _compare("adam", {"lr": 0.1}, grads, device)
 
 
-@pytest.mark.xfail(strict=True, reason="exp_avg_sq: the lerp from the far end is inf - inf")
 @pytest.mark.parametrize("beta2", [0.0, 0.3])
 def test_a_second_moment_of_short_memory_overflows_to_infinity(
     beta2: float, device: torch.device

@@ -146,9 +146,6 @@ def test_a_dtensor_is_refused(mesh: Any) -> None:
     assert sharded not in optimizer.state
 
 
-@pytest.mark.xfail(
-    strict=True, reason="its version counter raises when earlier step counts have been written"
-)
 def test_an_inference_tensor_is_refused_as_torch_refuses_it() -> None:
     params = parameters(2)
     with torch.inference_mode():
@@ -280,19 +277,7 @@ BAD_STATES: dict[str, tuple[str, Callable[[Tensor], Any], type[Exception]]] = {
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(
-            kind,
-            marks=[
-                pytest.mark.xfail(
-                    run=False, reason="segmentation fault: states are not checked to be plain"
-                )
-            ]
-            if kind == "a wrapper"
-            else [],
-        )
-        for kind in BAD_STATES
-    ],
+    [kind for kind in BAD_STATES],
 )
 def test_a_state_that_does_not_fit_is_refused(kind: str) -> None:
     key, spoil, error = BAD_STATES[kind]
@@ -346,9 +331,6 @@ REQUIRED = {
         pytest.param(
             algorithm,
             key,
-            marks=[pytest.mark.xfail(strict=True, reason="FusedAdamW would step as Adam with L2")]
-            if key == "decoupled_weight_decay"
-            else [],
         )
         for algorithm, keys in REQUIRED.items()
         for key in keys
@@ -401,11 +383,6 @@ def test_a_hyperparameter_of_the_wrong_kind_is_named(
     optimizer.step()
 
 
-@pytest.mark.xfail(
-    run=False,
-    reason="segmentation fault: a switch that was read before another field was refused counts as "
-    "known, and no plan with its state is built",
-)
 @pytest.mark.parametrize(
     ("algorithm", "switch", "bad"),
     [

@@ -1,5 +1,5 @@
-// The CUDA engine on an emulated machine: the same bits as the CPU engine, each element written once and
-// nothing beside it, and no reliance on an order that streams do not give.
+// The CUDA engine on an emulated machine: the same bits as the CPU engine, each element written
+// once and nothing beside it, and no reliance on an order that streams do not give.
 #define EMULATION_MAIN
 #include <cuda_runtime.h>
 #include <sys/mman.h>

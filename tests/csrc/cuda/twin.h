@@ -1,5 +1,5 @@
-// One set of tensors twice, with the same bits at the same alignment: for the CPU engine and for the CUDA
-// engine.
+// One set of tensors twice, with the same bits at the same alignment: for the CPU engine and for
+// the CUDA engine.
 #pragma once
 
 #include <array>
@@ -21,8 +21,9 @@ struct Tensor {
   Dtype dtype = Dtype::float32;
   int64_t size = 1;
   bool has_grad = true;
-  std::array<int, kArrays> shift = {};  // by how many elements param, grad and states are misaligned
-  int step = 3;                         // tensors with the same update and step share their values
+  std::array<int, kArrays> shift =
+      {};        // by how many elements param, grad and states are misaligned
+  int step = 3;  // tensors with the same update and step share their values
 };
 
 class Twin {
@@ -104,9 +105,9 @@ class Twin {
     slot.dtype = tensor.dtype;
     for (int index = 0; index < kArrays; ++index) {
       const bool used = index < 2 + states_of(tensor.update);
-      side.arrays.push_back(used ? std::make_unique<Guarded>(tensor.size * element,
-                                                             tensor.shift[index] * element)
-                                 : nullptr);
+      side.arrays.push_back(
+          used ? std::make_unique<Guarded>(tensor.size * element, tensor.shift[index] * element)
+               : nullptr);
       void* data = used ? side.arrays.back()->data() : nullptr;
       if (index == 0) slot.param = data;
       if (index == 1) side.step.grads.push_back(tensor.has_grad ? data : nullptr);

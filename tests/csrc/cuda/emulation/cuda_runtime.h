@@ -1,11 +1,11 @@
-// A cuda_runtime.h that runs on the CPU: found instead of the toolkit's, it lets the very sources of the
-// CUDA engine be compiled as ordinary C++ and executed.
+// A cuda_runtime.h that runs on the CPU: found instead of the toolkit's, it lets the very sources
+// of the CUDA engine be compiled as ordinary C++ and executed.
 //
-// Threads run one after the other, so kernels must not synchronise within a block; those of the engine
-// do not. Streams are queues that stay idle until something waits for them, and then run in an order
-// that the caller of CUDA may not rely on. So work that starts without waiting for what it needs reads
-// what is not there yet, or memory that is already freed. Device memory is poisoned before its first use
-// and after its last.
+// Threads run one after the other, so kernels must not synchronise within a block; those of the
+// engine do not. Streams are queues that stay idle until something waits for them, and then run in
+// an order that the caller of CUDA may not rely on. So work that starts without waiting for what it
+// needs reads what is not there yet, or memory that is already freed. Device memory is poisoned
+// before its first use and after its last.
 //
 // One translation unit defines EMULATION_MAIN before it includes this.
 #pragma once
@@ -27,7 +27,12 @@
 #define __launch_bounds__(...)
 #define __grid_constant__ &  // one copy for all threads
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorInvalidDevice };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorMemoryAllocation,
+  cudaErrorInvalidDevice
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 constexpr unsigned cudaEventDisableTiming = 2;
 
@@ -73,8 +78,8 @@ struct Machine {
   size_t stores_of[17] = {};  // by width in bytes
   size_t copies = 0;
   std::map<const void*, size_t> allocated;  // addresses and sizes
-  int calls_until_failure = -1;             // of the runtime calls that can fail; negative: none fails
-  bool sticky = false;                      // an error that nobody has taken yet
+  int calls_until_failure = -1;  // of the runtime calls that can fail; negative: none fails
+  bool sticky = false;           // an error that nobody has taken yet
 
   Machine();
   Stream* stream(int device);  // a new one
@@ -219,8 +224,8 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
 }
 
 template <typename Arguments>
-cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments&), dim3 grid, dim3 threads, void** arguments,
-                             size_t, cudaStream_t stream) {
+cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments&), dim3 grid, dim3 threads,
+                             void** arguments, size_t, cudaStream_t stream) {
   if (grid.x == 0 || sizeof(Arguments) > emulation::kMaxArguments) return cudaErrorInvalidValue;
   const auto copy = std::make_shared<Arguments>();
   std::memcpy(static_cast<void*>(copy.get()), arguments[0], sizeof(Arguments));

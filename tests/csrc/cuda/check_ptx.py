@@ -1,0 +1,121 @@
+"""What nvcc says of the CUDA kernel, on a machine without a GPU.
+
+Run by itself it prints a table: ``python tests/csrc/cuda/check_ptx.py [80 90 ...]``.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+KERNEL = ROOT / "csrc" / "cuda" / "kernel.cu"
+# The flags that decide about results; CMakeLists.txt builds with the same.
+FLAGS = ["-std=c++17", "-O3", "--fmad=false"]
+ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
+
+MAX_REGISTERS = 80  # 3 blocks of 256 threads per multiprocessor
+MAX_PARAMETER = 32_764  # bytes, what a launch takes from CUDA 12.1 on
+# Arrays that one element of each of the 12 updates reads and writes, in each of 4 dtypes.
+LOADS = 4 * (2 * 4 + 2 * 5 + 2 * 3 + 2 * 2 + 4 * 3)
+STORES = 4 * (2 * 3 + 2 * 4 + 2 * 2 + 2 * 1 + 4 * 2)
+
+# Every fma that the source asks for, and no other, then carries a mark.
+_MARK = "// asked for"
+_MARKED_FMA = f"""
+__device__ __forceinline__ float marked_fma(float a, float b, float c) {{
+  float d;
+  asm("fma.rn.f32 %0, %1, %2, %3; {_MARK}" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+  return d;
+}}
+__device__ __forceinline__ double marked_fma(double a, double b, double c) {{
+  double d;
+  asm("fma.rn.f64 %0, %1, %2, %3; {_MARK}" : "=d"(d) : "d"(a), "d"(b), "d"(c));
+  return d;
+}}
+"""
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def _run(*arguments: str | Path) -> str:
+    command = [str(find_nvcc()), *FLAGS, *map(str, arguments), str(KERNEL)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+@dataclass
+class Kernel:
+    """What ptxas reports of one kernel; sizes in bytes."""
+
+    parameter: int
+    registers: int
+    stack: int
+    spills: int
+
+
+def read_ptxas(architecture: str) -> list[Kernel]:
+    """Assembles the kernels for ``sm_<architecture>``."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = _run(
+            f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", "-o", Path(folder) / "kernel.cubin"
+        )
+    kernels = []
+    for report in output.split("Compiling entry function")[1:]:
+        # The size of the parameter is the kernel's template argument.
+        numbers = [
+            re.search(pattern, report)
+            for pattern in (
+                r"update_tilesILi(\d+)E",
+                r"Used (\d+) registers",
+                r"(\d+) bytes stack frame",
+                r"(\d+) bytes spill stores",
+            )
+        ]
+        kernels.append(Kernel(*(int(number.group(1)) for number in numbers)))
+    return kernels
+
+
+def read_ptx(architecture: str, mark_fma: bool = False) -> str:
+    """The kernels' PTX; with `mark_fma`, ``is_asked_for`` tells where the source has an fma."""
+    with tempfile.TemporaryDirectory() as folder:
+        marks = Path(folder) / "marks.h"
+        marks.write_text(_MARKED_FMA)
+        extra = ["-include", marks, "-D__fmaf_rn=marked_fma", "-D__fma_rn=marked_fma"]
+        ptx = Path(folder) / "kernel.ptx"
+        _run(f"-arch=compute_{architecture}", "-ptx", "-o", ptx, *(extra if mark_fma else []))
+        return ptx.read_text()
+
+
+def instructions(ptx: str, pattern: str) -> list[str]:
+    """The lines of instructions that begin with a match of `pattern`."""
+    begins = re.compile(rf"\s*(?:@!?%p\d+\s+)?(?:{pattern})")
+    return [line for line in ptx.splitlines() if begins.match(line)]
+
+
+def is_asked_for(instruction: str) -> bool:
+    return _MARK in instruction
+
+
+def parameter_sizes(ptx: str) -> list[int]:
+    """Bytes of each kernel's parameter."""
+    return [int(size) for size in re.findall(r"\.param [^\n]*_param_0\[(\d+)\]", ptx)]
+
+
+def main() -> None:
+    for architecture in sys.argv[1:] or ARCHITECTURES:
+        for kernel in read_ptxas(architecture):
+            print(f"sm_{architecture}: {kernel}")
+
+
+if __name__ == "__main__":
+    main()
