@@ -6,7 +6,9 @@ TORCHREC ?= torchrec==1.8.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+export PATH := $(abspath $(BIN)):$(PATH)
+
+CSRC := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint format bench sanitize clean
 
@@ -29,13 +31,14 @@ format: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.report
 
-# The C++ core, without Python: first memory and undefined behaviour, then races of the threaded engine.
+# The C++ core, without Python: memory and undefined behaviour, then races of the threaded engine.
 sanitize: $(VENV)/installed
-	for kind in address,undefined thread; do \
-	  PATH="$(abspath $(BIN)):$$PATH" cmake -S tests/csrc -B build/sanitize-$$kind -G Ninja -DRECAP_SANITIZE=$$kind && \
-	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-$$kind && \
-	  PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
-	done
+	cmake -S tests/csrc -B build/sanitize -DRECAP_SANITIZE=address,undefined
+	cmake --build build/sanitize --parallel
+	ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+	cmake -S tests/csrc -B build/sanitize-thread -DRECAP_SANITIZE=thread
+	cmake --build build/sanitize-thread --parallel --target test_threads
+	ctest --test-dir build/sanitize-thread -R cpu/test_threads --output-on-failure --no-tests=error
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) recap_fast_demo recap_fast/_C*.so recap_fast/_torch_version.py

@@ -31,8 +31,8 @@ def _load() -> Any:
     built = _built_torch_version()
     if _release(built) != _release(torch.__version__):
         raise ImportError(
-            f"recap_fast was built against torch {built}, but torch {torch.__version__} is running; "
-            "reinstall it under this torch: `pip install --force-reinstall --no-deps "
+            f"recap_fast was built against torch {built}, but torch {torch.__version__} is "
+            "running; reinstall it under this torch: `pip install --force-reinstall --no-deps "
             "--no-build-isolation recap-fast`"
         )
     from recap_fast import _C

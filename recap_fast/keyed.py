@@ -95,7 +95,7 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
                         optimizer.state[param].update(state)
 
     def _check(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raises if a saved state has no parameter here, a state here no saved one, or sizes differ."""
+        """Raises if names of saved and own state differ, or their shapes."""
         params = self.params
         unknown = [name for name in saved if name not in params]
         if unknown:
@@ -107,8 +107,8 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
         absent = [names[param] for param, state in self.state.items() if names[param] not in saved]
         if absent:
             raise ValueError(
-                f"the state dict has no state of {len(absent)} parameter(s) that this optimizer has "
-                f"state of, such as {absent[0]!r}; is it of another model?"
+                f"the state dict has no state of {len(absent)} parameter(s) that this optimizer "
+                f"has state of, such as {absent[0]!r}; is it of another model?"
             )
         for name, state in saved.items():
             for key, value in state.items():
@@ -122,8 +122,8 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
                 own = self.state.get(param, {}).get(key, param)
                 if isinstance(own, torch.Tensor) and value.shape != own.shape:
                     raise ValueError(
-                        f"{key!r} of {name!r} has shape {tuple(value.shape)} in the state dict, but "
-                        f"{tuple(own.shape)} here; is it of another model?"
+                        f"{key!r} of {name!r} has shape {tuple(value.shape)} in the state dict, "
+                        f"but {tuple(own.shape)} here; is it of another model?"
                     )
 
     def __getstate__(self) -> dict[str, Any]:

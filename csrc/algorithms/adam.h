@@ -32,6 +32,7 @@ struct AdamValues {
   T decay;        // what a decoupled weight decay leaves of the parameter
   T average;      // lerp factor of exp_avg
   T square;       // weight of the new gradient's square in exp_avg_sq
+  T square_kept;  // beta2, what exp_avg_sq keeps of itself where it does not lerp
   T inverse_root_correction2;
   T eps;
   T minus_step_size;
@@ -46,6 +47,7 @@ inline AdamValues<double> adam_values(const AdamHyper& h, double step, double gr
       h.decoupled_weight_decay ? 1.0 - h.lr * h.weight_decay : 1.0,
       lerp_factor(1.0 - h.beta1),
       1.0 - h.beta2,
+      h.beta2,
       1.0 / std::sqrt(correction2),
       h.eps,
       -(h.lr / correction1),
@@ -54,10 +56,15 @@ inline AdamValues<double> adam_values(const AdamHyper& h, double step, double gr
 
 inline AdamValues<float> to_float(const AdamValues<double>& h) {
   return {
-      static_cast<float>(h.grad_factor), static_cast<float>(h.l2),
-      static_cast<float>(h.decay),       static_cast<float>(h.average),
-      static_cast<float>(h.square),      static_cast<float>(h.inverse_root_correction2),
-      static_cast<float>(h.eps),         static_cast<float>(h.minus_step_size),
+      static_cast<float>(h.grad_factor),
+      static_cast<float>(h.l2),
+      static_cast<float>(h.decay),
+      static_cast<float>(h.average),
+      static_cast<float>(h.square),
+      static_cast<float>(h.square_kept),
+      static_cast<float>(h.inverse_root_correction2),
+      static_cast<float>(h.eps),
+      static_cast<float>(h.minus_step_size),
   };
 }
 
@@ -82,7 +89,7 @@ struct Adam {
     const T distance = fma(g, g, -v);
     const bool finite = v < infinity<T>();
     const bool lerps = finite && distance < infinity<T>() && h.square < T(0.5);
-    const T kept = finite ? fma(-h.square, v, v) : v;
+    const T kept = finite ? h.square_kept * v : v;
     v = lerps ? fma(h.square, distance, v) : fma(h.square * g, g, kept);
 
     T second = v;

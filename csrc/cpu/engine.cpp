@@ -52,6 +52,7 @@ void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const 
 // Asks for the first elements of a tile that is soon to run: with many small tensors, each starts
 // with a miss in every array.
 void prefetch_tile(const Plan& plan, const Step& step, const Tile& tile) {
+  if (!step.grads[tile.slot]) return;
   const Slot& slot = plan.slots[tile.slot];
   const int64_t offset = tile.begin * dtype_size(slot.dtype);
   __builtin_prefetch(advance(slot.param, offset), 1);

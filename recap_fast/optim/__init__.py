@@ -1,7 +1,7 @@
 """Fused optimizers: `torch.optim` classes whose step is one native call over all param groups.
 
-Importable without torchrec. `recap_fast.optim.combined`, which joins several of them under torchrec's
-`keyed.CombinedOptimizer`, needs it.
+Importable without torchrec. `recap_fast.optim.combined`, which joins several of them under
+torchrec's `keyed.CombinedOptimizer`, needs it.
 """
 
 from recap_fast.optim.adagrad import FusedAdagrad

@@ -11,10 +11,10 @@ from recap_fast.optim.fused import FusedOptimizer
 class FusedAdam(FusedOptimizer, optim.Adam):
     """`torch.optim.Adam`, stepped over all param groups in one native call.
 
-    Arguments, param groups and state (``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``) are
-    those of `torch.optim.Adam`, and checkpoints load in both directions. Parameters: dense float32,
-    float64, bfloat16 or float16 tensors of any shape; state has the parameter's dtype; 16-bit
-    elements are updated in float32 and rounded once.
+    Arguments, param groups and state (``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``)
+    are those of `torch.optim.Adam`, and checkpoints load in both directions. Parameters: dense
+    float32, float64, bfloat16 or float16 tensors of any shape; state has the parameter's dtype;
+    16-bit elements are updated in float32 and rounded once.
 
     Args:
         params: parameters, named parameters or param groups.

@@ -21,12 +21,12 @@ class FusedCombinedOptimizer(CombinedOptimizer):
     """A `CombinedOptimizer` that steps all its dense param groups in one native call.
 
     Groups, state, checkpoints and hooks are those of the optimizers inside. The call covers every
-    `keyed.KeyedOptimizerWrapper` around a `recap_fast.optim` optimizer; one around another optimizer
-    takes a step of its own.
+    `keyed.KeyedOptimizerWrapper` around a `recap_fast.optim` optimizer; one around another
+    optimizer takes a step of its own.
 
-    With `torch.amp.GradScaler`, gradients are divided by the scale within the call and a step with an
-    infinite gradient is skipped as a whole. The tables of fused embedding optimizers have by then
-    been updated, by scaled gradients; the first such step warns of it.
+    With `torch.amp.GradScaler`, gradients are divided by the scale within the call and a step with
+    an infinite gradient is skipped as a whole. The tables of fused embedding optimizers have by
+    then been updated, by scaled gradients; the first such step warns of it.
 
     Args:
         optims: as for `keyed.CombinedOptimizer`: keyed optimizers, or pairs of a key and one.
@@ -96,18 +96,18 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         ]
         if torch_parts:
             raise RuntimeError(
-                "GradScaler: FusedCombinedOptimizer scales the steps of recap_fast.optim optimizers "
-                f"only, but holds a {type(torch_parts[0]._optimizer).__name__}; use the class of "
-                "recap_fast.optim for it, or recap_fast.reference"
+                "GradScaler: FusedCombinedOptimizer scales the steps of recap_fast.optim "
+                f"optimizers only, but holds a {type(torch_parts[0]._optimizer).__name__}; use the "
+                "class of recap_fast.optim for it, or recap_fast.reference"
             )
         if grad_scale is None or self._warned_of_scaled_tables or not self._others:
             return
         if any(part.params for part in self._others):
             self._warned_of_scaled_tables = True
             warnings.warn(
-                "GradScaler scales the loss, and with it the update that fused embedding tables take "
-                "in the backward pass: sgd then learns at grad_scale times its rate. Use bfloat16 "
-                "autocast without a GradScaler, or leave the tables unfused",
+                "GradScaler scales the loss, and with it the update that fused embedding tables "
+                "take in the backward pass: sgd then learns at grad_scale times its rate. Use "
+                "bfloat16 autocast without a GradScaler, or leave the tables unfused",
                 stacklevel=4,
             )
 

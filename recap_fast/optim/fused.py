@@ -12,15 +12,16 @@ from recap_fast.optim.stepper import Stepper
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Mixin before a `torch.optim` class: constructor, param groups, state, checkpoints and hooks are
-    torch's; the step is one native call over all param groups.
+    """Mixin before a `torch.optim` class, whose step becomes one native call.
+
+    Constructor, param groups, state, checkpoints and hooks stay torch's.
 
     Differences to torch's step, all of them in the error case or below rounding:
 
-    * Results are rounded less often than torch's (see ``csrc/algorithms``) and have the same bits for
-      any number of threads, any split into groups and any instruction set.
-    * Every gradient and hyperparameter is checked before the first write; if one is refused, nothing
-      has changed.
+    * Results are rounded less often than torch's (see ``csrc/algorithms``) and have the same bits
+      for any number of threads, any split into groups and any instruction set.
+    * Every gradient and hyperparameter is checked before the first write; if one is refused,
+      nothing has changed.
     * With `torch.amp.GradScaler` gradients are divided by the scale on the fly; ``.grad`` keeps its
       scaled values.
     * Sparse gradients, complex parameters and tensor subclasses without memory of their own are

@@ -46,8 +46,8 @@ class Stepper:
             found_inf: one element; if it is not zero, nothing is written.
 
         Raises:
-            Exception: naming the parameter or param group that cannot be stepped. Parameters, states
-                and step counts are then as they were.
+            Exception: naming the parameter or param group that cannot be stepped. Parameters,
+                states and step counts are then as they were.
         """
         if self._rebound():
             self._build()
@@ -61,7 +61,7 @@ class Stepper:
             raise RuntimeError("the param groups changed while they were being stepped")
 
     def _rebound(self) -> bool:
-        """Whether an optimizer has another `state` or `param_groups` than the plan was built from."""
+        """Whether an optimizer's `state` or `param_groups` is another object than the plan's."""
         if self._plan is None:
             return True
         for reference, state, groups in self._sources:

@@ -20,6 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from recap_fast.optim import FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
 from recap_fast.optim.combined import FusedCombinedOptimizer
+from recap_fast.optim.stepper import Stepper
 from tests.optim.helpers import (
     FUSED,
     UPDATES,
@@ -479,3 +480,29 @@ def test_a_failed_first_step_leaves_no_state(optimizer_class: type[FusedOptimize
     _assert_refused(optimizer, params, RuntimeError, "Sparse gradient")
     assert len(optimizer.state) == 0
     assert optimizer.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "gaps"])
+def test_a_first_step_that_fails_once_state_was_made_takes_it_back(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as for lack of memory."""
+    params = [parameter((2, 3), i, layout=layout) for i in range(2)]
+    set_grads(params, 0)
+    optimizer = FusedAdam(params)
+    build, builds = Stepper._build, []
+
+    def second_fails(self: Stepper, *args: Any, **kwargs: Any) -> None:
+        builds.append(1)
+        if len(builds) == 2:
+            raise MemoryError
+        build(self, *args, **kwargs)
+
+    monkeypatch.setattr(Stepper, "_build", second_fails)
+    before = snapshot(optimizer, params)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert_unchanged(before, optimizer, params)
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"].item() == 1

@@ -9,6 +9,7 @@ import weakref
 from collections import defaultdict
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -690,6 +691,15 @@ def test_a_list_of_betas_can_change_in_place(device: torch.device) -> None:
     for optimizer in pair.optimizers:
         optimizer.param_groups[0]["betas"][0] = 0.5
     pair.step()
+    pair.check()
+
+
+def test_a_mutable_number_is_read_in_every_step(device: torch.device) -> None:
+    rate = numpy.array(0.5)
+    pair = Pair("sgd", device, lr=rate)
+    pair.step()
+    rate[...] = 0.125
+    pair.step(start=1)
     pair.check()
 
 

@@ -25,7 +25,7 @@ MAX_PARAMETER = 32_764  # bytes, what a launch takes from CUDA 12.1 on
 LOADS = 4 * (2 * 4 + 2 * 5 + 2 * 3 + 2 * 2 + 4 * 3)
 STORES = 4 * (2 * 3 + 2 * 4 + 2 * 2 + 2 * 1 + 4 * 2)
 
-# Every fma that the source asks for, and no other, then carries a mark.
+# Included before the kernel, it marks every fma that the source asks for, and no other.
 _MARK = "// asked for"
 _MARKED_FMA = f"""
 __device__ __forceinline__ float marked_fma(float a, float b, float c) {{
@@ -38,6 +38,8 @@ __device__ __forceinline__ double marked_fma(double a, double b, double c) {{
   asm("fma.rn.f64 %0, %1, %2, %3; {_MARK}" : "=d"(d) : "d"(a), "d"(b), "d"(c));
   return d;
 }}
+#define __fmaf_rn marked_fma
+#define __fma_rn marked_fma
 """
 
 
@@ -90,9 +92,9 @@ def read_ptx(architecture: str, mark_fma: bool = False) -> str:
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder) / "marks.h"
         marks.write_text(_MARKED_FMA)
-        extra = ["-include", marks, "-D__fmaf_rn=marked_fma", "-D__fma_rn=marked_fma"]
+        include = ["-include", marks] if mark_fma else []
         ptx = Path(folder) / "kernel.ptx"
-        _run(f"-arch=compute_{architecture}", "-ptx", "-o", ptx, *(extra if mark_fma else []))
+        _run(f"-arch=compute_{architecture}", "-ptx", "-o", ptx, *include)
         return ptx.read_text()
 
 
