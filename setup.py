@@ -53,11 +53,12 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
-        self._record_torch_version(output, torch.__version__)
-
-    def _record_torch_version(self, package: Path, version: str) -> None:
-        """Readable without loading the extension, which a mismatch of torch would crash."""
-        (package / "_torch_version.py").write_text(f'TORCH_VERSION = "{version}"\n')
+        # Readable without loading the extension, which a mismatch of torch would crash. An editable
+        # install copies the extension alone to the sources.
+        packages = [output, ROOT / "recap_fast"] if self.editable_mode else [output]
+        for package in packages:
+            record = f'TORCH_VERSION = "{torch.__version__}"\n'
+            (package / "_torch_version.py").write_text(record)
 
 
 setup(ext_modules=[Extension("recap_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

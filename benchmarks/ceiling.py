@@ -49,7 +49,7 @@ def make_step(
     """Returns a function that takes one step over float32 tensors of equal sizes.
 
     It reads `params`, `grads` and up to two lists of `states`, writes all but the gradients, and
-    uses torch's number of threads. The caller keeps the tensors alive.
+    uses torch's number of threads.
 
     Raises:
         CannotCompile: see there.
@@ -70,4 +70,5 @@ def make_step(
     def run() -> None:
         step(*lists, sizes, ctypes.c_int64(count), len(states), torch.get_num_threads(), rate)
 
+    run.tensors = (params, grads, states)  # alive for as long as their addresses are used
     return run

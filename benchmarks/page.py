@@ -162,7 +162,7 @@ def render(results: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     parts += [
         "## How to reproduce\n",
         "On a machine that does nothing else, from a checkout with the package built:\n",
-        "    python -m benchmarks.report            # under ten minutes on 2 cores, 8 GB\n"
+        "    python -m benchmarks.report            # under ten minutes on 2 cores, 10 GB\n"
         "    python -m benchmarks.report --growth   # the pictures\n"
         "    python -m benchmarks.breakdown         # where the time of a small step goes\n"
         "    pytest benchmarks --benchmark-enable --benchmark-only\n",

@@ -158,12 +158,7 @@ def _ceiling(groups: Groups, algorithm: str) -> tuple:
         run = ceiling.make_step([param.detach() for param in params], grads, states)
     except ceiling.CannotCompile as error:
         raise Unavailable(str(error)) from error
-    kept = (grads, states)  # the loop knows their addresses only
-
-    def step(_kept: Any = kept) -> None:
-        run()
-
-    return step, []
+    return run, []
 
 
 _BUILDERS: Final[Mapping[str, Callable[[Groups, str], tuple]]] = {

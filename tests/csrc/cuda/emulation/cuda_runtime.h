@@ -25,7 +25,8 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __grid_constant__ &  // one copy for all threads
+// One copy of the parameter for all threads.
+#define __grid_constant__ &
 
 enum cudaError_t {
   cudaSuccess,
@@ -92,6 +93,10 @@ struct Machine {
 Machine& machine();
 inline thread_local dim3 thread{0}, block{0};
 
+inline void require_alignment(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) std::abort();
+}
+
 template <typename Word>
 void count_store(const Word* address) {
   Machine& m = machine();
@@ -113,12 +118,15 @@ using cudaStream_t = emulation::Stream*;
 using cudaEvent_t = std::shared_ptr<emulation::Event>*;
 using cudaHostFn_t = void (*)(void*);
 
+// A GPU stops at an access that is not aligned to its width.
 template <typename Word>
 Word __ldcg(const Word* address) {
+  emulation::require_alignment(address, sizeof(Word));
   return *address;
 }
 template <typename Word>
 void __stcg(Word* address, Word value) {
+  emulation::require_alignment(address, sizeof(Word));
   emulation::count_store(address);
   *address = value;
 }
