@@ -1,8 +1,9 @@
 // How 16-bit parameters, gradients and states are stored: bfloat16 and IEEE half precision,
 // converted to float for the update and rounded to nearest even once, on the way back.
 //
-// Integer arithmetic only, so the bits do not depend on the compiler, on the device or on a flush
-// of subnormal numbers. NaN becomes a quiet NaN.
+// Integer arithmetic only, so the bits do not depend on the compiler or on a flush of subnormal
+// numbers. A GPU converts half precision by its own instructions, which give the same bits except
+// in a NaN and are far fewer. NaN becomes a quiet NaN.
 #pragma once
 
 #include <cstdint>

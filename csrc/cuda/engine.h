@@ -35,7 +35,7 @@ class Engine {
   // this engine has started before. `step` is copied: it may change as soon as `run` returns.
   void run(const Step& step, void* stream);
 
-  // How many kernel launches that takes: none without gradients, one for up to some 3,400 slots in
+  // How many kernel launches that takes: none without gradients, one for up to some 3,300 slots in
   // 64 groups, more beyond.
   int launches(const Step& step);
 

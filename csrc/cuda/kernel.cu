@@ -6,23 +6,18 @@
 // kernel, and everything below is about asking for it early and in the fewest accesses:
 //
 //  * One block per tile, not a persistent grid: tiles differ in cost (algorithm, dtype, slots
-//  without a
-//    gradient), and the hardware hands the next one to whichever multiprocessor is free.
+//    without a gradient), and the hardware hands the next to whichever multiprocessor is free.
 //  * A block waits for one table entry, then asks for elements: addresses and sizes come with the
-//  entry,
-//    the gradient's address and the hyperparameters with the kernel's parameter, which is in the
-//    constant bank. `__grid_constant__` lets the tables in it be indexed without a copy per thread.
+//    entry, the gradient's address and the hyperparameters with the kernel's parameter, which is in
+//    the constant bank. `__grid_constant__` lets its tables be indexed without a copy per thread.
 //  * A thread asks for 16 bytes of each array before it uses any: 2 to 5 independent loads. 768
-//  resident
-//    threads then have 24 (SGD) to 60 KB in flight per multiprocessor. More per thread would take
-//    the registers that keep those threads resident.
-//  * Where a tile is not aligned to 16 bytes, as a gradient inside a communication bucket may be,
-//  or
-//    ends, neighbouring threads take neighbouring elements, as many per thread as a 16-byte access
+//    resident threads then have 24 (SGD) to 60 KB in flight per multiprocessor. More per thread
+//    would take the registers that keep those threads resident.
+//  * Where a tile ends, or is not aligned to 16 bytes, as a gradient in a communication bucket may
+//    be, neighbouring threads take neighbouring elements, as many per thread as a 16-byte access
 //    has. Both ways share the code of the update, of which there are 12 for each of 4 dtypes.
-//  * Accesses pass by the first-level cache (.cg), since nothing is touched twice; in the second
-//  level
-//    they are ordinary, so that a small model still finds its parameters there.
+//  * Accesses bypass the first-level cache (.cg), since nothing is touched twice; in the second
+//    level they are ordinary, so that a small model still finds its parameters there.
 //  * No shared memory and no synchronisation: there is nothing to exchange.
 #include "kernel.h"
 

@@ -87,6 +87,14 @@ std::vector<Tensor> many_small(int count, int entries, Dtype dtype = Dtype::floa
   return tensors;
 }
 
+// What one parameter of `bytes` bytes has room for: after a header of 32 bytes, an address and a
+// byte per slot, and per entry its values, in double too if a slot needs them, and a byte.
+int slots_that_fit(int bytes, int entries, Dtype dtype) {
+  const int per_entry = sizeof(recap::UpdateValues<float>) + 1 +
+                        (dtype == Dtype::float64 ? sizeof(recap::UpdateValues<double>) : 0);
+  return (bytes - 32 - entries * per_entry) / 9;
+}
+
 }  // namespace
 
 TEST(every_update_and_dtype_at_every_size_and_alignment) {
@@ -192,41 +200,49 @@ TEST(nothing_to_do_is_no_launch) {
 }
 
 TEST(the_smallest_argument_that_fits_is_used) {
-  struct Case {
-    int slots, entries;
-    Dtype dtype;
-    size_t bytes;
-  };
-  // 32 bytes of header, 9 per slot, and per entry 33, or 97 with double values.
-  for (const Case& c : {Case{1, 1, Dtype::float32, recap::cuda::kSmallArguments},
-                        Case{407, 12, Dtype::float32, recap::cuda::kSmallArguments},
-                        Case{408, 12, Dtype::float32, recap::cuda::kLargeArguments},
-                        Case{322, 12, Dtype::float64, recap::cuda::kSmallArguments},
-                        Case{323, 12, Dtype::float64, recap::cuda::kLargeArguments},
-                        Case{3592, 12, Dtype::float32, recap::cuda::kLargeArguments},
-                        Case{3401, 64, Dtype::float32, recap::cuda::kLargeArguments}}) {
-    Twin twin(many_small(c.slots, c.entries, c.dtype));
-    const size_t launches = emulation::machine().launches.size();
-    check_step(twin);
-    CHECK_EQ(emulation::machine().launches.size(), launches + 1, c.slots, " slots");
-    CHECK_EQ(emulation::machine().launches.back().argument_bytes, c.bytes, c.slots, " slots");
+  const int small = recap::cuda::kSmallArguments, large = recap::cuda::kLargeArguments;
+  for (const Dtype dtype : {Dtype::float32, Dtype::float64}) {
+    for (const int entries : {1, 12}) {
+      const int in_small = slots_that_fit(small, entries, dtype);
+      const int in_large = slots_that_fit(large, entries, dtype);
+      for (const auto& [slots, bytes] :
+           {std::pair{entries, small}, std::pair{in_small, small}, std::pair{in_small + 1, large},
+            std::pair{in_large, large}}) {
+        Twin twin(many_small(slots, entries, dtype));
+        const size_t launches = emulation::machine().launches.size();
+        check_step(twin);
+        CHECK_EQ(emulation::machine().launches.size(), launches + 1, slots, " slots");
+        CHECK_EQ(emulation::machine().launches.back().argument_bytes, size_t(bytes), slots,
+                 " slots");
+      }
+    }
   }
 }
 
+TEST(one_launch_has_room_for_3300_tensors_in_64_groups) {
+  CHECK(slots_that_fit(recap::cuda::kLargeArguments, 64, Dtype::float32) >= 3300);
+  CHECK(slots_that_fit(recap::cuda::kSmallArguments, 12, Dtype::float32) >= 400);
+}
+
 TEST(what_does_not_fit_follows_in_further_launches) {
+  const auto most = [](int entries, Dtype dtype = Dtype::float32) {
+    return slots_that_fit(recap::cuda::kLargeArguments, entries, dtype);
+  };
   std::vector<Tensor> with_gaps = many_small(8000, 3);
   for (size_t i = 0; i < with_gaps.size(); ++i) with_gaps[i].has_grad = i < 10 || i >= 7000;
-  std::vector<Tensor> one_float64 = many_small(3600, 1);
-  one_float64[3599].dtype = Dtype::float64;
+  // The last slot brings in the double values of all entries, for which there is no room.
+  std::vector<Tensor> late_float64 = many_small(most(12), 12);
+  late_float64.back().dtype = Dtype::float64;
   const std::vector<std::pair<std::vector<Tensor>, int>> cases = {
-      {many_small(3593, 12), 2},
-      {many_small(3402, 64), 2},
-      {many_small(8000, 1), 3},
+      {many_small(most(12) + 1, 12), 2},
+      {many_small(most(64) + 1, 64), 2},
+      {many_small(most(12, Dtype::float64) + 1, 12, Dtype::float64), 2},
+      {many_small(2 * most(1) + 1, 1), 3},
       {many_small(256, 256), 1},
-      {many_small(300, 300), 2},
+      {many_small(257, 257), 2},
       {many_small(257, 257, Dtype::float64), 2},
       {with_gaps, 2},
-      {one_float64, 1},
+      {late_float64, 2},
   };
   for (const auto& [tensors, expected] : cases) {
     Twin twin(tensors);
