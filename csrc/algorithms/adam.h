@@ -5,10 +5,9 @@
 // results are those of torch.optim.Adam and AdamW.
 //
 // Two forms differ from torch's kernels, both to round less often:
-//  * exp_avg_sq moves by a lerp, like exp_avg. In torch's `beta2 * v + (1 - beta2) * g * g` v is
-//  rounded
-//    twice, and the two coefficients, each rounded, do not add up to one: at beta2 = 0.999 the
-//    second moment drifts by 1.3e-8 of itself per step.
+//  * exp_avg_sq moves by a lerp, like exp_avg. In torch's `beta2 * v + (1 - beta2) * g * g`, v is
+//    rounded twice, and the two coefficients, each rounded, do not add up to one: at beta2 = 0.999
+//    the second moment drifts by 1.3e-8 of itself per step.
 //  * the bias correction multiplies by a reciprocal inside an fma instead of dividing.
 #pragma once
 

@@ -42,15 +42,15 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups, const std::vector<p
   std::set<PyObject*> seen_states;
   for (const GroupSource& source : groups) {
     GroupReader reader(algorithm_named(source.algorithm), source.group, source.name);
-    const py::list params = source.group["params"];
+    ListSnapshot params(source.group["params"]);
     const size_t begin = slots_.size();
     for (size_t i = 0; i < params.size(); ++i) {
-      const py::object param = params[i];
+      const auto param = py::reinterpret_borrow<py::object>(params[i]);
       const py::dict state =
           source.state.contains(param) ? py::dict(source.state[param]) : py::dict();
       slots_.emplace_back(source.names.at(i), param, state, reader.hyper());
     }
-    groups_.push_back({std::move(reader), params, begin, slots_.size()});
+    groups_.push_back({std::move(reader), std::move(params), begin, slots_.size()});
   }
   refuse_shared_memory();
   share_step_counter();
@@ -128,12 +128,7 @@ bool BoundPlan::groups_unchanged() {
     if (!list.unchanged()) return false;
   }
   for (Group& group : groups_) {
-    if (!group.reader.refresh()) return false;
-    PyObject* params = group.params.ptr();
-    if (static_cast<size_t>(PyList_GET_SIZE(params)) != group.end - group.begin) return false;
-    for (size_t slot = group.begin; slot < group.end; ++slot) {
-      if (PyList_GET_ITEM(params, slot - group.begin) != probes_[slot].object()) return false;
-    }
+    if (!group.reader.refresh() || !group.params.unchanged()) return false;
   }
   for (const DictSnapshot& state : states_) {
     if (!state.unchanged()) return false;

@@ -44,9 +44,6 @@ class BoundPlan {
   // After `needs_state`: the flat indices of the slots to make state for.
   const std::vector<size_t>& slots_without_state() const { return slots_without_state_; }
 
-  size_t slots() const { return slots_.size(); }
-  size_t tiles() const { return plan_.tiles.size(); }
-
  private:
   // Where a slot's step count is; null if its algorithm does not count.
   struct Counter {
@@ -58,7 +55,7 @@ class BoundPlan {
 
   struct Group {
     GroupReader reader;
-    py::list params;
+    ListSnapshot params;
     size_t begin, end;  // its slots
   };
 

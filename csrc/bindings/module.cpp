@@ -26,9 +26,7 @@ PYBIND11_MODULE(_C, m) {
                     const std::vector<size_t>&>(),
            py::arg("groups"), py::arg("lists"), py::arg("first"))
       .def("step", &BoundPlan::step, py::arg("grad_scale"), py::arg("found_inf"))
-      .def_property_readonly("slots_without_state", &BoundPlan::slots_without_state)
-      .def_property_readonly("slots", &BoundPlan::slots)
-      .def_property_readonly("tiles", &BoundPlan::tiles);
+      .def_property_readonly("slots_without_state", &BoundPlan::slots_without_state);
 
   m.def("instruction_sets", &cpu::instruction_sets);
   m.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));

@@ -2,7 +2,7 @@
 // plan, and the reading of a gradient of the usual kind. What a probe cannot decide, SlotTensors
 // does.
 //
-// A slot is spread over some twenty cache lines: Python objects, tensor and storage headers,
+// A slot is spread over dozens of cache lines: Python objects, tensor and storage headers,
 // autograd metadata. Backward has evicted them by the time the optimizer runs, so a probe knows
 // them all in advance and `prefetch` asks for them a few slots ahead, all at once instead of one
 // behind another.
@@ -51,7 +51,6 @@ class Probe {
   // Whether `unchanged` sees all there is to see; otherwise SlotTensors::unchanged sees the rest.
   bool usual() const { return usual_; }
 
-  PyObject* object() const { return object_; }
   void bump_version() const { impl_->bump_version(); }
 
   void prefetch() const {

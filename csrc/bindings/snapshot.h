@@ -44,6 +44,9 @@ class ListSnapshot {
     for (auto item : list_) items_.push_back(py::reinterpret_borrow<py::object>(item));
   }
 
+  size_t size() const { return items_.size(); }
+  py::handle operator[](size_t i) const { return items_[i]; }
+
   bool unchanged() const {
     if (static_cast<size_t>(PyList_GET_SIZE(list_.ptr())) != items_.size()) return false;
     for (size_t i = 0; i < items_.size(); ++i) {

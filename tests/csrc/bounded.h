@@ -84,6 +84,16 @@ class Comparison {
   long double largest_share_ = 0;
 };
 
+// An algorithm's values in the type that its update computes in.
+template <typename T, template <typename> class Values>
+Values<T> in_type(const Values<double>& values) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return values;
+  } else {
+    return to_float(values);
+  }
+}
+
 using Random = std::mt19937_64;
 
 inline double uniform(Random& random, double low, double high) {

@@ -12,12 +12,7 @@ using recap::AdagradValues;
 
 template <typename T>
 AdagradValues<T> values_in(const AdagradHyper& hyper, double step, double grad_factor) {
-  const AdagradValues<double> values = recap::adagrad_values(hyper, step, grad_factor);
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return values;
-  } else {
-    return recap::to_float(values);
-  }
+  return in_type<T>(recap::adagrad_values(hyper, step, grad_factor));
 }
 
 template <typename T>

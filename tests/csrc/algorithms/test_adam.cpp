@@ -14,12 +14,7 @@ using recap::AdamValues;
 
 template <typename T>
 AdamValues<T> values_in(const AdamHyper& hyper, double step, double grad_factor) {
-  const AdamValues<double> values = recap::adam_values(hyper, step, grad_factor);
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return values;
-  } else {
-    return recap::to_float(values);
-  }
+  return in_type<T>(recap::adam_values(hyper, step, grad_factor));
 }
 
 template <typename T>

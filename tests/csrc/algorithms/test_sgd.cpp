@@ -12,12 +12,7 @@ using recap::SgdValues;
 
 template <typename T>
 SgdValues<T> values_in(const SgdHyper& hyper, bool first, double grad_factor) {
-  const SgdValues<double> values = recap::sgd_values(hyper, first, grad_factor);
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return values;
-  } else {
-    return recap::to_float(values);
-  }
+  return in_type<T>(recap::sgd_values(hyper, first, grad_factor));
 }
 
 template <bool kL2, typename T>
