@@ -2,44 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 from torchrec.optim import keyed
+from torchrec.optim.fused import FusedOptimizer
+from torchrec.optim.warmup import WarmupOptimizer
 
 from recap_fast.closure import evaluate
-from recap_fast.state import new_state
+from recap_fast.state import has_state, new_state
+
+_WRAPPERS = (keyed.KeyedOptimizerWrapper, keyed.OptimizerWrapper)
+
+
+def _walk(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """`optimizer` and all that it wraps or combines, however deep: in order, the outer first."""
+    yield optimizer
+    if isinstance(optimizer, keyed.CombinedOptimizer):
+        for _, part in optimizer.optimizers:
+            yield from _walk(part)
+    elif isinstance(optimizer, _WRAPPERS):
+        yield from _walk(optimizer._optimizer)
+
+
+def leaves(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """The optimizers inside `optimizer` that wrap and combine no others, in order.
+
+    They own param groups and state: `torch.optim` optimizers, fused embedding optimizers, and keyed
+    optimizers of classes unknown here.
+    """
+    for inner in _walk(optimizer):
+        if not isinstance(inner, (*_WRAPPERS, keyed.CombinedOptimizer)):
+            yield inner
+
+
+def is_dense(optimizer: Optimizer) -> bool:
+    """Whether a step of `optimizer` may update parameters.
+
+    One made of fused embedding optimizers only does not: they update in the backward pass, and a
+    step passes the learning rate on.
+    """
+    return not all(isinstance(leaf, FusedOptimizer) for leaf in leaves(optimizer))
+
+
+class _NewState(NamedTuple):
+    """A parameter without state, and the state to give it."""
+
+    states: MutableMapping[Tensor, Any]  # the optimizer's, in which it belongs
+    group: Mapping[str, Any]
+    param: Tensor
+    entries: dict[str, Tensor]
 
 
 class CombinedOptimizer(keyed.CombinedOptimizer):
     """Several keyed optimizers as one; its `state_dict` is keyed by FQN.
 
-    The optimizers in `keyed.KeyedOptimizerWrapper`s are the dense ones, each over a `torch.optim`
-    optimizer; all others are fused embedding optimizers, which update in the backward pass and to
-    which a step only passes on the learning rate.
+    The optimizers inside may be wrapped (`keyed.KeyedOptimizerWrapper`, torchrec's clipping and
+    warm-up) and combined in turn. Those that are `torchrec.optim.fused.FusedOptimizer`s update
+    embeddings in the backward pass, and a step only passes on their learning rate; all others are
+    dense.
 
     Where torchrec's class does otherwise:
 
     * a closure is evaluated once for all optimizers, and its result returned;
     * `zero_grad` passes `set_to_none` on;
     * `init_state` makes state without counting a step;
-    * `load_state_dict` checks names and shapes before it changes anything, and makes the state that
-      it is about to load into;
+    * `load_state_dict` checks names, entries and shapes before it changes anything, and makes the
+      state that it is about to load into;
+    * `state` and `param_groups` are those in use, where a wrapper still has earlier ones;
     * it can be pickled and deep-copied while a scheduler is attached.
     """
 
-    def dense_optimizers(self) -> Iterator[tuple[str, keyed.KeyedOptimizerWrapper]]:
-        """The dense optimizers with their keys, in order."""
-        for key, part in self._optims:
-            if isinstance(part, keyed.KeyedOptimizerWrapper):
-                yield key, part
+    @property
+    def state(self) -> Mapping[Tensor, Any]:
+        """The state of every parameter that has any."""
+        composed = (keyed.KeyedOptimizerWrapper, keyed.CombinedOptimizer)
+        owners = [inner for inner in _walk(self) if not isinstance(inner, composed)]
+        return {param: state for owner in owners for param, state in owner.state.items()}
 
-    def fused_optimizers(self) -> Iterator[keyed.KeyedOptimizer]:
-        """The fused embedding optimizers, in order."""
-        for _, part in self._optims:
-            if not isinstance(part, keyed.KeyedOptimizerWrapper):
-                yield part
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The param groups of all optimizers inside, in order."""
+        return [group for leaf in leaves(self) for group in leaf.param_groups]
+
+    def dense_optimizers(self) -> list[tuple[str, keyed.KeyedOptimizer]]:
+        """Those of `optimizers` that are dense, at least in part, with their keys, in order."""
+        return [(key, part) for key, part in self._optims if is_dense(part)]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every dense parameter that has a gradient; returns what `closure` returned."""
@@ -50,53 +101,86 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients: to None, or with `set_to_none=False` to zero."""
-        for _, part in self.dense_optimizers():
-            part._optimizer.zero_grad(set_to_none=set_to_none)
-        for part in self.fused_optimizers():
-            part.zero_grad(set_to_none=set_to_none)
+        for leaf in leaves(self):
+            leaf.zero_grad(set_to_none=set_to_none)
 
     def sync_fused_learning_rates(self) -> None:
         """Passes the rates in the param groups of fused optimizers on to FBGEMM's kernels.
 
         The kernels update during the backward pass, at the rate that they were given last.
         """
-        for part in self.fused_optimizers():
-            part.step()
+        for leaf in leaves(self):
+            if not is_dense(leaf):
+                leaf.step()
 
     def init_state(self, sparse_grad_parameter_names: set[str] | None = None) -> None:
         """Makes the state of every trainable dense parameter that has none yet.
 
-        Parameters, gradients and step counts stay as they are. `sparse_grad_parameter_names` is
-        part of torchrec's interface; nothing depends on it, since no step is taken.
+        Parameters, gradients, step counts and all later steps stay as they are. Therefore the
+        momentum buffer of SGD with dampening is None, torch's word for a buffer that the first
+        gradient is yet to fill; it cannot be loaded into in place, only by `load_state_dict`.
+
+        Args:
+            sparse_grad_parameter_names: part of torchrec's interface; nothing depends on it, since
+                no step is taken.
+
+        Raises:
+            TypeError: An optimizer inside is of a class whose state is not known; no state is made.
         """
-        self._make_state(lambda _, param: param.requires_grad)
+        for new in self._new_states(lambda param: param.requires_grad):
+            entries = dict.fromkeys(new.entries) if new.group.get("dampening") else new.entries
+            if entries:
+                new.states.setdefault(new.param, {}).update(entries)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what `state_dict` of this class, or of its fused counterpart, returned.
 
         Raises:
-            ValueError: The state is of other parameters, or of another shape; nothing is changed.
+            ValueError: The state is of other parameters, of another algorithm or of another shape,
+                or its param groups are others; nothing is changed.
+            TypeError: An optimizer inside has no state yet, and is of a class whose state is not
+                known; nothing is changed.
         """
-        saved = state_dict["state"]
-        self._check(saved)
-        self._make_state(lambda name, _: name in saved)
+        saved, params = state_dict["state"], self.params
+        wanted = {param for name, param in params.items() if name in saved}
+        new_states = self._new_states(lambda param: param in wanted)
+        self._check(saved, {new.param: new.entries for new in new_states})
+        if self.defaults["_save_param_groups"]:
+            self._check_param_groups(state_dict.get("param_groups", ()))
+
+        for new in new_states:
+            new.states.setdefault(new.param, {}).update(new.entries)
+        state = self.state
+        for name, entries in saved.items():
+            for key, value in entries.items():
+                if value is None:  # or torchrec would copy it into the tensor
+                    state[params[name]][key] = None
         super().load_state_dict(state_dict)
 
-    def _make_state(self, wanted: Callable[[str, torch.Tensor], bool]) -> None:
-        for key, part in self.dense_optimizers():
-            optimizer = part._optimizer
-            groups = {param: group for group in optimizer.param_groups for param in group["params"]}
-            for name, param in part.params.items():
-                if wanted(self.prepend_opt_key(name, key), param) and not optimizer.state.get(
-                    param
-                ):
-                    state = new_state(optimizer, groups[param], param)
-                    if state:
-                        optimizer.state[param].update(state)
+    def _new_states(self, wanted: Callable[[Tensor], bool]) -> list[_NewState]:
+        """The state to give to each wanted dense parameter that has none; nothing is changed."""
+        new_states = []
+        for wrapper in _walk(self):
+            if isinstance(wrapper, WarmupOptimizer):
+                param = wrapper._warmup_param
+                if wanted(param) and not has_state(wrapper.state.get(param)):
+                    start = {"warmup": torch.zeros(2, dtype=torch.long)}  # iteration and stage
+                    new_states.append(_NewState(wrapper.state, {}, param, start))
+        for leaf in filter(is_dense, leaves(self)):
+            for group in leaf.param_groups:
+                for param in group["params"]:
+                    if wanted(param) and not has_state(leaf.state.get(param)):
+                        entries = new_state(leaf, group, param)
+                        new_states.append(_NewState(leaf.state, group, param, entries))
+        return new_states
 
-    def _check(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raises if names of saved and own state differ, or their shapes."""
-        params = self.params
+    def _check(
+        self,
+        saved: Mapping[str, Mapping[str, Any]],
+        new_states: Mapping[Tensor, Mapping[str, Tensor]],
+    ) -> None:
+        """Raises if names of saved and own state differ, or their entries, or the shapes."""
+        params, state = self.params, self.state
         unknown = [name for name in saved if name not in params]
         if unknown:
             raise ValueError(
@@ -104,27 +188,50 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
                 f"not have, such as {unknown[0]!r}; is it of another model?"
             )
         names = {param: name for name, param in params.items()}
-        absent = [names[param] for param, state in self.state.items() if names[param] not in saved]
+        absent = [names[param] for param in state if names[param] not in saved]
         if absent:
             raise ValueError(
                 f"the state dict has no state of {len(absent)} parameter(s) that this optimizer "
                 f"has state of, such as {absent[0]!r}; is it of another model?"
             )
-        for name, state in saved.items():
-            for key, value in state.items():
-                param = params[name]
-                if (
-                    key == "step"
-                    or type(value) is not torch.Tensor
-                    or not isinstance(param, torch.Tensor)
-                ):
+        for name, entries in saved.items():
+            param = params[name]
+            own_entries = {**state.get(param, {}), **new_states.get(param, {})}
+            if entries.keys() != own_entries.keys():
+                missing = ", ".join(key for key in own_entries if key not in entries) or "none"
+                surplus = ", ".join(key for key in entries if key not in own_entries) or "none"
+                raise ValueError(
+                    f"the state dict has other entries for {name!r} than this optimizer: missing "
+                    f"{missing}, unknown {surplus}; is it of another algorithm or option?"
+                )
+            for key, value in entries.items():
+                own = own_entries[key]
+                if not isinstance(own, Tensor) or (value is None and key == "momentum_buffer"):
                     continue
-                own = self.state.get(param, {}).get(key, param)
-                if isinstance(own, torch.Tensor) and value.shape != own.shape:
+                if not isinstance(value, Tensor):
+                    raise ValueError(
+                        f"{key!r} of {name!r} is a {type(value).__name__} in the state dict, but a "
+                        "tensor here"
+                    )
+                if type(value) is type(own) is Tensor and value.shape != own.shape:
                     raise ValueError(
                         f"{key!r} of {name!r} has shape {tuple(value.shape)} in the state dict, "
                         f"but {tuple(own.shape)} here; is it of another model?"
                     )
+
+    def _check_param_groups(self, saved: Iterable[Mapping[str, Any]]) -> None:
+        """Raises if the groups are of other parameters than the own, or have other options."""
+        own_options, saved_options = (
+            {tuple(sorted(group["params"])): sorted(group) for group in groups}
+            for groups in (self.state_dict()["param_groups"], saved)
+        )
+        for names in {**own_options, **saved_options}:
+            own, found = own_options.get(names), saved_options.get(names)
+            if own != found:
+                raise ValueError(
+                    f"the param group of {', '.join(names)} has the options {found} in the state "
+                    f"dict, but {own} here; is it of another model or algorithm?"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts a wrapper of `step`, bound to this object, in the way of the class's own.

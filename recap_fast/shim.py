@@ -9,16 +9,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchrec.optim import keyed
 
 from recap_fast.config import LearningRate
+from recap_fast.keyed import is_dense, leaves
 from recap_fast.schedules import compute_lr
 
 
 class RecapLRShim(LRScheduler):
     """Drives the rates of a `CombinedOptimizer`; used like any other torch scheduler.
 
-    The param groups of the optimizer's `KeyedOptimizerWrapper`s are dense: they follow `lr_dict`,
-    in order. Those of every other optimizer inside are fused embeddings and follow
-    `emb_learning_rate`. If the optimizer has a method `sync_fused_learning_rates`, it is called
-    after every change of the rates.
+    The param groups of torchrec's `FusedOptimizer`s inside, however deep, are fused embeddings and
+    follow `emb_learning_rate`. All others are dense: they follow `lr_dict`, in order. If the
+    optimizer has a method `sync_fused_learning_rates`, it is called after every change of the
+    rates.
 
     A rate depends on its schedule and the step alone, so the step is all that a resume restores.
 
@@ -126,13 +127,7 @@ def _schedule_per_param_group(
         if not isinstance(schedule, LearningRate):
             raise TypeError(f"{name} must be a LearningRate, found {schedule!r}")
 
-    parts = [part for _, part in optimizer.optimizers]
-    part_is_dense = [isinstance(part, keyed.KeyedOptimizerWrapper) for part in parts]
-    group_is_dense = [
-        is_dense
-        for part, is_dense in zip(parts, part_is_dense, strict=True)
-        for _ in part.param_groups
-    ]
+    group_is_dense = [is_dense(leaf) for leaf in leaves(optimizer) for _ in leaf.param_groups]
     num_dense, num_fused = group_is_dense.count(True), group_is_dense.count(False)
     names = ", ".join(lr_dict) or "none"
     if num_dense != len(lr_dict):
@@ -146,10 +141,11 @@ def _schedule_per_param_group(
             f"dense: {names}. Give them an emb_learning_rate"
         )
     # A fused part without a param group is fine: under model parallel a rank may hold no table.
-    if emb_learning_rate is not None and all(part_is_dense):
+    inside = [*leaves(optimizer), *(part for _, part in optimizer.optimizers)]
+    if emb_learning_rate is not None and all(is_dense(part) for part in inside):
         raise ValueError(
             f"emb_learning_rate is set, but all {num_dense} param group(s) are dense: {names}. "
             "Leave it out, or add the fused optimizer of the embeddings to the optimizer"
         )
     dense_schedules = iter(lr_dict.values())
-    return [next(dense_schedules) if is_dense else emb_learning_rate for is_dense in group_is_dense]
+    return [next(dense_schedules) if dense else emb_learning_rate for dense in group_is_dense]

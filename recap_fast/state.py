@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ def _step_count() -> Tensor:
     """A 0-dim CPU tensor in the dtype torch.optim counts steps in: that of the default dtype."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.zeros((), dtype=dtype)
+
+
+def has_state(state: Mapping[str, Any] | None) -> bool:
+    """Whether ``state``, an optimizer's entry for a parameter, holds anything.
+
+    A momentum buffer of None does not count: torch fills it with the first gradient.
+    """
+    return state is not None and any(value is not None for value in state.values())
 
 
 def new_state(

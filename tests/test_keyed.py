@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.optim import keyed
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
+from torchrec.optim.warmup import WarmupOptimizer, WarmupStage
 
 from recap_fast.keyed import CombinedOptimizer
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
@@ -215,33 +217,43 @@ def _of_plain_sgd(state: dict[str, Any]) -> None:
     state["scale"] = {"momentum_buffer": torch.zeros(())}
 
 
-ENTRIES = pytest.mark.xfail(
-    strict=True, reason="only names and shapes are checked: torchrec then fails half-way, unnamed"
-)
-WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str, Any]] = {
-    "an unknown name": (_unknown_name, "tower.other", ()),
-    "another name": (_renamed, "tower.other", ()),
-    "a missing name": (_missing_name, "ebc.weight", ()),
-    "another shape": (_other_shape, "ebc.weight", ()),
-    "a broadcastable shape": (_broadcastable_shape, "ebc.weight", ()),
-    "a missing entry": (_lacks_an_entry, "backbone.weight", ENTRIES),
-    "an entry too many": (_has_one_entry_more, "backbone.weight", ENTRIES),
-    "another algorithm": (_of_another_algorithm, "ebc.weight", ENTRIES),
-    "state for plain SGD": (_of_plain_sgd, "scale", ENTRIES),
+def _no_tensor(state: dict[str, Any]) -> None:
+    state["backbone.weight"]["step"] = 2
+
+
+def _none(state: dict[str, Any]) -> None:
+    state["backbone.weight"]["sum"] = None
+
+
+def _step_of_another_shape(state: dict[str, Any]) -> None:
+    state["tower.bias"]["step"] = torch.zeros(2)
+
+
+# What is changed, and how the message names it.
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "an unknown name": (_unknown_name, "'tower.other'"),
+    "another name": (_renamed, "'tower.other'"),
+    "a missing name": (_missing_name, "'ebc.weight'"),
+    "another shape": (_other_shape, r"'ebc.weight' has shape \(6, 2\)"),
+    "a broadcastable shape": (_broadcastable_shape, r"'ebc.weight' has shape \(1, 2\)"),
+    "a step of another shape": (_step_of_another_shape, r"'step' of 'tower.bias' has shape \(2,\)"),
+    "no tensor": (_no_tensor, "'step' of 'backbone.weight' is a int"),
+    "none": (_none, "'sum' of 'backbone.weight' is a NoneType"),
+    "a missing entry": (_lacks_an_entry, "'backbone.weight' .*missing sum, unknown none"),
+    "an entry too many": (_has_one_entry_more, "'backbone.weight' .*missing none, unknown exp_avg"),
+    "another algorithm": (
+        _of_another_algorithm,
+        "'ebc.weight' .*missing momentum_buffer, unknown exp_avg",
+    ),
+    "state for plain SGD": (_of_plain_sgd, "'scale' .*missing none, unknown momentum_buffer"),
 }
 
 
 @both
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        pytest.param(change, name, id=kind, marks=marks)
-        for kind, (change, name, marks) in WRONG.items()
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("used", [True, False], ids=["used", "fresh"])
 def test_a_checkpoint_of_another_model_is_refused_by_name(
-    change: Callable[[dict[str, Any]], None], name: str, used: bool, kind: str
+    change: Callable[[dict[str, Any]], None], message: str, used: bool, kind: str
 ) -> None:
     saved = copy.deepcopy(Run("reference", steps=2).optimizer.state_dict())
     change(saved["state"])
@@ -249,9 +261,68 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
     if not used and change is _missing_name:
         pytest.skip("a parameter without state may still get its first gradient")
     before = run.snapshot()
-    with pytest.raises(ValueError, match=f"'{name}'"):
+    with pytest.raises(ValueError, match=message):
         run.optimizer.load_state_dict(saved)
     run.assert_is(before)
+
+
+def _without_groups(saved: dict[str, Any]) -> None:
+    del saved["param_groups"]
+
+
+def _without_a_group(saved: dict[str, Any]) -> None:
+    del saved["param_groups"][1]
+
+
+def _with_another_option(saved: dict[str, Any]) -> None:
+    saved["param_groups"][1]["betas"] = (0.9, 0.99)
+
+
+def _of_another_parameter(saved: dict[str, Any]) -> None:
+    saved["param_groups"][1]["params"] = ["scale"]
+
+
+@both
+@pytest.mark.parametrize(
+    "change", [_without_groups, _without_a_group, _with_another_option, _of_another_parameter]
+)
+@pytest.mark.parametrize("used", [True, False], ids=["used", "fresh"])
+def test_other_param_groups_are_refused_before_anything_changes(
+    used: bool, change: Callable[[dict[str, Any]], None], kind: str
+) -> None:
+    whole, run = Run("reference", steps=2), Run(kind, steps=1 if used else 0)
+    for other in (whole, run):
+        other.optimizer.save_param_groups(True)
+    saved = copy.deepcopy(whole.optimizer.state_dict())
+    change(saved)
+    before = run.snapshot()
+    with pytest.raises(ValueError, match="the param group of"):
+        run.optimizer.load_state_dict(saved)
+    run.assert_is(before)
+
+
+@both
+def test_an_optimizer_whose_state_is_unknown_is_refused_before_anything_changes(kind: str) -> None:
+    def make() -> tuple[CombinedOptimizer, dict[str, nn.Parameter]]:
+        params = _params()
+        sgd = FusedSGD if kind == "fused" else torch.optim.SGD
+        parts = [
+            keyed.KeyedOptimizerWrapper({"x": params["scale"]}, lambda p: sgd(p, momentum=0.9)),
+            keyed.KeyedOptimizerWrapper({"y": params["tower.bias"]}, torch.optim.RMSprop),
+        ]
+        return (FusedCombinedOptimizer if kind == "fused" else CombinedOptimizer)(parts), params
+
+    whole, params = make()
+    _set_grads(params, 0)
+    whole.step()
+    saved = copy.deepcopy(whole.state_dict())
+    fresh, _ = make()
+    with pytest.raises(TypeError, match="RMSprop"):
+        fresh.load_state_dict(saved)
+    with pytest.raises(TypeError, match="RMSprop"):
+        fresh.init_state()
+    assert fresh.state_dict()["state"] == {}
+    whole.load_state_dict(saved)  # it has state to load into
 
 
 @both
@@ -325,26 +396,208 @@ def test_init_state_then_in_place_loading(kind: str) -> None:
     run.assert_close(whole)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a momentum buffer that init_state made is not new: dampening applies"
-)
-def test_init_state_does_not_change_the_trajectory_of_dampened_momentum() -> None:
-    results = []
-    for init in (True, False):
-        param = nn.Parameter(torch.ones(3))
-        optimizer = FusedCombinedOptimizer(
-            [
-                keyed.KeyedOptimizerWrapper(
-                    {"x": param}, lambda p: FusedSGD(p, lr=1.0, momentum=0.9, dampening=0.5)
-                )
-            ]
+class Dampened:
+    """One parameter under SGD with momentum and dampening, whose first gradient counts whole."""
+
+    def __init__(self, kind: str) -> None:
+        sgd = FusedSGD if kind == "fused" else torch.optim.SGD
+        make = FusedCombinedOptimizer if kind == "fused" else CombinedOptimizer
+        self.param = nn.Parameter(torch.ones(3))
+        wrapper = keyed.KeyedOptimizerWrapper(
+            {"x": self.param}, lambda p: sgd(p, lr=1.0, momentum=0.75, dampening=0.5)
         )
-        if init:
-            optimizer.init_state()
-        param.grad = torch.ones(3)
-        optimizer.step()
-        results.append(param.detach())
-    assert torch.equal(*results)
+        self.optimizer = make([wrapper])
+
+    def steps(self, count: int) -> list[float]:
+        """How far each step goes, with a gradient of 1."""
+        moved = []
+        for _ in range(count):
+            before = self.param.detach().clone()
+            self.param.grad = torch.ones(3)
+            self.optimizer.step()
+            moved.append((before - self.param.detach())[0].item())
+        return moved
+
+
+@both
+def test_init_state_does_not_change_the_trajectory_of_dampened_momentum(kind: str) -> None:
+    run = Dampened(kind)
+    run.optimizer.init_state()
+    run.optimizer.init_state()
+    assert run.steps(2) == [1.0, 0.75 + 0.5]
+
+
+@directions
+@pytest.mark.parametrize("before", ["fresh", "initialised", "used"])
+@pytest.mark.parametrize("through_file", [True, False], ids=["torch.save", "deepcopy"])
+def test_dampened_momentum_resumes(
+    source: str, target: str, before: str, through_file: bool
+) -> None:
+    """From before the first step, and from after it; into an optimizer before or after its own."""
+    for started, expected in ((False, [1.0, 1.25]), (True, [1.25, 1.4375])):
+        whole, resumed = Dampened(source), Dampened(target)
+        whole.optimizer.init_state()
+        if started:
+            whole.steps(1)
+        saved = copy.deepcopy(whole.optimizer.state_dict())
+        if through_file:
+            file = io.BytesIO()
+            torch.save(saved, file)
+            file.seek(0)
+            saved = torch.load(file, weights_only=True)
+        if before == "initialised":
+            resumed.optimizer.init_state()
+        elif before == "used":
+            resumed.steps(3)
+        resumed.optimizer.load_state_dict(saved)
+        assert resumed.steps(2) == expected
+
+
+def test_loading_none_for_a_buffer_keeps_dtypes() -> None:
+    """A loaded buffer has the dtype of its parameter, though there was none to load into."""
+    run = Dampened("fused")
+    run.optimizer.init_state()
+    saved = {"x": {"momentum_buffer": torch.full((3,), 1.0, dtype=torch.float64)}}
+    run.optimizer.load_state_dict({"state": saved})
+    assert run.optimizer.state[run.param]["momentum_buffer"].dtype == torch.float32
+    assert run.steps(1) == [1.25]
+
+
+# --- wrapped and nested optimizers ---------------------------------------------------------------
+
+
+def _clipping(part: keyed.KeyedOptimizer) -> keyed.KeyedOptimizer:
+    return GradientClippingOptimizer(part, GradientClipping.VALUE, max_gradient=0.5)
+
+
+def _warmup(part: keyed.KeyedOptimizer) -> keyed.KeyedOptimizer:
+    return WarmupOptimizer(part, [WarmupStage(max_iters=10, value=0.0)], lr=0.1)
+
+
+def _nested(part: keyed.KeyedOptimizer) -> keyed.KeyedOptimizer:
+    return keyed.CombinedOptimizer([("inner", part)])
+
+
+COMPOSED: dict[str, Callable[[keyed.KeyedOptimizer], keyed.KeyedOptimizer]] = {
+    "clipping": _clipping,
+    "warm-up": _warmup,
+    "nested": _nested,
+    "nested ours": lambda part: CombinedOptimizer([("inner", part)]),
+    "nested fused": lambda part: FusedCombinedOptimizer([("inner", part)]),
+    "clipping of nested": lambda part: _clipping(_nested(part)),
+    "clipping of warm-up": lambda part: _clipping(_warmup(part)),
+    "warm-up of nested": lambda part: _warmup(_nested(part)),
+    "nested warm-up": lambda part: _nested(_warmup(part)),
+}
+composed = pytest.mark.parametrize("compose", COMPOSED.values(), ids=COMPOSED)
+
+
+class Composed(Run):
+    """Two parameters, one under a composed optimizer, the other directly."""
+
+    def __init__(
+        self,
+        kind: str,
+        compose: Callable[[keyed.KeyedOptimizer], keyed.KeyedOptimizer],
+        steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.params = {name: p for name, p in _params(seed).items() if name in NAMES[2:4]}
+        adam = FusedAdam if kind == "fused" else torch.optim.Adam
+        backbone, table = (
+            keyed.KeyedOptimizerWrapper({"weight": param}, lambda p: adam(p, lr=0.1))
+            for param in self.params.values()
+        )
+        make = FusedCombinedOptimizer if kind == "fused" else CombinedOptimizer
+        self.optimizer = make([("backbone", compose(backbone)), ("ebc", table)])
+        self.step(steps)
+
+
+@composed
+@directions
+@pytest.mark.parametrize("before", ["fresh", "initialised", "used"])
+def test_a_checkpoint_of_a_composed_optimizer_resumes(
+    source: str,
+    target: str,
+    before: str,
+    compose: Callable[[keyed.KeyedOptimizer], keyed.KeyedOptimizer],
+) -> None:
+    whole = Composed(source, compose, steps=2)
+    saved = copy.deepcopy(whole.optimizer.state_dict())
+    resumed = Composed(target, compose, steps=3 if before == "used" else 0, seed=9)
+    if before == "initialised":
+        resumed.optimizer.init_state()
+    resumed.copy_params(whole)
+    resumed.optimizer.load_state_dict(saved)
+    whole.step(3, start=2)
+    resumed.step(3, start=2)
+    resumed.assert_close(whole)
+    assert resumed.optimizer.state[resumed.params[NAMES[2]]]["step"].item() == 5
+
+
+@composed
+@both
+def test_init_state_of_a_composed_optimizer_then_in_place_loading(
+    kind: str, compose: Callable[[keyed.KeyedOptimizer], keyed.KeyedOptimizer]
+) -> None:
+    whole, run = Composed("reference", compose, steps=2), Composed(kind, compose)
+    grads = {name: param.grad for name, param in run.params.items()}
+    run.copy_params(whole)
+    run.optimizer.init_state()
+    assert grads == {name: param.grad for name, param in run.params.items()}
+    saved = run.optimizer.state_dict()
+    expected = whole.optimizer.state_dict()["state"]
+    assert saved["state"].keys() == expected.keys()
+    for name, state in expected.items():
+        assert saved["state"][name].keys() == state.keys()
+        for key, value in state.items():
+            assert not saved["state"][name][key].any()
+            saved["state"][name][key].copy_(value)
+    run.optimizer.load_state_dict(saved)
+    whole.step(2, start=2)
+    run.step(2, start=2)
+    run.assert_close(whole)
+
+
+@composed
+@both
+def test_init_state_of_a_composed_optimizer_does_not_change_the_trajectory(
+    kind: str, compose: Callable[[keyed.KeyedOptimizer], keyed.KeyedOptimizer]
+) -> None:
+    run, plain = Composed(kind, compose), Composed(kind, compose)
+    run.optimizer.init_state()
+    run.step(3)
+    plain.step(3)
+    run.assert_close(plain)
+
+
+@composed
+def test_a_wrong_checkpoint_of_a_composed_optimizer_is_refused(
+    compose: Callable[[keyed.KeyedOptimizer], keyed.KeyedOptimizer],
+) -> None:
+    saved = copy.deepcopy(Composed("fused", compose, steps=2).optimizer.state_dict())
+    name = next(name for name, state in saved["state"].items() if "exp_avg" in state)
+    del saved["state"][name]["exp_avg"]
+    run = Composed("fused", compose, steps=1)
+    before = run.snapshot()
+    with pytest.raises(ValueError, match=f"'{name}' .*missing exp_avg"):
+        run.optimizer.load_state_dict(saved)
+    run.assert_is(before)
+
+
+@both
+def test_state_and_groups_are_those_in_use(kind: str) -> None:
+    """torch's load_state_dict gives an optimizer inside new ones; its wrapper has the old."""
+    run = Run(kind, steps=1)
+    inner = run.optimizer.optimizers[2][1]._optimizer
+    inner.load_state_dict(copy.deepcopy(inner.state_dict()))
+    param = run.params["ebc.weight"]
+    assert run.optimizer.state[param] is inner.state[param]
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    before = param.detach().clone()
+    run.step(start=1)
+    assert torch.equal(param, before)
 
 
 # --- step, zero_grad, copies ---------------------------------------------------------------------

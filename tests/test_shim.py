@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import keyed
-from torchrec.optim.fused import EmptyFusedOptimizer
+from torchrec.optim.clipping import GradientClippingOptimizer
+from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer
 
 from recap_fast.config import (
     LearningRate,
@@ -24,6 +25,7 @@ from recap_fast.config import (
     LinearRampToCosine,
     PiecewiseConstant,
 )
+from recap_fast.keyed import CombinedOptimizer
 from recap_fast.shim import RecapLRShim
 
 UNSET = 24601.0
@@ -53,8 +55,8 @@ Adam = partial(torch.optim.Adam, lr=UNSET)
 SGD = partial(torch.optim.SGD, lr=UNSET)
 
 
-class FakeFused(keyed.KeyedOptimizer):
-    """Like the optimizer of fused embeddings: keyed, not a wrapper, `num_groups` param groups."""
+class FakeFused(FusedOptimizer):
+    """Like the optimizer of fused embeddings, with `num_groups` param groups."""
 
     def __init__(self, num_groups: int) -> None:
         tables = [nn.Parameter(torch.ones(2)) for _ in range(num_groups)]
@@ -62,6 +64,8 @@ class FakeFused(keyed.KeyedOptimizer):
         super().__init__(params, {}, [{"params": [table], "lr": UNSET} for table in tables])
 
     def step(self, closure: Any = None) -> None: ...
+
+    def zero_grad(self, set_to_none: bool = False) -> None: ...
 
 
 class SyncingOptimizer(keyed.CombinedOptimizer):
@@ -146,6 +150,16 @@ def test_several_param_groups_in_a_dense_part_and_a_fused_part_between() -> None
     optimizer = combine(two_groups, FakeFused(num_groups=1), dense("c"))
     RecapLRShim(optimizer, {"a": CONSTANT, "b": PIECEWISE, "c": RAMP}, LearningRate(constant=9.0))
     assert rates(optimizer) == [0.0625, 0.25, 9.0, 0.0]
+
+
+@pytest.mark.parametrize("make", [keyed.CombinedOptimizer, CombinedOptimizer])
+def test_wrapped_and_nested_optimizers_are_what_they_hold(
+    make: type[keyed.CombinedOptimizer],
+) -> None:
+    mixed = make([dense("a"), GradientClippingOptimizer(FakeFused(num_groups=1))])
+    optimizer = make([("x", mixed), ("y", GradientClippingOptimizer(combine(dense("b"))))])
+    RecapLRShim(optimizer, {"a": CONSTANT, "b": PIECEWISE}, LearningRate(constant=9.0))
+    assert rates(optimizer) == [0.0625, 9.0, 0.25]
 
 
 def test_the_rate_that_is_set_is_the_rate_that_trains() -> None:
@@ -329,6 +343,12 @@ def test_a_good_state_is_good() -> None:
             r"2 fused embedding param group\(s\) besides the 1 dense: liked\. .* emb_learning_rate",
         ),
         (
+            [GradientClippingOptimizer(dense("liked"))],
+            {"lr_dict": {}, "emb_learning_rate": RAMP},
+            ValueError,
+            r"1 dense param group\(s\), but lr_dict has 0 learning rate\(s\): none\.",
+        ),
+        (
             [dense("liked")],
             {"lr_dict": {"liked": RAMP}, "emb_learning_rate": RAMP},
             ValueError,
@@ -374,10 +394,11 @@ def test_another_optimizer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("emb_learning_rate", [None, RAMP])
+@pytest.mark.parametrize("fused", [EmptyFusedOptimizer(), combine()], ids=["empty", "of none"])
 def test_a_fused_optimizer_without_tables_needs_no_rate_and_takes_one(
-    emb_learning_rate: LearningRate | None,
+    fused: keyed.KeyedOptimizer, emb_learning_rate: LearningRate | None
 ) -> None:
-    optimizer = combine(dense("liked"), EmptyFusedOptimizer())
+    optimizer = combine(dense("liked"), fused)
     shim = RecapLRShim(optimizer, {"liked": CONSTANT}, emb_learning_rate)
     assert shim.get_last_lr() == [0.0625]
 

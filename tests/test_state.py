@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_fast.optim import FusedAdam
-from recap_fast.state import new_state
+from recap_fast.state import has_state, new_state
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {}),
@@ -86,3 +86,17 @@ def test_another_optimizer_is_refused_by_name() -> None:
     optimizer = torch.optim.RMSprop([param])
     with pytest.raises(TypeError, match="RMSprop"):
         new_state(optimizer, optimizer.param_groups[0], param)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (None, False),
+        ({}, False),
+        ({"momentum_buffer": None}, False),
+        ({"momentum_buffer": torch.zeros(3)}, True),
+        ({"step": torch.zeros(())}, True),
+    ],
+)
+def test_a_buffer_of_none_is_no_state(state: dict[str, Any] | None, expected: bool) -> None:
+    assert has_state(state) is expected

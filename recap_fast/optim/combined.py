@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,12 +18,21 @@ from recap_fast.optim.fused import FusedOptimizer
 from recap_fast.optim.stepper import Stepper
 
 
+def _has_native_step(part: keyed.KeyedOptimizer) -> bool:
+    """Whether a step of `part` is that of a `recap_fast.optim` optimizer and nothing else."""
+    if type(part) is not keyed.KeyedOptimizerWrapper:
+        return False
+    step = type(part._optimizer).step  # torch wraps it to run hooks
+    return inspect.unwrap(step) is FusedOptimizer.step
+
+
 class FusedCombinedOptimizer(CombinedOptimizer):
     """A `CombinedOptimizer` that steps all its dense param groups in one native call.
 
     Groups, state, checkpoints and hooks are those of the optimizers inside. The call covers every
-    `keyed.KeyedOptimizerWrapper` around a `recap_fast.optim` optimizer; one around another
-    optimizer takes a step of its own.
+    `keyed.KeyedOptimizerWrapper` around a `recap_fast.optim` optimizer in ``optims``; all else
+    takes a step of its own: wrappers such as torchrec's for clipping, combined optimizers, other
+    optimizers, and classes derived from those named that have another ``step``.
 
     With `torch.amp.GradScaler`, gradients are divided by the scale within the call and a step with
     an infinite gradient is skipped as a whole. The tables of fused embedding optimizers have by
@@ -41,16 +51,15 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         self._prepare()
 
     def _prepare(self) -> None:
-        dense = list(self.dense_optimizers())
-        fused = [part for _, part in dense if isinstance(part._optimizer, FusedOptimizer)]
-        names = {
-            param: self.prepend_opt_key(name, key)
-            for key, part in dense
-            for name, param in part.params.items()
-        }
-        self._native = [part._optimizer for part in fused]
-        self._stepper = Stepper(self._native, names) if self._native else None
-        self._others = [part for _, part in self._optims if part not in fused]
+        fused = [(key, part) for key, part in self._optims if _has_native_step(part)]
+        names = [
+            {param: self.prepend_opt_key(name, key) for name, param in part.params.items()}
+            for key, part in fused
+        ]
+        self._native = [part._optimizer for _, part in fused]
+        self._stepper = Stepper(self._native, names) if fused else None
+        self._others = [part for _, part in self._optims if not _has_native_step(part)]
+        self._unscaled = [item for item in self.dense_optimizers() if item[1] in self._others]
         # Empty dicts as long as nobody registers a hook on an optimizer inside.
         self._inner_hooks = tuple(
             hooks
@@ -91,16 +100,16 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         return loss
 
     def _check_scaling(self, grad_scale: torch.Tensor | None) -> None:
-        torch_parts = [
-            part for part in self._others if isinstance(part, keyed.KeyedOptimizerWrapper)
-        ]
-        if torch_parts:
+        if self._unscaled:
+            key, part = self._unscaled[0]
+            wrapped = type(part) is keyed.KeyedOptimizerWrapper
             raise RuntimeError(
                 "GradScaler: FusedCombinedOptimizer scales the steps of recap_fast.optim "
-                f"optimizers only, but holds a {type(torch_parts[0]._optimizer).__name__}; use the "
-                "class of recap_fast.optim for it, or recap_fast.reference"
+                f"optimizers only, but under the key {key!r} holds a "
+                f"{type(part._optimizer if wrapped else part).__name__}; replace it, or use "
+                "recap_fast.keyed.CombinedOptimizer, whose gradients GradScaler unscales itself"
             )
-        if grad_scale is None or self._warned_of_scaled_tables or not self._others:
+        if grad_scale is None or self._warned_of_scaled_tables:
             return
         if any(part.params for part in self._others):
             self._warned_of_scaled_tables = True
@@ -134,7 +143,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                 hook(optimizer, (optimizer,), {})
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_native", "_stepper", "_others", "_inner_hooks"}
+        derived = {"_native", "_stepper", "_others", "_unscaled", "_inner_hooks"}
         return {key: value for key, value in super().__getstate__().items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -26,15 +26,18 @@ class Stepper:
 
     Args:
         optimizers: stepped together, in this order.
-        names: what errors call a parameter; those without a name are called by their position.
+        names: for each optimizer, what errors call its parameters; those without a name are called
+            by their position.
     """
 
     def __init__(
-        self, optimizers: Sequence[FusedOptimizer], names: Mapping[Tensor, str] | None = None
+        self,
+        optimizers: Sequence[FusedOptimizer],
+        names: Sequence[Mapping[Tensor, str]] | None = None,
     ) -> None:
         # Weak: an optimizer owns its stepper, and a cycle would keep its state until a collection.
-        self._optimizers = tuple(weakref.ref(optimizer) for optimizer in optimizers)
-        self._names = names or {}
+        self._references = [weakref.ref(optimizer) for optimizer in optimizers]
+        self._names = names or [{} for _ in optimizers]
         self._plan: Any = None
         self._sources: list[tuple[weakref.ref[FusedOptimizer], Any, Any]] = []
 
@@ -56,8 +59,8 @@ class Stepper:
             self._build()
             outcome = self._plan.step(grad_scale, found_inf)
         if outcome == _Outcome.needs_state:
-            self._step_with_new_state(grad_scale, found_inf)
-        elif outcome == _Outcome.stale:
+            outcome = self._step_with_new_state(grad_scale, found_inf)
+        if outcome not in (_Outcome.stepped, _Outcome.skipped):
             raise RuntimeError("the param groups changed while they were being stepped")
 
     def _rebound(self) -> bool:
@@ -70,27 +73,19 @@ class Stepper:
                 return True
         return False
 
-    def _alive(self) -> list[FusedOptimizer]:
-        return [optimizer for reference in self._optimizers if (optimizer := reference())]
-
-    def _slots(self) -> list[tuple[FusedOptimizer, dict[str, Any], Tensor]]:
-        return [
-            (optimizer, group, param)
-            for optimizer in self._alive()
-            for group in optimizer.param_groups
-            for param in group["params"]
-        ]
+    def _optimizers(self) -> list[FusedOptimizer]:
+        return [reference() for reference in self._references]
 
     def _build(self, first: Sequence[int] = ()) -> None:
         self._plan = None
         sources = []
-        optimizers = self._alive()
-        for number, optimizer in enumerate(optimizers):
+        optimizers = self._optimizers()
+        for number, (optimizer, names_of) in enumerate(zip(optimizers, self._names, strict=True)):
             where = f" of optimizer {number}" if len(optimizers) > 1 else ""
             for index, group in enumerate(optimizer.param_groups):
                 name = f"param group {index}{where}"
                 names = [
-                    self._names.get(param) or f"{i} of {name}"
+                    names_of.get(param) or f"{i} of {name}"
                     for i, param in enumerate(group["params"])
                 ]
                 own_names = group.get("param_names", ())
@@ -102,17 +97,30 @@ class Stepper:
         self._plan = native.BoundPlan(sources, lists, list(first))
         self._sources = [(weakref.ref(o), o.state, o.param_groups) for o in optimizers]
 
-    def _step_with_new_state(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        indices = self._plan.slots_without_state
-        slots = self._slots()
-        made = [(slots[i], new_state(*slots[i])) for i in indices]
+    def _step_with_new_state(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
+        """Makes the state that is missing and steps; takes it back if the step is not taken."""
+        slots = [
+            (optimizer, group, param)
+            for optimizer in self._optimizers()
+            for group in optimizer.param_groups
+            for param in group["params"]
+        ]
+        first = self._plan.slots_without_state
+        made = [(slots[i][0].state, slots[i][2], new_state(*slots[i])) for i in first]
+        before = [dict(states[param]) if param in states else None for states, param, _ in made]
+        outcome = None
         try:
-            for (optimizer, _, param), state in made:
-                optimizer.state[param].update(state)
-            self._build(first=indices)
-            self._plan.step(grad_scale, found_inf)
-        except BaseException:
-            for (optimizer, _, param), state in made:
-                for key in state:
-                    optimizer.state[param].pop(key, None)
-            raise
+            for states, param, state in made:
+                states.setdefault(param, {}).update(state)
+            self._build(first)
+            outcome = self._plan.step(grad_scale, found_inf)
+        finally:
+            if outcome != _Outcome.stepped:
+                self._plan = None
+                for (states, param, _), entries in zip(made, before, strict=True):
+                    if entries is None:
+                        states.pop(param, None)
+                    else:
+                        states[param].clear()
+                        states[param].update(entries)
+        return outcome

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchrec.optim import keyed
+from torchrec.optim.clipping import GradientClippingOptimizer
+from torchrec.optim.fused import EmptyFusedOptimizer
+from torchrec.optim.warmup import WarmupOptimizer
 
 from recap_fast.embeddings import fuse_embeddings
 from recap_fast.optim import FusedAdam, FusedSGD
@@ -267,8 +272,6 @@ def test_fused_tables_are_not_warned_of_without_a_scale() -> None:
 
 
 def test_a_torch_optimizer_inside_is_refused_under_a_scaler() -> None:
-    from torchrec.optim import keyed
-
     params = parameters(2)
     optimizer = FusedCombinedOptimizer(
         [
@@ -284,31 +287,38 @@ def test_a_torch_optimizer_inside_is_refused_under_a_scaler() -> None:
     assert_unchanged(before, optimizer, params)
 
 
-@pytest.mark.xfail(strict=True, reason="only KeyedOptimizerWrapper is taken for a dense optimizer")
-def test_a_dense_optimizer_in_a_torchrec_wrapper_is_refused_or_scaled() -> None:
-    from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
-
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda part: GradientClippingOptimizer(part), "GradientClippingOptimizer"),
+        (lambda part: WarmupOptimizer(part, []), "WarmupOptimizer"),
+        (lambda part: keyed.CombinedOptimizer([part]), "CombinedOptimizer"),
+        (lambda part: FusedCombinedOptimizer([part]), "FusedCombinedOptimizer"),
+        (lambda part: FusedCombinedOptimizer([EmptyFusedOptimizer(), part]), "FusedCombined"),
+    ],
+)
+def test_a_dense_optimizer_that_is_wrapped_or_nested_is_refused_under_a_scaler(
+    wrap: Callable[[keyed.KeyedOptimizer], keyed.KeyedOptimizer], name: str
+) -> None:
     params = parameters(2)
-    clipped = GradientClippingOptimizer(
-        wrapped({"x": params[0]}, "sgd", lr=1.0), GradientClipping.VALUE, max_gradient=1e9
-    )
-    optimizer = FusedCombinedOptimizer([("a", clipped), ("b", wrapped({"y": params[1]}, "sgd"))])
+    part = wrap(wrapped({"x": params[0]}, "sgd", lr=1.0))
+    optimizer = FusedCombinedOptimizer([("a", part), ("b", wrapped({"y": params[1]}, "sgd"))])
     scaler = _scaler(torch.device("cpu"))
     _set_scaled_grads(params, 0)
-    unscaled = params[0].detach() - params[0].grad / SCALE
     before = snapshot(optimizer, params)
-    try:
+    with pytest.raises(RuntimeError, match=f"'a' holds a {name}"):
         scaler.step(optimizer)
-    except RuntimeError:
-        assert_unchanged(before, optimizer, params)
-    else:
+    assert_unchanged(before, optimizer, params)
+    unscaled = params[0].detach() - params[0].grad / SCALE
+    reference = CombinedOptimizer(optimizer.optimizers)  # as the error advises
+    if name != "WarmupOptimizer":  # sets a rate of its own
+        reference.param_groups[0]["lr"] = 1.0
+        _scaler(torch.device("cpu")).step(reference)
         torch.testing.assert_close(params[0].detach(), unscaled)
 
 
 def test_the_reference_has_no_scaling_of_its_own() -> None:
     """GradScaler then unscales the gradients itself, and skips the step."""
-    from torchrec.optim import keyed
-
     params = parameters(1)
     optimizer = CombinedOptimizer([keyed.KeyedOptimizerWrapper({"x": params[0]}, torch.optim.Adam)])
     scaler = _scaler(torch.device("cpu"))

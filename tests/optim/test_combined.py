@@ -18,14 +18,24 @@ from torch.optim.optimizer import (
 )
 from torchrec.optim import keyed
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
+from torchrec.optim.fused import FusedOptimizer
+from torchrec.optim.warmup import WarmupOptimizer, WarmupStage
 
 from recap_fast.embeddings import fuse_embeddings
 from recap_fast.optim.combined import CombinedOptimizer, FusedCombinedOptimizer
 from tests.models import EMBEDDING_RATE, EmbeddingRanker, features
-from tests.optim.helpers import combined, for_loop, parameters, same_bits, set_grads, wrapped
+from tests.optim.helpers import (
+    FUSED,
+    combined,
+    for_loop,
+    parameters,
+    same_bits,
+    set_grads,
+    wrapped,
+)
 
 
-class CountingOptimizer(keyed.KeyedOptimizer):
+class CountingOptimizer(FusedOptimizer):
     """Stands for a fused embedding optimizer: a step passes rates on and updates nothing."""
 
     def __init__(self) -> None:
@@ -117,21 +127,97 @@ def test_other_dense_optimizers_take_steps_of_their_own(device: torch.device) ->
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.xfail(strict=True, reason="only KeyedOptimizerWrapper is taken for a dense optimizer")
-@pytest.mark.parametrize("kind", ["clipping", "nested"])
-def test_setting_the_rates_of_tables_never_steps_a_dense_parameter(kind: str) -> None:
-    """The scheduler sets them after every step of the optimizer."""
+class UnknownOptimizer(keyed.KeyedOptimizer):
+    """A keyed optimizer that is none of torchrec's: plain SGD."""
+
+    def __init__(self, param: nn.Parameter) -> None:
+        super().__init__({"x": param}, {}, [{"params": [param], "lr": 1.0}])
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.data -= group["lr"] * param.grad
+
+
+# Ways to put a dense optimizer under something other than a KeyedOptimizerWrapper.
+WRAPPED: dict[str, Any] = {
+    "clipping": lambda part: GradientClippingOptimizer(part),
+    "warm-up": lambda part: WarmupOptimizer(part, [], lr=1.0),
+    "twice": lambda part: GradientClippingOptimizer(WarmupOptimizer(part, [], lr=1.0)),
+    "nested": lambda part: CombinedOptimizer([part]),
+    "torchrec's nested": lambda part: keyed.CombinedOptimizer([part]),
+    "with tables": lambda part: keyed.CombinedOptimizer([CountingOptimizer(), part]),
+    "clipping of nested": lambda part: GradientClippingOptimizer(keyed.CombinedOptimizer([part])),
+    "unknown": lambda part: UnknownOptimizer(part.params["x"]),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("make", [CombinedOptimizer, FusedCombinedOptimizer])
+def test_setting_the_rates_of_tables_never_steps_a_dense_parameter(
+    kind: str, make: type[CombinedOptimizer]
+) -> None:
+    """The scheduler sets them after every step of the optimizer, which does step it."""
     params = parameters(1)
-    inner = wrapped({"x": params[0]}, "sgd", lr=1.0)
-    part: keyed.KeyedOptimizer = (
-        GradientClippingOptimizer(inner, GradientClipping.VALUE, max_gradient=1e9)
-        if kind == "clipping"
-        else CombinedOptimizer([inner])
-    )
-    optimizer = FusedCombinedOptimizer([("a", part)])
-    before = params[0].detach().clone()
+    optimizer = make([("a", WRAPPED[kind](wrapped({"x": params[0]}, "sgd", lr=1.0)))])
+    before, expected = params[0].detach().clone(), params[0].detach() - params[0].grad
     optimizer.sync_fused_learning_rates()
     assert torch.equal(params[0], before)
+    optimizer.step()
+    torch.testing.assert_close(params[0].detach(), expected)
+    optimizer.sync_fused_learning_rates()
+    torch.testing.assert_close(params[0].detach(), expected)
+
+
+def test_setting_the_rates_of_tables_reaches_those_that_are_wrapped_or_nested() -> None:
+    nested, warmed = CountingOptimizer(), CountingOptimizer()
+    dense = wrapped({"x": parameters(1)[0]}, "sgd")
+    warmup = WarmupOptimizer(warmed, [WarmupStage(max_iters=10)], lr=1.0)
+    optimizer = FusedCombinedOptimizer([("a", CombinedOptimizer([nested, dense])), ("b", warmup)])
+    optimizer.sync_fused_learning_rates()
+    assert (nested.steps, warmed.steps) == (1, 1)
+    assert not warmup.state  # no iteration of the warm-up was counted
+    optimizer.step()
+    assert (nested.steps, warmed.steps) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("make", [CombinedOptimizer, FusedCombinedOptimizer])
+def test_gradients_of_wrapped_and_nested_optimizers_are_cleared(
+    make: type[CombinedOptimizer], set_to_none: bool, kind: str
+) -> None:
+    params = parameters(1)
+    optimizer = make([("a", WRAPPED[kind](wrapped({"x": params[0]}, "sgd", lr=1.0)))])
+    optimizer.zero_grad(set_to_none=set_to_none)
+    assert params[0].grad is None if set_to_none else not params[0].grad.any()
+
+
+def test_a_step_of_a_derived_class_is_taken() -> None:
+    calls = []
+
+    class Wrapper(keyed.KeyedOptimizerWrapper):
+        def step(self, closure: Any = None) -> None:
+            calls.append("wrapper")
+            super().step(closure)
+
+    class Optimizer(FUSED["sgd"]):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> None:
+            calls.append("optimizer")
+            super().step(closure)
+
+    ours = parameters(3)
+    expected = [param.detach() - param.grad for param in ours]
+    FusedCombinedOptimizer(
+        [
+            ("a", Wrapper({"x": ours[0]}, lambda p: FUSED["sgd"](p, lr=1.0))),
+            ("b", keyed.KeyedOptimizerWrapper({"x": ours[1]}, lambda p: Optimizer(p, lr=1.0))),
+            ("c", wrapped({"x": ours[2]}, "sgd", lr=1.0)),
+        ]
+    ).step()
+    assert calls == ["wrapper", "optimizer"]
+    for param, value in zip(ours, expected, strict=True):
+        torch.testing.assert_close(param.detach(), value)
 
 
 def test_a_clipping_wrapper_clips(device: torch.device) -> None:
@@ -193,7 +279,12 @@ def test_hooks_run_on_every_level(device: torch.device) -> None:
         seen: list[tuple[str, str]] = []
 
         def hook(when: str) -> Any:
-            return lambda opt, args, kwargs: seen.append((when, names[id(opt)]))
+            def record(opt: torch.optim.Optimizer, *_: Any) -> None:
+                # Once a KeyedOptimizerWrapper was unpickled, torch runs global hooks for them too.
+                if not isinstance(opt, keyed.KeyedOptimizerWrapper):
+                    seen.append((when, names[id(opt)]))
+
+            return record
 
         inner = optimizer.optimizers[0][1]._optimizer
         handles = [

@@ -1,0 +1,91 @@
+"""A first step makes state; where that step is not taken after all, it leaves none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from recap_fast.optim import FusedAdam, FusedSGD
+from recap_fast.optim.stepper import Stepper
+from tests.optim.helpers import assert_unchanged, parameters, snapshot
+
+
+@pytest.fixture
+def after_new_state(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Runs a function once, between the making of new state and the step."""
+
+    def install(function: Callable[[], None]) -> None:
+        build, functions = Stepper._build, [function]
+
+        def build_and_run(self: Stepper, first: Any = ()) -> None:
+            build(self, first)
+            if len(first) > 0 and functions:
+                functions.pop()()
+
+        monkeypatch.setattr(Stepper, "_build", build_and_run)
+
+    return install
+
+
+def test_a_step_skipped_after_all_makes_no_state(after_new_state: Any) -> None:
+    params = parameters(2)
+    optimizer = FusedSGD(params, lr=1.0, momentum=0.9, dampening=0.5)
+    optimizer.found_inf = torch.zeros(())
+    after_new_state(lambda: optimizer.found_inf.fill_(1.0))
+    before = snapshot(optimizer, params)
+    optimizer.step()
+    assert_unchanged(before, optimizer, params)
+    optimizer.found_inf.zero_()
+    optimizer.step()  # the first, in which a gradient counts whole
+    assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], params[0].grad)
+
+
+def test_groups_that_change_under_a_first_step_are_refused(after_new_state: Any) -> None:
+    params = parameters(3)
+    optimizer = FusedAdam(params[:2])
+    after_new_state(lambda: optimizer.add_param_group({"params": params[2:]}))
+    before = snapshot(optimizer, params)
+    with pytest.raises(RuntimeError, match="changed while they were being stepped"):
+        optimizer.step()
+    assert_unchanged(before, optimizer, params)
+    optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("entries", [{}, {"momentum_buffer": None}, {"note": 1}])
+def test_an_entry_that_was_there_stays_as_it_was(
+    entries: dict[str, Any], after_new_state: Any
+) -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    params = parameters(2)
+    optimizer = FusedSGD(params, lr=1.0, momentum=0.9)
+    entry = optimizer.state[params[0]]
+    entry.update(entries)
+    after_new_state(fail)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert optimizer.state[params[0]] is entry and entry == entries
+    assert params[1] not in optimizer.state
+    optimizer.step()
+    assert torch.equal(entry["momentum_buffer"], params[0].grad)
+
+
+def test_state_of_parameters_that_have_it_is_not_touched(after_new_state: Any) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    params = parameters(2)
+    grad, params[1].grad = params[1].grad, None
+    optimizer = FusedAdam(params)
+    optimizer.step()
+    params[1].grad = grad
+    before = snapshot(optimizer, params)
+    after_new_state(fail)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert_unchanged(before, optimizer, params)
