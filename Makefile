@@ -10,7 +10,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 CSRC := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench sanitize clean
+.PHONY: demo test lint format bench bench-compare sanitize clean
 
 demo: $(VENV)/built
 	$(BIN)/recap-fast demo
@@ -28,8 +28,13 @@ format: $(VENV)/built
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
-bench: $(VENV)/built
+bench: export TORCH_EXTENSIONS_DIR ?= $(abspath build/torch_extensions)
+bench: $(VENV)/peers
 	$(BIN)/python -m benchmarks.report
+
+# The work tree against another revision: make bench-compare BASE=HEAD~1 [COMPARE="--all"]
+bench-compare: $(VENV)/built
+	$(BIN)/python -m benchmarks.compare $(BASE) $(COMPARE)
 
 # The C++ core, without Python: memory and undefined behaviour, then races of the threaded engine.
 sanitize: $(VENV)/installed
@@ -54,3 +59,7 @@ $(VENV)/installed: requirements/build.txt requirements/torchrec-cpu.txt
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(CSRC)
 	$(PIP) --no-build-isolation -e ".[demo,test,lint]"
 	touch $@
+
+# DeepSpeed, a peer of the benchmarks: without it, they go on and say so.
+$(VENV)/peers: $(VENV)/built
+	$(PIP) --no-build-isolation "recap-fast[bench]" && touch $@ || echo "no DeepSpeed to compare with"

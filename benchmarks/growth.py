@@ -1,99 +1,119 @@
-"""How the time of a step grows with elements, with tensors and with groups, as log-log pictures."""
+"""How the time of a step grows with elements, with tensors and with groups."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from benchmarks import peers
 from benchmarks.interleave import interleave
+from benchmarks.plan import LARGE_PEERS, SLOW_PEERS
 from benchmarks.workloads import Workload
 
-_PEERS: Final = ("recap_fast", "reference", "torch fused", "torch fused per group", "DeepSpeed")
-_MOST_ELEMENTS_OF_SLOW_PEERS: Final = 10_000_000
-_SLOW_PEERS: Final = ("reference", "torch fused per group")
+_PEERS: Final = (
+    "recap_fast",
+    "reference",
+    "torch foreach",
+    "torch fused",
+    "torch fused per group",
+    "DeepSpeed",
+    "ceiling",
+)
+_LARGE_ELEMENTS: Final = 50_000_000
 
 
-def _elements(count: int) -> Workload:
-    return Workload(f"{count} elements", "", (((count // 10,),) * 10,))
+@dataclass(frozen=True)
+class Dimension:
+    """What grows.
+
+    Attributes:
+        name: short.
+        axis: what is counted, and what stays as it is.
+        make: the groups of a size.
+        sizes: what is measured.
+    """
+
+    name: str
+    axis: str
+    make: Callable[[int], tuple]
+    sizes: Sequence[int]
 
 
-def _tensors(count: int) -> Workload:
-    return Workload(f"{count} tensors", "", (((256,),) * count,))
+def _deal(tensors: int, groups: int) -> tuple:
+    """Tensors of 64 elements in groups of equal sizes, give or take one."""
+    sizes = [tensors // groups + (index < tensors % groups) for index in range(groups)]
+    return tuple(((64,),) * size for size in sizes)
 
 
-def _groups(count: int) -> Workload:
-    """1,000 tensors of 64 elements, dealt out to the groups."""
-    sizes = [1000 // count + (index < 1000 % count) for index in range(count)]
-    return Workload(f"{count} groups", "", tuple(((64,),) * size for size in sizes))
-
-
-DIMENSIONS: Final[Mapping[str, tuple[str, Callable[[int], Workload], tuple[int, ...]]]] = {
-    "elements": (
+DIMENSIONS: Final = (
+    Dimension(
+        "elements",
         "elements in 10 tensors of one group",
-        _elements,
+        lambda count: (((count // 10,),) * 10,),
         (10**4, 10**5, 10**6, 10**7, 10**8),
     ),
-    "tensors": (
+    Dimension(
+        "tensors",
         "tensors of 256 elements in one group",
-        _tensors,
+        lambda count: (((256,),) * count,),
         (1, 10, 100, 1_000, 10_000),
     ),
-    "groups": ("groups of 1,000 tensors of 64 elements", _groups, (1, 3, 10, 30, 100, 300, 1_000)),
-}
-"""By name: the axis, the workload of a size, and the sizes."""
+    Dimension(
+        "groups",
+        "groups of 1,000 tensors of 64 elements",
+        lambda count: _deal(1000, count),
+        (1, 3, 10, 30, 100, 300, 1_000),
+    ),
+)
 
 
-def _times(workload: Workload, budget_seconds: float) -> dict[str, float]:
-    """Median microseconds of a cold Adam step, by peer."""
+@dataclass(frozen=True)
+class Curves:
+    """Times over the sizes of one dimension.
+
+    Attributes:
+        name, axis, sizes: those of the `Dimension`.
+        microseconds: median of a cold Adam step with one thread, by peer and size; None where the
+            peer was not measured.
+    """
+
+    name: str
+    axis: str
+    sizes: Sequence[int]
+    microseconds: dict[str, list[float | None]]
+
+
+def _medians(workload: Workload, budget_seconds: float) -> dict[str, float]:
     initial = peers.initial_values(workload)
     built = {}
-    for name in _PEERS:
-        if name in _SLOW_PEERS and workload.elements > _MOST_ELEMENTS_OF_SLOW_PEERS:
-            continue
+    for name in LARGE_PEERS if workload.elements >= _LARGE_ELEMENTS else _PEERS:
         try:
             built[name] = peers.build(name, initial, "adam")
         except peers.Unavailable:
             continue
-    timings = interleave(built, cache="cold", budget_seconds=budget_seconds, min_rounds=5)
-    return {name: timings.time(name).median for name in built}
+    timings = interleave(built, cache="cold", budget_seconds=budget_seconds, slow=SLOW_PEERS)
+    return {name: round(timings.time(name).median, 2) for name in built}
 
 
-def draw(directory: Path, stem: str, quick: bool = False) -> list[Path]:
-    """Measures with one thread and writes one picture for each of `DIMENSIONS`.
-
-    Args:
-        directory: where the pictures go, as `<stem>-growth-<dimension>.png`.
-        stem: how the file names begin.
-        quick: leaves out the largest size of each, and takes less time for the others.
-
-    Returns:
-        The paths of the pictures.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def measure(budget_seconds: float, dimensions: Iterable[Dimension] = DIMENSIONS) -> list[Curves]:
+    """Times cold Adam steps with one thread, for so long for each size."""
     torch.set_num_threads(1)
-    paths = []
-    for name, (axis, make, sizes) in DIMENSIONS.items():
-        sizes = sizes[:-1] if quick else sizes
-        points = [_times(make(size), 0.5 if quick else 3.0) for size in sizes]
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for peer in _PEERS:
-            xs = [size for size, times in zip(sizes, points, strict=True) if peer in times]
-            ys = [times[peer] for times in points if peer in times]
-            if xs:
-                axes.loglog(xs, ys, marker="o", label=peer)
-        axes.set(xlabel=axis, ylabel="cold Adam step, one thread [µs]")
-        axes.grid(True, which="major", alpha=0.3)
-        axes.legend()
-        path = directory / f"{stem}-growth-{name}.png"
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
-        paths.append(path)
-    return paths
+    curves = []
+    for dimension in dimensions:
+        points = [
+            _medians(Workload(f"{size} {dimension.name}", "", dimension.make(size)), budget_seconds)
+            for size in dimension.sizes
+        ]
+        measured = [name for name in _PEERS if any(name in point for point in points)]
+        curves.append(
+            Curves(
+                dimension.name,
+                dimension.axis,
+                dimension.sizes,
+                {name: [point.get(name) for point in points] for name in measured},
+            )
+        )
+    return curves

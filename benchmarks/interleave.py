@@ -55,8 +55,8 @@ class Timings:
         return quartiles([a / b for a, b in pairs if a is not None and b is not None])
 
 
-class _Memory:
-    """Other memory that a backward pass would touch between two steps."""
+class OtherMemory:
+    """Memory that a backward pass would touch between two steps."""
 
     def __init__(self) -> None:
         self._buffer = torch.zeros(_EVICT_BYTES // 4)
@@ -65,7 +65,7 @@ class _Memory:
         self._buffer.add_(1.0)
 
 
-def _time_step(peer: Peer, cache: Cache, memory: _Memory) -> float:
+def time_step(peer: Peer, cache: Cache, memory: OtherMemory) -> float:
     """One step of `peer` in microseconds.
 
     Cold: gradients are new tensor objects and 96 MB of other memory were touched since the last
@@ -76,7 +76,9 @@ def _time_step(peer: Peer, cache: Cache, memory: _Memory) -> float:
         peer.set_learning_rates()
         memory.touch()
     else:
+        peer.restore_gradients()
         peer.step()
+        peer.restore_gradients()
         peer.set_learning_rates()
     begin = time.perf_counter_ns()
     peer.step()
@@ -101,7 +103,7 @@ def interleave(
         slow: peers that take part in every fourth round only, to leave time for the others.
         min_rounds, max_rounds: how many rounds there are whatever the time.
     """
-    memory = _Memory()
+    memory = OtherMemory()
     order = random.Random(0)
     names = list(peers)
     for peer in peers.values():
@@ -120,7 +122,7 @@ def interleave(
             order.shuffle(names)
             for name in names:
                 sits_out = name in slow and number % _SLOW_STRIDE != 0
-                times[name].append(None if sits_out else _time_step(peers[name], cache, memory))
+                times[name].append(None if sits_out else time_step(peers[name], cache, memory))
     finally:
         if collecting:
             gc.enable()

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def _huge_pages() -> str:
     return chosen.group(1) if chosen else "unknown"
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def describe() -> dict[str, Any]:
     """Facts that can be committed; `busy` is the load average before the run, per core."""
     info = build_info()
@@ -56,6 +64,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "deepspeed": _version("deepspeed"),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "instruction_set": info["instruction_set"],
         "busy": round(os.getloadavg()[0] / _cores(), 2),

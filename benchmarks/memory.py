@@ -1,23 +1,24 @@
-"""Peak memory of the peers, from Linux's account of this process."""
+"""Peak memory of a call, from Linux's account of this process."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
-from benchmarks import peers
-from benchmarks.workloads import Workload
-
+_Result = TypeVar("_Result")
 _STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 def _megabytes(field: str) -> float:
     match = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
     if match is None:
         raise OSError(f"{_STATUS} has no {field}")
-    return int(match.group(1)) / 1e3
+    return int(match.group(1)) * 1024 / 1e6
 
 
 def _return_free_memory() -> None:
@@ -25,24 +26,18 @@ def _return_free_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def peaks(workload: Workload, algorithm: str) -> dict[str, float]:
-    """Megabytes that the process grows by, for each peer: making it and taking two steps.
+def peak_of(call: Callable[..., _Result], *arguments: Any) -> tuple[_Result, float | None]:
+    """Calls it.
 
-    Raises:
-        OSError: this system does not tell.
+    Returns:
+        What the call returned, and by how many megabytes the process grew from before it to its
+        peak; None where the system does not tell.
     """
-    initial = peers.initial_values(workload)
-    grown = {}
-    for name in peers.PEERS:
+    try:
         _return_free_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+        _CLEAR.write_text("5")  # VmHWM starts again from VmRSS
         before = _megabytes("VmRSS")
-        try:
-            peer = peers.build(name, initial, algorithm)
-        except peers.Unavailable:
-            continue
-        peer.step()
-        peer.step()
-        grown[name] = round(_megabytes("VmHWM") - before, 1)
-        del peer
-    return grown
+    except (OSError, AttributeError):
+        return call(*arguments), None
+    result = call(*arguments)
+    return result, round(_megabytes("VmHWM") - before, 1)

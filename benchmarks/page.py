@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.interleave import Quartiles
+from benchmarks.growth import Curves
+from benchmarks.measurement import Measurement
 from benchmarks.peers import DESCRIPTIONS
-from benchmarks.plan import Measurement
+from benchmarks.plan import LARGE_PEERS
+from benchmarks.table import number, plural, table, with_quartiles
 from benchmarks.targets import TARGETS, Target
 
 _ALGORITHMS: Final = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
+
+# Below it, what the allocator keeps and returns outweighs the tensors.
+_LEAST_ELEMENTS_FOR_MEMORY: Final = 1_000_000
 
 _HOW: Final = """\
 Every peer steps its own copies of the same tensors. A round times one `optimizer.step()` of each
@@ -23,25 +27,29 @@ backward pass. *Warm*: the same step was taken just before. The learning rate of
 between steps, as a scheduler does.
 """
 
+_COLUMNS: Final = """\
+Median time of a step, and that time over recap_fast's (above 1: slower than recap_fast). Peak
+memory is by how much the process grows from before a peer's tensors are made to the peak of its
+second step: parameters, gradients, states and what the step needs besides.
+"""
 
-def number(value: float) -> str:
-    """Three significant digits, thousands separated."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+_LARGE: Final = f"""\
+Cold Adam steps with 1 thread. With 50 M elements and more there are only the peers that workload C
+has ({", ".join(LARGE_PEERS)}), for the sake of memory.
+"""
 
+_REPRODUCE: Final = """\
+On a machine that does nothing else:
 
-def _with_quartiles(q: Quartiles, unit: str) -> str:
-    return f"{number(q.median)}{unit} ({number(q.low)} to {number(q.high)})"
+    make bench                         # all of this page; under ten minutes on 2 cores, 10 GB
+    make bench-compare BASE=HEAD~1     # another revision and the work tree, step by step in turn
 
+and in an environment with the package built, `make bench` leaves one in `.venv`:
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    python -m benchmarks.report --quick --only B,E     # a first look
+    python -m benchmarks.breakdown E                   # where the time of a small step goes
+    pytest benchmarks --benchmark-enable --benchmark-only
+"""
 
 
 def _limit(target: Target, threads: Sequence[int]) -> str:
@@ -54,7 +62,7 @@ def _verdict(target: Target, measurements: Sequence[Measurement], threads: int) 
     figure = target.measured(measurements, threads)
     if figure is None:
         return "not measured"
-    text = _with_quartiles(figure, target.unit)
+    text = with_quartiles(figure, target.unit)
     if target.met(figure, threads):
         return f"{text} met"
     ceiling = target.of_ceiling(measurements, threads)
@@ -65,18 +73,14 @@ def _verdict(target: Target, measurements: Sequence[Measurement], threads: int) 
 def _targets(measurements: Sequence[Measurement]) -> str:
     threads = [n for n in (1, 2) if any(m.threads == n for m in measurements)]
     workloads = {m.workload for m in measurements}
-    return _table(
-        ["figure", "must reach", *(_plural(n, "thread") for n in threads)],
+    return table(
+        ["figure", "must reach", *(plural(n, "thread") for n in threads)],
         (
             [t.text, _limit(t, threads), *(_verdict(t, measurements, n) for n in threads)]
             for t in TARGETS
             if t.workload in workloads
         ),
     )
-
-
-def _column(m: Measurement) -> str:
-    return f"{_plural(m.threads, 'thread')}, {m.cache}"
 
 
 def _cell(m: Measurement, peer: str) -> str:
@@ -87,57 +91,77 @@ def _cell(m: Measurement, peer: str) -> str:
     return f"{number(time)} µs · {number(ratio)}x"
 
 
+def _of_one_algorithm(measurements: Sequence[Measurement]) -> str:
+    """A row per peer; a column per number of threads and cache state, and one of peak memory."""
+    m = measurements[0]
+    peers = list(m.timings.microseconds)
+    header = [f"{_ALGORITHMS[m.algorithm]}, {m.bytes / 1e6:,.4g} MB a step"]
+    header += [f"{plural(m.threads, 'thread')}, {m.cache}" for m in measurements]
+    rows = [[peer, *(_cell(m, peer) for m in measurements)] for peer in peers]
+    if m.peak_memory_mb and m.elements >= _LEAST_ELEMENTS_FOR_MEMORY:
+        header.append("peak memory")
+        for row, peer in zip(rows, peers, strict=True):
+            row.append(f"{number(m.peak_memory_mb[peer])} MB" if peer in m.peak_memory_mb else "-")
+    return table(header, rows)
+
+
 def _side_by_side(measurements: Sequence[Measurement]) -> str:
-    """A section per workload, a table per algorithm, a row per peer."""
+    """A section per workload, a table per algorithm."""
     parts = []
     for workload, group in groupby(measurements, key=lambda m: m.workload):
         of_workload = list(group)
         m = of_workload[0]
         parts.append(
             f"### {workload}: {m.description}\n\n"
-            f"{_plural(m.groups, 'group')}, {_plural(m.tensors, 'tensor')}, "
+            f"{plural(m.groups, 'group')}, {plural(m.tensors, 'tensor')}, "
             f"{m.elements:,} elements.\n"
         )
-        for algorithm, of_algorithm in groupby(of_workload, key=lambda m: m.algorithm):
+        for _, of_algorithm in groupby(of_workload, key=lambda m: m.algorithm):
             columns = list(of_algorithm)
-            m = columns[0]
-            peers = list(m.timings.microseconds)
-            header = [f"{_ALGORITHMS[algorithm]}, {m.bytes / 1e6:,.4g} MB a step"]
-            rows = ([peer, *(_cell(column, peer) for column in columns)] for peer in peers)
-            parts.append(_table([*header, *map(_column, columns)], rows))
-            parts += [f"{name}: {reason}.\n" for name, reason in m.skipped.items()]
+            parts.append(_of_one_algorithm(columns))
+            parts += [f"{name}: {reason}.\n" for name, reason in columns[0].skipped.items()]
     return "\n".join(parts)
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
     caches = ", ".join(f"{level} {size}" for level, size in facts["caches"].items())
+    deepspeed = f"DeepSpeed {facts['deepspeed']}" if facts.get("deepspeed") else "no DeepSpeed"
     return (
-        f"{facts['processor']}, {_plural(facts['cores'], 'core')} ({caches or 'caches unknown'}), "
+        f"{facts['processor']}, {plural(facts['cores'], 'core')} ({caches or 'caches unknown'}), "
         f"{facts['memory_gb']} GB, {facts['system']}, transparent huge pages "
         f"`{facts['transparent_huge_pages']}`; Python {facts['python']}, torch {facts['torch']} "
-        f"({facts['torch_instruction_set']}); instruction set in use: "
+        f"({facts['torch_instruction_set']}), {deepspeed}; instruction set in use: "
         f"{facts['instruction_set']}. {facts['date']}, load per core before the run "
         f"{facts['busy']}.\n"
     )
 
 
-def _memory(peaks: Mapping[str, float]) -> str:
-    rows = ([peer, f"{number(megabytes)} MB"] for peer, megabytes in peaks.items())
-    return _table(["A, Adam", "peak memory"], rows)
+def _growth(curves: Curves, picture: str) -> str:
+    """The picture of one dimension, and its figures."""
+
+    def cell(time: float | None) -> str:
+        return "-" if time is None else number(time)
+
+    rows = ([peer, *map(cell, times)] for peer, times in curves.microseconds.items())
+    return (
+        f"### {curves.name.capitalize()}\n\n![Time over {curves.name}]({picture})\n\n"
+        f"Microseconds by number of {curves.axis}:\n\n"
+    ) + table([curves.name, *(f"{size:,}" for size in curves.sizes)], rows)
 
 
-def render(results: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+def render(results: Mapping[str, Any], source: str, pictures: Mapping[str, str]) -> str:
     """The page.
 
     Args:
         results: as `benchmarks.report` writes them.
-        pictures: paths of the growth pictures, relative to the page.
+        source: the file they are in, for a link.
+        pictures: paths of the growth pictures by the name of the dimension, relative to the page.
     """
     measurements = [Measurement.from_json(data) for data in results["measurements"]]
     peers = "\n".join(f"* **{name}**: {text}." for name, text in DESCRIPTIONS.items())
     parts = [
         "# Performance\n",
-        "Written by `python -m benchmarks.report`; do not edit.\n",
+        f"Written by `python -m benchmarks.report` from `{source}`; do not edit.\n",
         _machine(results["machine"]),
         "## What must be reached\n",
         _HOW,
@@ -145,26 +169,12 @@ def render(results: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         "to nothing.\n",
         _targets(measurements),
         "## Side by side\n",
-        "Median time of a step, and that time over recap_fast's (above 1: slower than "
-        "recap_fast).\n",
+        _COLUMNS,
         f"{peers}\n",
         _side_by_side(measurements),
     ]
-    if results.get("peak_memory_mb"):
-        parts += [
-            "## Peak memory\n",
-            "Growth of the process from before a peer's tensors are made to the peak of its second "
-            "step: parameters, gradients, states and what the step needs besides.\n",
-            _memory(results["peak_memory_mb"]),
-        ]
-    if pictures:
-        parts += ["## Growth\n", *(f"![{Path(path).stem}]({path})\n" for path in pictures)]
-    parts += [
-        "## How to reproduce\n",
-        "On a machine that does nothing else, from a checkout with the package built:\n",
-        "    python -m benchmarks.report            # under ten minutes on 2 cores, 10 GB\n"
-        "    python -m benchmarks.report --growth   # the pictures\n"
-        "    python -m benchmarks.breakdown         # where the time of a small step goes\n"
-        "    pytest benchmarks --benchmark-enable --benchmark-only\n",
-    ]
+    if results.get("growth"):
+        curves = (Curves(**data) for data in results["growth"])
+        parts += ["## Growth\n", _LARGE, *(_growth(c, pictures[c.name]) for c in curves)]
+    parts += ["## How to reproduce\n", _REPRODUCE]
     return "\n".join(parts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from benchmarks.interleave import Cache, Quartiles, Timings
-from benchmarks.plan import IN_ONE_GROUP, Measurement
+from benchmarks.measurement import IN_ONE_GROUP, Measurement
 
 _OURS: Final = "recap_fast"
 

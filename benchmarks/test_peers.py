@@ -24,14 +24,40 @@ def _build(name: str, algorithm: str) -> peers.Peer:
 @pytest.mark.parametrize("name", _STEPPING)
 def test_every_peer_takes_the_step_of_the_for_loop(name: str, algorithm: str) -> None:
     peer, oracle = _build(name, algorithm), _build("torch for-loop", algorithm)
-    steps = 1 if name == "DeepSpeed" else 3  # its Adagrad overwrites gradients
-    for _ in range(steps):
+    for _ in range(3):
         for stepped in (peer, oracle):
             stepped.renew_gradients()
             stepped.set_learning_rates()
             stepped.step()
     for param, expected in zip(peer.params, oracle.params, strict=True):
         torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_peers_share_no_memory() -> None:
+    initial = peers.initial_values(_SMALL)
+    names = [name for name in peers.PEERS if name != "DeepSpeed"]  # made like the others
+    tensors = [t for group in initial.params + initial.grads for t in group]
+    for peer in (peers.build(name, initial, "adam") for name in names):
+        tensors += peer.params
+        tensors += [param.grad for param in peer.params]
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+
+
+def test_overwritten_gradients_are_put_back() -> None:
+    originals = [torch.ones(3), torch.ones(2)]
+    params = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in originals]
+
+    def step() -> None:
+        for param in params:
+            param.grad.mul_(1e-3)
+
+    peer = peers.Peer(step, [], params, originals)
+    for param, original in zip(params, originals, strict=True):
+        param.grad = original.clone()
+    for renew in (peer.restore_gradients, peer.renew_gradients):
+        peer.step()
+        renew()
+        assert all(bool((param.grad == 1).all()) for param in params)
 
 
 @pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "ceiling"])

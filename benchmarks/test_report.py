@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import machine, page, report
+from benchmarks import documents, headline, machine, page, report
+from benchmarks.growth import DIMENSIONS
 from benchmarks.interleave import Quartiles, Timings, interleave
+from benchmarks.measurement import Measurement
 from benchmarks.peers import Peer
-from benchmarks.plan import Measurement
+from benchmarks.plan import ENTRIES, GROWTH_BUDGET_SECONDS
 from benchmarks.targets import TARGETS
 
 
@@ -32,6 +35,7 @@ def _measurement(**changes: Any) -> Measurement:
                 "reference": [None, 800.0, None],
             }
         ),
+        "peak_memory_mb": {"recap_fast": 563.2, "torch fused": 563.1},
         "skipped": {"DeepSpeed": "not installed"},
     }
     return Measurement(**(values | changes))
@@ -123,11 +127,25 @@ def test_a_peer_that_did_not_run_is_not_measured() -> None:
     assert target.measured([measurement], threads=1) is None
 
 
+_CURVES: dict[str, Any] = {
+    "name": "groups",
+    "axis": "groups of 1,000 tensors",
+    "sizes": [1, 1000],
+    "microseconds": {"recap_fast": [10.0, 2000.0], "reference": [80.0, None]},
+}
+
+
 def test_results_survive_being_written_and_read() -> None:
-    results = {"machine": _FACTS, "measurements": [_measurement().to_json()]}
-    read = json.loads(report._to_text(results))
+    results = {
+        "machine": _FACTS,
+        "measurements": [_measurement().to_json()] * 2,
+        "growth": [_CURVES],
+    }
+    text = report.to_text(results)
+    read = json.loads(text)
     assert read == results
     assert Measurement.from_json(read["measurements"][0]) == _measurement()
+    assert max(map(len, text.splitlines())) > 200  # one line for each measurement
 
 
 def test_the_page_shows_losing_rows() -> None:
@@ -136,12 +154,75 @@ def test_the_page_shows_losing_rows() -> None:
         timings=Timings({"recap_fast": [120.0], "torch fused": [100.0], "ceiling": [110.0]}),
     )
     results = {"machine": _FACTS, "measurements": [_measurement().to_json(), lost.to_json()]}
-    text = page.render(results, ["../benchmarks/results/x-growth-elements.png"])
+    text = page.render(results, "x.json", {})
+    assert "from `x.json`" in text
     assert "| A, Adam: time over torch fused | ≤ 0.97 / ≤ 0.9 | 0.90 (0.90 to 0.95) met | " in text
     assert "1.20 (1.20 to 1.20) **not met**; the ceiling 1.10 |" in text
-    assert "| reference | 800 µs · 8.00x | - |" in text
     assert "DeepSpeed: not installed." in text
-    assert "![x-growth-elements](../benchmarks/results/x-growth-elements.png)" in text
+
+
+def test_peak_memory_stands_beside_time() -> None:
+    results = {"machine": _FACTS, "measurements": [_measurement().to_json()]}
+    text = page.render(results, "x.json", {})
+    assert "| 1 thread, cold | peak memory |" in text
+    assert "| recap_fast | 100 µs · 1.00x | 563 MB |" in text
+    assert "| reference | 800 µs · 8.00x | - |" in text
+    small = {"machine": _FACTS, "measurements": [_measurement(elements=999_999).to_json()]}
+    assert "| peak memory |" not in page.render(small, "x.json", {})
+
+
+def test_the_page_shows_growth() -> None:
+    results = {"machine": _FACTS, "measurements": [_measurement().to_json()], "growth": [_CURVES]}
+    text = page.render(results, "x.json", {"groups": "../results/x-growth-groups.png"})
+    assert "![Time over groups](../results/x-growth-groups.png)" in text
+    assert "| groups | 1 | 1,000 |" in text
+    assert "| reference | 80.0 | - |" in text
+
+
+def _recap(threads: int) -> dict[str, Any]:
+    return _measurement(workload="RECAP", elements=48_100_000, threads=threads).to_json()
+
+
+def test_the_headline_figures() -> None:
+    results = {"machine": _FACTS, "measurements": [_recap(1), _recap(2)]}
+    text = headline.render(results, "x.json")
+    row = "| the original's shipped model, 48.1 M elements | 8.00x / 8.00x | 1.11x / 1.11x | - |"
+    assert row in text
+    assert "with 1 / 2 threads" in text
+    assert "[x.json](x.json)" in text
+
+
+def test_the_headline_block_is_replaced() -> None:
+    results = {"machine": _FACTS, "measurements": [_recap(1)]}
+    block = headline.render(results, "x.json")
+    readme = f"before\n{block}\nafter\n"
+    other = block.replace("8.00x", "9.00x")
+    assert headline.replace(readme, other) == f"before\n{other}\nafter\n"
+    for wrong in ("none", readme * 2):
+        with pytest.raises(ValueError, match=r"README\.md must hold one block"):
+            headline.replace(wrong, block)
+
+
+def test_documents_of_a_run_that_is_not_whole_lie_beside_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "machine.json"
+    results = {"machine": _FACTS, "measurements": [_recap(1)], "growth": [_CURVES]}
+    path.write_text(report.to_text(results))
+    readme = documents.README.read_bytes()
+    documents.write(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "machine-growth-groups.png",
+        "machine.json",
+        "machine.md",
+    ]
+    assert "(machine-growth-groups.png)" in (tmp_path / "machine.md").read_text()
+    assert documents.README.read_bytes() == readme
+
+
+def test_a_whole_run_leaves_time_for_the_rest_of_ten_minutes() -> None:
+    seconds = sum(e.budget_seconds * len(e.algorithms) * len(e.caches) * 2 for e in ENTRIES)
+    seconds += GROWTH_BUDGET_SECONDS * sum(len(d.sizes) for d in DIMENSIONS)
+    assert seconds < 330
 
 
 def test_machine_names() -> None:

@@ -9,6 +9,7 @@ machine shows as a difference between peers; `benchmarks.report` interleaves the
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,19 +17,26 @@ import pytest
 import torch
 
 from benchmarks import peers, workloads
+from benchmarks.plan import LARGE_PEERS
 from benchmarks.workloads import Workload
 
 _EVICT = torch.zeros(96 * 2**20 // 4)
 
-# A and C take seconds a step with the slow peers, which the report measures.
+# A, C and RECAP take long with the other peers, which the report measures.
 _PEERS = {
     "A": ("recap_fast", "reference", "torch fused", "DeepSpeed", "ceiling"),
-    "C": ("recap_fast", "torch fused", "DeepSpeed", "ceiling"),
+    "C": LARGE_PEERS,
+    "RECAP": ("recap_fast", "reference", "torch fused", "DeepSpeed", "ceiling"),
 }
+_WORKLOADS = ("A", "B", "C", "D", "E", "F", "RECAP", "DEMO")
 _CASES = [
-    pytest.param(workload, algorithm, peer, id=f"{workload}-{algorithm}-{peer.replace(' ', '_')}")
-    for workload in ("A", "B", "C", "D", "E", "F")
+    pytest.param(
+        *(workload, algorithm, cache, peer),
+        id=f"{workload}-{algorithm}-{cache}-{peer.replace(' ', '_')}",
+    )
+    for workload in _WORKLOADS
     for algorithm in peers.ALGORITHMS
+    for cache in ("cold", "warm")
     for peer in _PEERS.get(workload, peers.PEERS)
 ]
 
@@ -41,10 +49,20 @@ def _smaller(workload: Workload) -> Workload:
     return Workload(workload.name, workload.description, groups)
 
 
-@pytest.mark.parametrize(("workload_name", "algorithm", "peer_name"), _CASES)
-def test_cold_step(benchmark: Any, workload_name: str, algorithm: str, peer_name: str) -> None:
-    benchmark.group = f"{workload_name}, {algorithm}, cold"
-    workload = workloads.by_name(workload_name)
+@functools.cache
+def _workload(name: str) -> Workload:
+    return workloads.by_name(name)
+
+
+@pytest.mark.parametrize(("workload_name", "algorithm", "cache", "peer_name"), _CASES)
+def test_step(
+    benchmark: Any, workload_name: str, algorithm: str, cache: str, peer_name: str
+) -> None:
+    benchmark.group = f"{workload_name}, {algorithm}, {cache}"
+    try:
+        workload = _workload(workload_name)
+    except ImportError as reason:
+        pytest.skip(f"the demo needs a package that is not installed: {reason}")
     if not benchmark.enabled:
         workload = _smaller(workload)
     try:
@@ -54,14 +72,18 @@ def test_cold_step(benchmark: Any, workload_name: str, algorithm: str, peer_name
     before = peer.params[0].detach().clone()
     peer.step()
 
-    def cool() -> None:
-        peer.renew_gradients()
+    def set_up() -> None:
+        if cache == "cold":
+            peer.renew_gradients()
+            if benchmark.enabled:
+                _EVICT.add_(1.0)
+        else:
+            peer.restore_gradients()
         peer.set_learning_rates()
-        if benchmark.enabled:
-            _EVICT.add_(1.0)
 
     rounds = 5 if workload.elements > 10**7 else 15
-    benchmark.pedantic(peer.step, setup=cool, rounds=rounds, iterations=1)
+    warm_up = 1 if cache == "warm" else 0
+    benchmark.pedantic(peer.step, setup=set_up, rounds=rounds, warmup_rounds=warm_up)
     benchmark.extra_info["megabytes per step"] = peers.bytes_per_step(workload, algorithm) / 1e6
     if peer_name != "ceiling":  # it writes, but next to nothing
         assert not torch.equal(peer.params[0], before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -33,9 +33,9 @@ DEFAULT_LR: Final = 24601.0
 class OptimizerClasses(NamedTuple):
     """What an optimizer is made of; the algorithms take the arguments of torch.optim's."""
 
-    adam: type[torch.optim.Optimizer]
-    adagrad: type[torch.optim.Optimizer]
-    sgd: type[torch.optim.Optimizer]
+    adam: Callable[..., torch.optim.Optimizer]
+    adagrad: Callable[..., torch.optim.Optimizer]
+    sgd: Callable[..., torch.optim.Optimizer]
     combined: type[keyed.CombinedOptimizer]
 
 
@@ -44,6 +44,7 @@ def assemble(
     optimizer_config: RecapOptimizerConfig | OptimizerConfig,
     emb_optimizer_config: EmbeddingOptimizerConfig | None,
     classes: OptimizerClasses,
+    device_schedule: bool = False,
 ) -> tuple[Any, RecapLRShim]:
     """Makes optimizer and scheduler of the given classes; the rest is as in `build_optimizer`."""
     from torchrec.optim import keyed
@@ -73,7 +74,8 @@ def assemble(
 
     optimizer = classes.combined(optimizers)
     lr_dict = {group.name: group.learning_rate for group in groups}
-    return optimizer, RecapLRShim(optimizer, lr_dict, emb_learning_rate)
+    scheduler = RecapLRShim(optimizer, lr_dict, emb_learning_rate, device_schedule=device_schedule)
+    return optimizer, scheduler
 
 
 def _hyperparameters(section: BaseConfig) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import nn
 
 from recap_fast.assembly import DEFAULT_LR, OptimizerClasses, assemble
@@ -21,6 +23,9 @@ def build_optimizer(
     model: nn.Module,
     optimizer_config: RecapOptimizerConfig | OptimizerConfig,
     emb_optimizer_config: EmbeddingOptimizerConfig | None = None,
+    *,
+    capturable: bool = False,
+    device_schedule: bool = False,
 ) -> tuple[FusedCombinedOptimizer, RecapLRShim]:
     """Makes the optimizer of a model and its learning-rate scheduler.
 
@@ -34,6 +39,9 @@ def build_optimizer(
             which parameters each rate is for.
         emb_optimizer_config: The learning rate of the embedding tables: of the fused optimizer, and
             of tables that are not fused, which train with plain SGD.
+        capturable: Makes a step safe in CUDA graphs; all dense parameters must be on CUDA devices.
+        device_schedule: Has the step itself move the dense rates on, so that a captured graph
+            follows the schedules (see `RecapLRShim`); implies `capturable`.
 
     Returns:
         The optimizer, with a param group for each group in the order of `group_parameters` and then
@@ -42,4 +50,12 @@ def build_optimizer(
     Raises:
         ValueError: Model and configuration do not fit; the message names what was found.
     """
-    return assemble(model, optimizer_config, emb_optimizer_config, _CLASSES)
+    classes = _CLASSES
+    if capturable or device_schedule:
+        classes = OptimizerClasses(
+            adam=functools.partial(FusedAdam, capturable=True),
+            adagrad=functools.partial(FusedAdagrad, capturable=True),
+            sgd=functools.partial(FusedSGD, capturable=True),
+            combined=FusedCombinedOptimizer,
+        )
+    return assemble(model, optimizer_config, emb_optimizer_config, classes, device_schedule)

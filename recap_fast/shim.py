@@ -29,6 +29,11 @@ class RecapLRShim(LRScheduler):
         emb_learning_rate: Schedule of all fused param groups; None if there are none.
         last_epoch: The last finished step, to resume without a saved state: the first rates are
             those of step `last_epoch + 1`.
+        device_schedule: Whether `optimizer.step()` itself moves the dense rates on, on the device
+            of the parameters, so that a captured CUDA graph follows the schedules. Then the `lr` of
+            the param groups only shows them; go on calling `step()` once after every optimizer
+            step or replay, which costs no synchronisation. The optimizer must be a
+            `FusedCombinedOptimizer` of capturable optimizers.
 
     Raises:
         TypeError: If the optimizer is not a `CombinedOptimizer` or a schedule not a `LearningRate`.
@@ -41,6 +46,7 @@ class RecapLRShim(LRScheduler):
         lr_dict: Mapping[str, LearningRate],
         emb_learning_rate: LearningRate | None = None,
         last_epoch: int = -1,
+        device_schedule: bool = False,
     ) -> None:
         if last_epoch < -1:
             raise ValueError(f"last_epoch must be -1 or greater, found {last_epoch}")
@@ -48,6 +54,14 @@ class RecapLRShim(LRScheduler):
         self.lr_dict = dict(lr_dict)
         self.group_names = list(lr_dict)
         self.emb_learning_rate = emb_learning_rate
+        self._device_schedule = device_schedule
+        if device_schedule:
+            if not hasattr(optimizer, "follow_on_device"):
+                raise TypeError(
+                    "device_schedule=True needs a recap_fast FusedCombinedOptimizer, found "
+                    f"{type(optimizer).__name__}"
+                )
+            optimizer.follow_on_device(list(lr_dict.values()))
         # The base class would want each group's "initial_lr" with last_epoch; we need none.
         super().__init__(optimizer)
         if last_epoch != -1:
@@ -58,8 +72,17 @@ class RecapLRShim(LRScheduler):
         return [compute_lr(schedule, self.last_epoch) for schedule in self._schedules]
 
     def step(self, epoch: int | None = None) -> None:
-        """Sets the rates of the next step; call it after `optimizer.step()`."""
+        """Sets the rates of the next step; call it after `optimizer.step()`.
+
+        Raises:
+            RuntimeError: A CUDA graph captured a rate that changes now, or, with
+                `device_schedule`, somebody changed the `lr` of a param group, which has no effect.
+        """
+        if self._device_schedule and self._step_count > 0:
+            self._check_rates_are_ours()
         super().step(epoch)
+        if hasattr(self.optimizer, "check_captured_rates"):
+            self.optimizer.check_captured_rates()
         sync = getattr(self.optimizer, "sync_fused_learning_rates", None)
         if sync is not None:
             sync()
@@ -107,6 +130,18 @@ class RecapLRShim(LRScheduler):
         self.last_epoch = step - 1
         self._step_count = 0  # or the base class may warn of a call before optimizer.step()
         self.step()
+        if self._device_schedule:
+            self.optimizer.move_device_rates(step)
+
+    def _check_rates_are_ours(self) -> None:
+        groups = self.optimizer.param_groups
+        for index, (group, rate) in enumerate(zip(groups, self._last_lr, strict=True)):
+            if group["lr"] != rate:
+                raise RuntimeError(
+                    f"the lr of param group {index} was set to {group['lr']}, but with "
+                    "device_schedule=True rates follow their schedules only; leave lr alone, or "
+                    "create RecapLRShim without device_schedule"
+                )
 
 
 def _schedule_per_param_group(

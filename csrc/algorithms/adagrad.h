@@ -20,12 +20,12 @@ struct AdagradValues {
   T minus_step_size;
 };
 
-inline AdagradValues<double> adagrad_values(const AdagradHyper& h, double step,
-                                            double grad_factor) {
-  return {grad_factor, h.weight_decay, h.eps, -(h.lr / (1.0 + (step - 1.0) * h.lr_decay))};
+RECAP_INLINE AdagradValues<double> adagrad_values(const AdagradHyper& h, double step,
+                                                  double grad_factor) {
+  return {grad_factor, h.weight_decay, h.eps, -divide(h.lr, 1.0 + (step - 1.0) * h.lr_decay)};
 }
 
-inline AdagradValues<float> to_float(const AdagradValues<double>& h) {
+RECAP_INLINE AdagradValues<float> to_float(const AdagradValues<double>& h) {
   return {
       static_cast<float>(h.grad_factor),
       static_cast<float>(h.l2),

@@ -11,9 +11,8 @@
 //  * the bias correction multiplies by a reciprocal inside an fma instead of dividing.
 #pragma once
 
-#include <cmath>
-
 #include "arithmetic.h"
+#include "power.h"
 
 namespace recap {
 
@@ -37,9 +36,12 @@ struct AdamValues {
   T minus_step_size;
 };
 
-inline AdamValues<double> adam_values(const AdamHyper& h, double step, double grad_factor) {
-  const double correction1 = 1.0 - std::pow(h.beta1, step);
-  const double correction2 = 1.0 - std::pow(h.beta2, step);
+// `power(base, exponent)` computes what recap::power does.
+template <typename Power>
+RECAP_INLINE AdamValues<double> adam_values(const AdamHyper& h, double step, double grad_factor,
+                                            Power&& power) {
+  const double correction1 = 1.0 - power(h.beta1, step);
+  const double correction2 = 1.0 - power(h.beta2, step);
   return {
       grad_factor,
       h.decoupled_weight_decay ? 0.0 : h.weight_decay,
@@ -47,13 +49,13 @@ inline AdamValues<double> adam_values(const AdamHyper& h, double step, double gr
       lerp_factor(1.0 - h.beta1),
       1.0 - h.beta2,
       h.beta2,
-      1.0 / std::sqrt(correction2),
+      divide(1.0, square_root(correction2)),
       h.eps,
-      -(h.lr / correction1),
+      -divide(h.lr, correction1),
   };
 }
 
-inline AdamValues<float> to_float(const AdamValues<double>& h) {
+RECAP_INLINE AdamValues<float> to_float(const AdamValues<double>& h) {
   return {
       static_cast<float>(h.grad_factor),
       static_cast<float>(h.l2),
@@ -82,13 +84,14 @@ struct Adam {
     m = fma(h.average, g - m, h.average > 0 ? m : g);
 
     // The lerp rounds once. It is not for a square that overflows before it is weighted, nor for a
-    // v that has overflowed and stays infinite, as in torch, nor for a weight at which it would
-    // keep v's rounding.
+    // v that has overflowed and stays infinite, as in torch, both of which show in the distance;
+    // nor for a weight at which it would keep v's rounding. At a lesser weight v keeps a factor
+    // that is not zero, so that an infinite v needs no care.
     T& v = state[1];
     const T distance = fma(g, g, -v);
-    const bool finite = v < infinity<T>();
-    const bool lerps = finite && distance < infinity<T>() && h.square < T(0.5);
-    const T kept = finite ? h.square_kept * v : v;
+    const bool slow = h.square < T(0.5);
+    const bool lerps = slow && magnitude(distance) < infinity<T>();
+    const T kept = slow || v < infinity<T>() ? h.square_kept * v : v;
     v = lerps ? fma(h.square, distance, v) : fma(h.square * g, g, kept);
 
     T second = v;

@@ -61,6 +61,9 @@ RECAP_INLINE double divide(double a, double b) {
 #endif
 }
 
+RECAP_INLINE float magnitude(float a) { return __builtin_fabsf(a); }
+RECAP_INLINE double magnitude(double a) { return __builtin_fabs(a); }
+
 template <typename T>
 RECAP_INLINE constexpr T infinity() {
   return static_cast<T>(__builtin_inf());
@@ -69,6 +72,6 @@ RECAP_INLINE constexpr T infinity() {
 // The factor of a lerp, `from + weight * (to - from)` with 0 < weight <= 1. As torch.lerp does, it
 // starts from the nearer end, so that weight 1 gives `to` exactly: a positive factor starts at
 // `from`, any other at `to`.
-inline double lerp_factor(double weight) { return weight < 0.5 ? weight : weight - 1.0; }
+RECAP_INLINE double lerp_factor(double weight) { return weight < 0.5 ? weight : weight - 1.0; }
 
 }  // namespace recap

@@ -23,7 +23,7 @@ struct SgdValues {
 };
 
 // `first`: the momentum buffer is new and all zero, and starts as the gradient itself.
-inline SgdValues<double> sgd_values(const SgdHyper& h, bool first, double grad_factor) {
+RECAP_INLINE SgdValues<double> sgd_values(const SgdHyper& h, bool first, double grad_factor) {
   return {
       grad_factor,
       h.weight_decay,
@@ -34,7 +34,7 @@ inline SgdValues<double> sgd_values(const SgdHyper& h, bool first, double grad_f
   };
 }
 
-inline SgdValues<float> to_float(const SgdValues<double>& h) {
+RECAP_INLINE SgdValues<float> to_float(const SgdValues<double>& h) {
   return {
       static_cast<float>(h.grad_factor), static_cast<float>(h.l2),
       static_cast<float>(h.momentum),    static_cast<float>(h.buffer_decay),

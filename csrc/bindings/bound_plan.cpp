@@ -1,12 +1,17 @@
 #include "bound_plan.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <set>
+#include <sstream>
 
 #include "../cpu/engine.h"
+#include "devices.h"
 #include "thread_pool.h"
 
 namespace recap {
@@ -34,14 +39,29 @@ double scalar(const py::object& value, const char* name, double none) {
   throw py::type_error(std::string(name) + " must be None, a number or a one-element tensor");
 }
 
+bool is_capturable(const py::dict& group) {
+  return group.contains("capturable") && PyObject_IsTrue(group["capturable"].ptr()) == 1;
+}
+
+struct DeviceOrder {
+  bool operator()(at::Device a, at::Device b) const { return a.index() < b.index(); }
+};
+
 }  // namespace
 
-BoundPlan::BoundPlan(const std::vector<GroupSource>& groups, const std::vector<py::list>& lists,
-                     const std::vector<size_t>& first)
-    : lists_(lists.begin(), lists.end()) {
+BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
+                     const std::vector<py::object>& optimizers, const std::vector<size_t>& first,
+                     bool device_values)
+    : device_values_(device_values) {
+  for (const py::object& optimizer : optimizers) {
+    owners_.push_back({py::weakref(optimizer), optimizer.attr("state"),
+                       ListSnapshot(optimizer.attr("param_groups"))});
+  }
+  for (const GroupSource& source : groups) device_values_ |= is_capturable(source.group);
   std::set<PyObject*> seen_states;
   for (const GroupSource& source : groups) {
-    GroupReader reader(algorithm_named(source.algorithm), source.group, source.name);
+    GroupReader reader(algorithm_named(source.algorithm), source.group, source.name,
+                       device_values_);
     ListSnapshot params(source.group["params"]);
     const size_t begin = slots_.size();
     for (size_t i = 0; i < params.size(); ++i) {
@@ -52,51 +72,126 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups, const std::vector<p
     }
     groups_.push_back({std::move(reader), std::move(params), begin, slots_.size()});
   }
-  refuse_shared_memory();
+  check_devices();
+  find_shared_memory();
+  first_.assign(slots_.size(), 0);
+  for (const size_t slot : first) first_.at(slot) = 1;
+  any_first_ = !first.empty();
+  std::vector<Slot> slots;
+  for (const SlotTensors& slot : slots_) {
+    slots.push_back(slot.slot());
+    has_state_.push_back(slot.has_state());
+    has_inference_tensors_ |= !slot.is_inert() && slot.param().is_inference();
+    has_host_values_ |= !is_stepped_on_device(slot);
+  }
+  make_parts(slots);
   share_step_counter();
   for (const GroupSource& source : groups) {
     if (seen_states.insert(source.state.ptr()).second) states_.emplace_back(source.state);
   }
-  first_.assign(slots_.size(), 0);
-  for (const size_t slot : first) first_.at(slot) = 1;
   for (const SlotTensors& slot : slots_) {
-    plan_.slots.push_back(slot.slot());
     probes_.push_back(slot.probe());
     const at::Tensor& count = slot.step_count();
-    counters_.push_back(count.defined()
+    const bool on_host = count.defined() && !is_stepped_on_device(slot);
+    counters_.push_back(on_host
                             ? Counter{count.mutable_data_ptr(), count.scalar_type() == at::kDouble}
                             : Counter{});
-    has_state_.push_back(slot.has_state());
   }
-  plan_.tiles = cut_tiles(plan_.slots, cpu::kTileSize);
   step_.grads.resize(slots_.size());
   step_.values_of_slot.resize(slots_.size());
 }
 
-// Two slots over the same memory would be updated twice, or by two threads at once.
-void BoundPlan::refuse_shared_memory() const {
+bool BoundPlan::is_stepped_on_device(const SlotTensors& slot) const {
+  return device_values_ && !slot.is_inert() &&
+         engine_for(slot.param().device()) == EngineKind::cuda;
+}
+
+void BoundPlan::check_devices() const {
+  for (const Group& group : groups_) {
+    const at::Tensor& lr = group.reader.device_lr();
+    for (size_t i = group.begin; i < group.end; ++i) {
+      if (slots_[i].is_inert()) continue;
+      const at::Device device = slots_[i].param().device();
+      if (group.reader.capturable() && engine_for(device) != EngineKind::cuda) {
+        throw py::value_error(group.reader.name() + " has capturable=True, but its parameter " +
+                              slots_[i].name() + " is on " + device.str() +
+                              "; move it to a CUDA device or leave capturable off");
+      }
+      if (lr.defined() && lr.device() != device) {
+        throw py::value_error("the lr of " + group.reader.name() + " is a tensor on " +
+                              lr.device().str() + ", but its parameter " + slots_[i].name() +
+                              " is on " + device.str() +
+                              "; pass a number, or a group for each device");
+      }
+    }
+  }
+}
+
+// Each engine has all slots, so that one index serves everywhere, but those of others without size.
+void BoundPlan::make_parts(const std::vector<Slot>& slots) {
+  std::set<at::Device, DeviceOrder> devices;
+  cpu_plan_.slots = slots;
+  for (size_t i = 0; i < slots.size(); ++i) {
+    if (slots_[i].is_inert()) continue;
+    const at::Device device = slots_[i].param().device();
+    if (engine_for(device) == EngineKind::cpu) continue;
+    cpu_plan_.slots[i].size = 0;
+    devices.insert(device);
+  }
+  cpu_plan_.tiles = cut_tiles(cpu_plan_.slots, cpu::kTileSize);
+  for (const at::Device device : devices) {
+    std::vector<Slot> own = slots;
+    for (size_t i = 0; i < own.size(); ++i) {
+      if (slots_[i].is_inert() || slots_[i].param().device() != device) own[i].size = 0;
+    }
+    cuda_parts_.emplace_back(device, own);
+  }
+  stepped_last_.assign(slots_.size(), 0);
+  scheduled_rates_.assign(groups_.size(), nullptr);
+  if (!device_values_) return;
+  for (const Group& group : groups_) {
+    const auto index = static_cast<uint32_t>(device_step_.groups.size());
+    device_step_.group_of_slot.resize(group.end, index);
+    device_step_.groups.emplace_back();
+  }
+  for (CudaPart& part : cuda_parts_) part.take_step_counts(slots_, first_);
+}
+
+// Two slots over the same memory would be updated twice, or by two threads at once. That concerns
+// those which step together: a frozen alias of a parameter does no harm.
+void BoundPlan::find_shared_memory() {
   struct Extent {
     const char *begin, *end;
-    const SlotTensors* slot;
+    size_t slot;
   };
-  const auto refuse = [](const SlotTensors& a, const SlotTensors& b) {
-    throw py::value_error("parameters " + a.name() + " and " + b.name() +
-                          " share memory; pass each parameter once, in one param group");
-  };
-  std::map<const void*, const SlotTensors*> seen;
+  std::map<const void*, size_t> seen;
   std::vector<Extent> extents;
-  for (const SlotTensors& slot : slots_) {
-    const auto [first, is_new] = seen.emplace(slot.param().unsafeGetTensorImpl(), &slot);
-    if (!is_new) refuse(*first->second, slot);
-    const Slot memory = slot.slot();
-    const int64_t bytes = slot.param().numel() * dtype_size(memory.dtype);
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].is_inert()) continue;
+    const auto [first, is_new] = seen.emplace(slots_[i].param().unsafeGetTensorImpl(), i);
+    if (!is_new) {
+      shared_memory_.emplace_back(first->second, i);
+      continue;
+    }
+    const Slot memory = slots_[i].slot();
+    const int64_t bytes = slots_[i].param().numel() * dtype_size(memory.dtype);
     const auto* begin = static_cast<const char*>(memory.param);
-    if (bytes > 0) extents.push_back({begin, begin + bytes, &slot});
+    if (bytes > 0) extents.push_back({begin, begin + bytes, i});
   }
   std::sort(extents.begin(), extents.end(),
             [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < extents.size(); ++i) {
-    if (extents[i].begin < extents[i - 1].end) refuse(*extents[i - 1].slot, *extents[i].slot);
+  for (size_t i = 0; i < extents.size(); ++i) {
+    for (size_t j = i + 1; j < extents.size() && extents[j].begin < extents[i].end; ++j) {
+      shared_memory_.emplace_back(extents[i].slot, extents[j].slot);
+    }
+  }
+}
+
+void BoundPlan::refuse_shared_memory() const {
+  for (const auto& [a, b] : shared_memory_) {
+    if (!step_.grads[a] || !step_.grads[b]) continue;
+    throw py::value_error("parameters " + slots_[a].name() + " and " + slots_[b].name() +
+                          " share memory; pass each parameter once, in one param group");
   }
 }
 
@@ -108,11 +203,11 @@ void BoundPlan::share_step_counter() {
     std::set<const void*> storages;
     for (SlotTensors& slot : slots_) {
       const at::Tensor& step = slot.step_count();
-      if (!step.defined() || step.scalar_type() != dtype) continue;
+      if (!step.defined() || step.scalar_type() != dtype || is_stepped_on_device(slot)) continue;
       counted.push_back(&slot);
-      storages.insert(step.storage().unsafeGetStorageImpl());
+      storages.insert(step.device().is_cpu() ? step.storage().unsafeGetStorageImpl() : nullptr);
     }
-    if (storages.size() <= 1) continue;
+    if (storages.empty() || (storages.size() == 1 && !storages.count(nullptr))) continue;
     const at::Tensor buffer =
         at::empty({static_cast<int64_t>(counted.size())}, at::TensorOptions().dtype(dtype));
     for (size_t i = 0; i < counted.size(); ++i) {
@@ -123,9 +218,20 @@ void BoundPlan::share_step_counter() {
   }
 }
 
+bool BoundPlan::Owner::unchanged() const {
+  static PyObject* const state_name = PyUnicode_InternFromString("state");
+  static PyObject* const groups_name = PyUnicode_InternFromString("param_groups");
+  const auto self = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(optimizer.ptr()));
+  const auto own_state =
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), state_name));
+  const auto groups = py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), groups_name));
+  if (!own_state || !groups) throw py::error_already_set();
+  return own_state.is(state) && groups.is(param_groups.list()) && param_groups.unchanged();
+}
+
 bool BoundPlan::groups_unchanged() {
-  for (const ListSnapshot& list : lists_) {
-    if (!list.unchanged()) return false;
+  for (const Owner& owner : owners_) {
+    if (!owner.unchanged()) return false;
   }
   for (Group& group : groups_) {
     if (!group.reader.refresh() || !group.params.unchanged()) return false;
@@ -133,7 +239,7 @@ bool BoundPlan::groups_unchanged() {
   for (const DictSnapshot& state : states_) {
     if (!state.unchanged()) return false;
   }
-  return true;
+  return !has_inference_tensors_ || c10::InferenceMode::is_enabled();
 }
 
 bool BoundPlan::read_slots() {
@@ -157,48 +263,184 @@ bool BoundPlan::read_slots() {
     }
     if (!has_state_[slot]) slots_without_state_.push_back(slot);
   }
+  if (!shared_memory_.empty()) refuse_shared_memory();
   return true;
 }
 
-double BoundPlan::Counter::increment() const {
+double BoundPlan::Counter::add(double difference) const {
   if (!data) return 1.0;
-  return is_double ? *static_cast<double*>(data) += 1.0 : *static_cast<float*>(data) += 1.0f;
+  return is_double ? *static_cast<double*>(data) += difference
+                   : *static_cast<float*>(data) += static_cast<float>(difference);
 }
 
 void BoundPlan::fill_values(double grad_scale) {
   step_.values.clear();
   for (const Group& group : groups_) {
-    double last_step = -1.0;
-    char last_first = 0;
+    entries_.clear();
+    const size_t base = step_.values.size();
     for (size_t slot = group.begin; slot < group.end; ++slot) {
       if (!step_.grads[slot]) continue;
-      const double step = counters_[slot].increment();
-      if (step != last_step || first_[slot] != last_first) {
-        step_.values.push_back(make_values(group.reader.hyper(), step, first_[slot], grad_scale));
-        last_step = step;
-        last_first = first_[slot];
+      const Entry entry = {counters_[slot].add(1.0), first_[slot] != 0};
+      // Nearly always the only one, and the last.
+      size_t index = entries_.size();
+      while (index > 0 && !(entries_[index - 1] == entry)) --index;
+      if (index == 0) {
+        entries_.push_back(entry);
+        index = entries_.size();
+        step_.values.push_back(
+            values_maker_.make(group.reader.hyper(), entry.step, entry.first, grad_scale));
       }
-      step_.values_of_slot[slot] = static_cast<uint32_t>(step_.values.size() - 1);
-      first_[slot] = 0;
+      step_.values_of_slot[slot] = static_cast<uint32_t>(base + index - 1);
       probes_[slot].bump_version();
     }
   }
 }
 
+void BoundPlan::undo_step_counts() {
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    if (step_.grads[slot]) counters_[slot].add(-1.0);
+  }
+}
+
+// The address of a one-element float32 tensor on `device` with the value of `number`; null for
+// None. `kept` holds the tensor.
+const float* BoundPlan::on_device(const py::object& number, const char* name, at::Device device,
+                                  at::Tensor& kept) {
+  if (number.is_none()) return nullptr;
+  if (THPVariable_Check(number.ptr()) && THPVariable_Unpack(number.ptr()).numel() == 1) {
+    kept = THPVariable_Unpack(number.ptr()).detach().to(device, at::kFloat);
+  } else {
+    kept = at::full({}, scalar(number, name, 0.0), at::TensorOptions(device).dtype(at::kFloat));
+  }
+  return kept.const_data_ptr<float>();
+}
+
+void BoundPlan::run_cuda_parts(const py::object& grad_scale, const py::object& found_inf) {
+  if (!device_values_) {
+    for (CudaPart& part : cuda_parts_) part.run(step_);
+    return;
+  }
+  device_step_.grads = step_.grads;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const at::Tensor& lr = groups_[i].reader.device_lr();
+    cuda::DeviceGroup& group = device_step_.groups[i];
+    group = {groups_[i].reader.hyper(), nullptr, true};
+    if (scheduled_rates_[i]) {
+      group.lr = scheduled_rates_[i];
+    } else if (lr.defined()) {
+      group.lr = lr.const_data_ptr();
+      group.lr_is_double = lr.scalar_type() == at::kDouble;
+    }
+  }
+  for (CudaPart& part : cuda_parts_) {
+    at::Tensor scale, inf;
+    device_step_.grad_scale = on_device(grad_scale, "grad_scale", part.device(), scale);
+    device_step_.found_inf = on_device(found_inf, "found_inf", part.device(), inf);
+    device_step_.counts = part.step_counts();
+    device_step_.rates = part.rates();
+    part.run(device_step_);
+  }
+}
+
+void BoundPlan::set_schedules(const std::vector<size_t>& groups, const at::Tensor& schedules,
+                              const at::Tensor& rates, const at::Tensor& epoch) {
+  for (size_t i = 0; i < groups.size(); ++i) {
+    scheduled_rates_.at(groups[i]) = rates.const_data_ptr<double>() + i;
+  }
+  for (CudaPart& part : cuda_parts_) {
+    if (part.device() == rates.device()) part.set_schedules(schedules, rates, epoch);
+  }
+}
+
+bool BoundPlan::wants_device_values(const py::object& scalar) const {
+  return !device_values_ && THPVariable_Check(scalar.ptr()) &&
+         engine_for(THPVariable_Unpack(scalar.ptr()).device()) == EngineKind::cuda &&
+         !cuda_parts_.empty();
+}
+
+void BoundPlan::check_capture() {
+  for (const CudaPart& part : cuda_parts_) {
+    if (!is_capturing(part.device())) continue;
+    if (!device_values_) {
+      throw std::runtime_error(
+          "a CUDA graph would repeat the learning rates and step counts of this one step: create "
+          "the optimizer with capturable=True");
+    }
+    for (size_t slot = 0; slot < slots_.size(); ++slot) {
+      if (stepped_last_[slot] && !step_.grads[slot]) {
+        throw std::runtime_error(
+            "parameter " + slots_[slot].name() +
+            " has no gradient while a CUDA graph is captured, but had one in the step before: the "
+            "graph would never update it. Capture the backward pass too, or call "
+            "requires_grad_(False) and take a step first");
+      }
+    }
+    captured_rates_ = rates();
+    return;
+  }
+}
+
+std::vector<double> BoundPlan::rates() const {
+  std::vector<double> rates;
+  for (const Group& group : groups_) rates.push_back(group.reader.hyper().lr());
+  return rates;
+}
+
+void BoundPlan::check_captured_rates() {
+  if (captured_rates_.empty()) return;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    GroupReader& reader = groups_[i].reader;
+    reader.refresh();
+    const double captured = captured_rates_[i];
+    if (scheduled_rates_[i] || reader.device_lr().defined() || std::isnan(captured) ||
+        reader.hyper().lr() == captured)
+      continue;
+    std::ostringstream text;
+    text << "the lr of " << reader.name() << " changed from " << captured << " to "
+         << reader.hyper().lr()
+         << " after a CUDA graph was captured, which goes on with the former; set a tensor on the "
+            "device as lr and change its value, or create RecapLRShim with device_schedule=True";
+    throw std::runtime_error(text.str());
+  }
+}
+
 Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_inf) {
-  const double scale = scalar(grad_scale, "grad_scale", 1.0);
   if (!groups_unchanged() || !read_slots()) return Outcome::stale;
-  if (scalar(found_inf, "found_inf", 0.0) != 0.0) return Outcome::skipped;
+  check_captured_rates();
+  const double scale = has_host_values_ ? scalar(grad_scale, "grad_scale", 1.0) : 1.0;
+  if (has_host_values_ && scalar(found_inf, "found_inf", 0.0) != 0.0) return Outcome::skipped;
   if (!slots_without_state_.empty()) return Outcome::needs_state;
+  if (!cuda_parts_.empty()) check_capture();
 
   for (const uint32_t slot : copied_) slots_[slot].copy_in();
   fill_values(scale);
-  {
+  try {
+    run_cuda_parts(grad_scale, found_inf);
+  } catch (...) {
+    undo_step_counts();
+    throw;
+  }
+  if (!cpu_plan_.tiles.empty()) {
     py::gil_scoped_release release;
-    cpu::run(plan_, step_, torch_thread_pool());
+    cpu::run(cpu_plan_, step_, torch_thread_pool());
   }
   for (const uint32_t slot : copied_) slots_[slot].copy_out();
+  remember_gradients();
   return Outcome::stepped;
+}
+
+void BoundPlan::remember_gradients() {
+  if (any_first_) {
+    any_first_ = false;
+    for (size_t slot = 0; slot < slots_.size(); ++slot) {
+      if (step_.grads[slot]) first_[slot] = 0;
+      any_first_ |= first_[slot];
+    }
+  }
+  if (!device_values_) return;
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    stepped_last_[slot] = step_.grads[slot] != nullptr;
+  }
 }
 
 }  // namespace recap

@@ -9,6 +9,7 @@
 
 #include "../plan/plan.h"
 #include "../plan/step.h"
+#include "cuda_part.h"
 #include "group_reader.h"
 #include "python.h"
 #include "slot_tensors.h"
@@ -33,13 +34,31 @@ struct GroupSource {
 
 class BoundPlan {
  public:
-  // `lists` are the optimizers' param_groups, which must keep holding the groups; `first` holds the
-  // flat indices of slots whose momentum buffer is new.
-  BoundPlan(const std::vector<GroupSource>& groups, const std::vector<py::list>& lists,
-            const std::vector<size_t>& first);
+  // `optimizers` are those that the groups are from, in the same order; they must go on holding the
+  // same groups and state, and outlive the plan's steps. `first` holds the flat indices of slots
+  // whose momentum buffer is new. With `device_values`, step counts of CUDA
+  // parameters are kept on their device, and what follows from them is computed there: a step then
+  // never waits for the device. A group with capturable=True asks for the same.
+  BoundPlan(const std::vector<GroupSource>& groups, const std::vector<py::object>& optimizers,
+            const std::vector<size_t>& first, bool device_values);
 
   // `grad_scale` and `found_inf` are one-element tensors, numbers or None.
   Outcome step(const py::object& grad_scale, const py::object& found_inf);
+
+  // With device values: `groups` have their learning rates, one after the other, in `rates`, which
+  // every step moves on by `schedules`; see CudaPart::set_schedules.
+  void set_schedules(const std::vector<size_t>& groups, const at::Tensor& schedules,
+                     const at::Tensor& rates, const at::Tensor& epoch);
+
+  // Whether a CUDA graph has captured a step: it reads the memory of this plan ever after.
+  bool is_captured() const { return !captured_rates_.empty(); }
+
+  // Raises RuntimeError if a learning rate on the host is not the one that was captured.
+  void check_captured_rates();
+
+  // Whether a step would wait for the device to read the tensor, were the values not computed
+  // there.
+  bool wants_device_values(const py::object& scalar) const;
 
   // After `needs_state`: the flat indices of the slots to make state for.
   const std::vector<size_t>& slots_without_state() const { return slots_without_state_; }
@@ -50,7 +69,24 @@ class BoundPlan {
     void* data = nullptr;
     bool is_double = false;
 
-    double increment() const;
+    double add(double difference) const;  // returns the new count
+  };
+
+  // Slots of a group with the same step share their values.
+  struct Entry {
+    double step;
+    bool first;
+
+    bool operator==(const Entry& other) const { return step == other.step && first == other.first; }
+  };
+
+  // A torch optimizer, and what must still be its own.
+  struct Owner {
+    py::weakref optimizer;  // weak: it owns the plan
+    py::object state;
+    ListSnapshot param_groups;
+
+    bool unchanged() const;
   };
 
   struct Group {
@@ -59,13 +95,25 @@ class BoundPlan {
     size_t begin, end;  // its slots
   };
 
-  void refuse_shared_memory() const;
+  bool is_stepped_on_device(const SlotTensors& slot) const;
+  void check_devices() const;
+  void find_shared_memory();
+  void make_parts(const std::vector<Slot>& slots);
   void share_step_counter();
+
   bool groups_unchanged();
   bool read_slots();  // false: a slot changed since the plan was built
+  void refuse_shared_memory() const;
+  void check_capture();
   void fill_values(double grad_scale);
+  void undo_step_counts();
+  static const float* on_device(const py::object& number, const char* name, at::Device device,
+                                at::Tensor& kept);
+  void run_cuda_parts(const py::object& grad_scale, const py::object& found_inf);
+  void remember_gradients();
+  std::vector<double> rates() const;
 
-  std::vector<ListSnapshot> lists_;
+  std::vector<Owner> owners_;
   std::vector<Group> groups_;
   std::vector<DictSnapshot> states_;  // one for each distinct optimizer state
   std::vector<SlotTensors> slots_;
@@ -73,9 +121,21 @@ class BoundPlan {
   std::vector<Counter> counters_;
   std::vector<char> has_state_;
   std::vector<char> first_;  // the momentum buffer is new
-  Plan plan_;
+  bool any_first_ = false;
+  bool has_host_values_ = false;
+  bool has_inference_tensors_ = false;
+  std::vector<std::pair<size_t, size_t>> shared_memory_;  // slots that must not step together
+  bool device_values_;
+  Plan cpu_plan_;
+  std::vector<CudaPart> cuda_parts_;
   Step step_;
-  std::vector<uint32_t> copied_;  // slots that this step must copy in and out
+  ValuesMaker values_maker_;
+  std::vector<Entry> entries_;  // of the group that is being filled in
+  cuda::DeviceStep device_step_;
+  std::vector<const double*> scheduled_rates_;  // one per group, on the device; null: not scheduled
+  std::vector<double> captured_rates_;          // one per group; empty: no graph captured this plan
+  std::vector<char> stepped_last_;  // with device values: had a gradient in the last step
+  std::vector<uint32_t> copied_;    // slots that this step must copy in and out
   std::vector<size_t> slots_without_state_;
 };
 

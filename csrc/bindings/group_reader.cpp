@@ -1,13 +1,17 @@
 #include "group_reader.h"
 
+#include <limits>
 #include <map>
 #include <set>
 #include <utility>
 
+#include "devices.h"
+
 namespace recap {
 namespace {
 
-// Whether the number or pair of numbers can change without becoming another object.
+// Whether the number or pair of numbers can change without becoming another object, as those in a
+// tensor, a list or an array can.
 bool can_change_in_place(PyObject* value) {
   if (PyTuple_CheckExact(value)) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
@@ -15,13 +19,17 @@ bool can_change_in_place(PyObject* value) {
     }
     return false;
   }
-  return PyList_Check(value) || THPVariable_Check(value);
+  return !(PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
+           value == Py_None || PyUnicode_CheckExact(value));
 }
 
 }  // namespace
 
-GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name)
-    : algorithm_(algorithm), group_(std::move(group)), name_(std::move(name)) {
+GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name, bool device_values)
+    : algorithm_(algorithm),
+      group_(std::move(group)),
+      name_(std::move(name)),
+      device_values_(device_values) {
   hyper_.algorithm = algorithm;
   switch (algorithm) {
     case Algorithm::adam: hyper_.adam = {}; break;
@@ -49,6 +57,7 @@ GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name)
     }
   }
   keeps_ = kept_state();
+  was_capturable_ = capturable_;
 }
 
 GroupReader::Field GroupReader::field_of(const std::string& key) const {
@@ -104,6 +113,28 @@ bool GroupReader::flag(py::handle value, const std::string& key) const {
   return truth != 0;
 }
 
+void GroupReader::read_lr(py::handle value, const std::string& key) {
+  at::Tensor on_device;
+  if (device_values_ && THPVariable_Check(value.ptr())) {
+    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    if (engine_for(tensor.device()) == EngineKind::cuda) on_device = tensor;
+  }
+  double lr = std::numeric_limits<double>::quiet_NaN();
+  if (!on_device.defined()) {
+    lr = number(value, key);
+  } else if (on_device.numel() != 1 ||
+             (on_device.scalar_type() != at::kFloat && on_device.scalar_type() != at::kDouble)) {
+    throw py::value_error(name_ + ": '" + key +
+                          "' must be one float32 or float64 number to be read on its device");
+  }
+  device_lr_ = std::move(on_device);
+  switch (algorithm_) {
+    case Algorithm::adam: hyper_.adam.lr = lr; break;
+    case Algorithm::adagrad: hyper_.adagrad.lr = lr; break;
+    case Algorithm::sgd: hyper_.sgd.lr = lr; break;
+  }
+}
+
 void GroupReader::read(const Item& item) {
   if (!is_hyperparameter(item.field)) return;
   const auto key = item.key.cast<std::string>();
@@ -116,9 +147,7 @@ void GroupReader::read(const Item& item) {
   switch (item.field) {
     case Field::none:
     case Field::params: break;
-    case Field::lr:
-      (is_adam ? adam.lr : is_adagrad ? adagrad.lr : sgd.lr) = number(value, key);
-      break;
+    case Field::lr: read_lr(value, key); break;
     case Field::weight_decay:
       (is_adam      ? adam.weight_decay
        : is_adagrad ? adagrad.weight_decay
@@ -141,12 +170,12 @@ void GroupReader::read(const Item& item) {
     case Field::dampening: sgd.dampening = number(value, key); break;
     case Field::nesterov: sgd.nesterov = flag(value, key); break;
     case Field::maximize: hyper_.maximize = flag(value, key); break;
-    case Field::capturable:
+    case Field::capturable: capturable_ = flag(value, key); break;
     case Field::differentiable:
       if (flag(value, key)) {
         throw py::value_error(
-            name_ + ": " + key +
-            "=True is not supported by the fused step; use the torch.optim class");
+            name_ +
+            ": differentiable=True is not supported by the fused step; use the torch.optim class");
       }
       break;
   }
@@ -167,7 +196,7 @@ bool GroupReader::refresh() {
     item = std::move(now);
   }
   // Against what the plan was made with: an earlier call may have read a switch and then raised.
-  return keeps_ == kept_state();
+  return keeps_ == kept_state() && was_capturable_ == capturable_;
 }
 
 bool GroupReader::kept_state() const {

@@ -11,15 +11,20 @@ namespace recap {
 
 class GroupReader {
  public:
-  // `name` is how errors call the group. Raises KeyError, TypeError or ValueError naming the group
-  // and the field.
-  GroupReader(Algorithm algorithm, py::dict group, std::string name);
+  // `name` is how errors call the group. With `device_values`, a learning rate in the memory of a
+  // device that can read it there is left there. Raises KeyError, TypeError or ValueError naming
+  // the group and the field.
+  GroupReader(Algorithm algorithm, py::dict group, std::string name, bool device_values);
 
   // Brings `hyper()` up to date. Returns false if what changed needs another plan: which states the
   // algorithm keeps, or which keys the group has.
   bool refresh();
 
-  const Hyper& hyper() const { return hyper_; }
+  const std::string& name() const { return name_; }
+  const Hyper& hyper() const { return hyper_; }  // its lr is NaN if it is in device memory
+  bool capturable() const { return capturable_; }
+  // The learning rate in device memory; undefined if it is hyper's.
+  const at::Tensor& device_lr() const { return device_lr_; }
 
  private:
   enum class Field {
@@ -54,14 +59,19 @@ class GroupReader {
   void read(const Item& item);
   double number(py::handle value, const std::string& key) const;
   bool flag(py::handle value, const std::string& key) const;
+  void read_lr(py::handle value, const std::string& key);
   bool kept_state() const;  // whether the option that needs another state is on
 
   Algorithm algorithm_;
   py::dict group_;
   std::string name_;
+  bool device_values_;
+  bool capturable_ = false;
+  at::Tensor device_lr_;
   std::vector<Item> items_;
   Hyper hyper_;
-  bool keeps_ = false;  // `kept_state` of the plan
+  bool keeps_ = false;           // `kept_state` of the plan
+  bool was_capturable_ = false;  // `capturable` of the plan
 };
 
 }  // namespace recap

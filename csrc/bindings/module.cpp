@@ -3,6 +3,7 @@
 
 #include "../cpu/engine.h"
 #include "bound_plan.h"
+#include "devices.h"
 #include "python.h"
 
 namespace recap {
@@ -10,11 +11,11 @@ namespace recap {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native side of recap_fast: bound plans and the engines that run them.";
 
-  py::enum_<Outcome>(m, "Outcome")
-      .value("stepped", Outcome::stepped)
-      .value("skipped", Outcome::skipped)
-      .value("stale", Outcome::stale)
-      .value("needs_state", Outcome::needs_state);
+  // Plain numbers: to compare members of an enum takes longer than to step a parameter.
+  m.attr("STEPPED") = static_cast<int>(Outcome::stepped);
+  m.attr("SKIPPED") = static_cast<int>(Outcome::skipped);
+  m.attr("STALE") = static_cast<int>(Outcome::stale);
+  m.attr("NEEDS_STATE") = static_cast<int>(Outcome::needs_state);
 
   py::class_<GroupSource>(m, "GroupSource")
       .def(py::init<std::string, std::string, py::dict, py::dict, std::vector<std::string>>(),
@@ -22,17 +23,33 @@ PYBIND11_MODULE(_C, m) {
            py::arg("names"));
 
   py::class_<BoundPlan>(m, "BoundPlan")
-      .def(py::init<const std::vector<GroupSource>&, const std::vector<py::list>&,
-                    const std::vector<size_t>&>(),
-           py::arg("groups"), py::arg("lists"), py::arg("first"))
-      .def("step", &BoundPlan::step, py::arg("grad_scale"), py::arg("found_inf"))
+      .def(py::init<const std::vector<GroupSource>&, const std::vector<py::object>&,
+                    const std::vector<size_t>&, bool>(),
+           py::arg("groups"), py::arg("optimizers"), py::arg("first"), py::arg("device_values"))
+      .def_property_readonly("is_captured", &BoundPlan::is_captured)
+      .def("check_captured_rates", &BoundPlan::check_captured_rates)
+      .def(
+          "set_schedules",
+          [](BoundPlan& plan, const std::vector<size_t>& groups, const py::handle& schedules,
+             const py::handle& rates, const py::handle& epoch) {
+            plan.set_schedules(groups, THPVariable_Unpack(schedules.ptr()),
+                               THPVariable_Unpack(rates.ptr()), THPVariable_Unpack(epoch.ptr()));
+          },
+          py::arg("groups"), py::arg("schedules"), py::arg("rates"), py::arg("epoch"))
+      .def("wants_device_values", &BoundPlan::wants_device_values, py::arg("scalar"))
+      .def(
+          "step",
+          [](BoundPlan& plan, const py::object& grad_scale, const py::object& found_inf) {
+            return static_cast<int>(plan.step(grad_scale, found_inf));
+          },
+          py::arg("grad_scale"), py::arg("found_inf"))
       .def_property_readonly("slots_without_state", &BoundPlan::slots_without_state);
 
   m.def("instruction_sets", &cpu::instruction_sets);
   m.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));
   m.def("instruction_set_in_use", &cpu::instruction_set_in_use);
   m.attr("torch_version") = TORCH_VERSION;
-  m.attr("has_cuda_engine") = false;
+  m.attr("has_cuda_engine") = has_cuda_engine();
 }
 
 }  // namespace recap

@@ -23,8 +23,19 @@ constexpr c10::DispatchKeySet kWrapperKeys{c10::DispatchKey::Python,
                                            c10::DispatchKey::PythonTLSSnapshot};
 constexpr c10::DispatchKeySet kLazyKeys{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor};
 
+// The gradient, without the warning that Tensor::grad() gives of tensors that are no leaves.
+inline const at::Tensor& gradient_of(const c10::TensorImpl* impl) {
+  static const at::Tensor none;
+  const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(impl->autograd_meta());
+  return meta ? meta->grad_ : none;
+}
+
 class Probe {
  public:
+  // Of an inert slot: sees whether the parameter is the same and has no gradient still.
+  explicit Probe(PyObject* param)
+      : object_(param), impl_(THPVariable_Unpack(param).unsafeGetTensorImpl()), inert_(true) {}
+
   // `states` are the tensors that the plan holds addresses of. The caller keeps all objects alive.
   Probe(PyObject* param, const std::vector<at::Tensor>& states, PyObject* state_dict)
       : object_(param), state_dict_(state_dict) {
@@ -34,6 +45,7 @@ class Probe {
     data_ = address(impl_);
     size_ = impl_->numel();
     dtype_ = impl_->dtype();
+    device_ = impl_->device();
     contiguous_ = impl_->is_contiguous();
     for (const at::Tensor& state : states) {
       const c10::TensorImpl* impl = state.unsafeGetTensorImpl();
@@ -57,7 +69,7 @@ class Probe {
     __builtin_prefetch(object_);
     prefetch_all(impl_);
     prefetch_all(storage_);
-    prefetch_all(meta_);
+    prefetch_all(static_cast<const torch::autograd::AutogradMeta*>(meta_));
     prefetch_all(last_grad_);
     prefetch_all(last_grad_storage_);
     __builtin_prefetch(state_dict_);
@@ -69,9 +81,10 @@ class Probe {
 
   // Whether the parameter and its states are the tensors of the plan, at the same addresses.
   bool unchanged() const {
-    if (THPVariable_Unpack(object_).unsafeGetTensorImpl() != impl_ || impl_->dtype() != dtype_ ||
-        impl_->numel() != size_ || impl_->is_contiguous() != contiguous_ ||
-        address(impl_) != data_) {
+    if (THPVariable_Unpack(object_).unsafeGetTensorImpl() != impl_) return false;
+    if (inert_) return !gradient_of(impl_).defined();
+    if (impl_->dtype() != dtype_ || impl_->numel() != size_ ||
+        impl_->is_contiguous() != contiguous_ || address(impl_) != data_) {
       return false;
     }
     for (int k = 0; k < state_count_; ++k) {
@@ -91,9 +104,8 @@ class Probe {
   }
 
   const at::Tensor& grad() {
-    static const at::Tensor none;
-    meta_ = static_cast<const torch::autograd::AutogradMeta*>(impl_->autograd_meta());
-    return meta_ ? meta_->grad_ : none;
+    meta_ = impl_->autograd_meta();
+    return gradient_of(impl_);
   }
 
   // The address of `grad` if it can be read as it is: dense, of the parameter's dtype, device and
@@ -101,7 +113,7 @@ class Probe {
   const void* plain(const at::Tensor& grad) {
     const c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
     if (!contiguous_ || impl->layout() != at::kStrided || impl->dtype() != dtype_ ||
-        impl->device_type() != at::kCPU || !impl->is_contiguous() || impl->numel() != size_ ||
+        impl->device() != device_ || !impl->is_contiguous() || impl->numel() != size_ ||
         impl->key_set().has_any(kWrapperKeys | kLazyKeys)) {
       return nullptr;
     }
@@ -137,19 +149,21 @@ class Probe {
 
   PyObject* object_;
   c10::TensorImpl* impl_;
-  c10::StorageImpl* storage_;
-  void* data_;
-  int64_t size_;
+  c10::StorageImpl* storage_ = nullptr;
+  void* data_ = nullptr;
+  int64_t size_ = 0;
   caffe2::TypeMeta dtype_;
-  bool contiguous_;
-  bool usual_;
+  at::Device device_ = at::kCPU;
+  bool inert_ = false;
+  bool contiguous_ = false;
+  bool usual_ = true;
   int8_t state_count_ = 0;
   int8_t item_count_ = 0;
   State states_[kMaxProbed];
-  PyObject* state_dict_;
+  PyObject* state_dict_ = nullptr;
   PyObject* items_[kMaxProbed];
   // Hints for `prefetch` only: where these were in the last step.
-  const torch::autograd::AutogradMeta* meta_ = nullptr;
+  const c10::AutogradMetaInterface* meta_ = nullptr;
   const c10::TensorImpl* last_grad_ = nullptr;
   const c10::StorageImpl* last_grad_storage_ = nullptr;
 };

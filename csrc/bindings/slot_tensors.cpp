@@ -3,8 +3,12 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
 
+#include <cmath>
 #include <sstream>
+
+#include "devices.h"
 
 namespace recap {
 namespace {
@@ -64,7 +68,14 @@ SlotTensors::SlotTensors(std::string name, py::object object, py::dict state, co
   if (!THPVariable_Check(object_.ptr())) {
     throw py::type_error(text("parameter ", name_, " is not a tensor"));
   }
-  check_param();
+  if (const auto refused = refusal()) {
+    if (gradient_of(param().unsafeGetTensorImpl()).defined()) {
+      if (refused->is_type_error) throw py::type_error(refused->message);
+      throw std::runtime_error(refused->message);
+    }
+    inert_ = has_state_ = true;
+    return;
+  }
   dtype_ = *dtype_of(param());
   strides_ = param().strides().vec();
   if (!param().is_non_overlapping_and_dense() || is_lazy(param())) {
@@ -74,35 +85,41 @@ SlotTensors::SlotTensors(std::string name, py::object object, py::dict state, co
   state_items_ = DictSnapshot(state_dict_);
 }
 
-void SlotTensors::check_param() const {
+std::optional<SlotTensors::Refusal> SlotTensors::refusal() const {
+  const auto type_error = [this](const auto&... parts) {
+    return Refusal{true, text("parameter ", name_, parts...)};
+  };
+  const auto runtime_error = [this](const auto&... parts) {
+    return Refusal{false, text("parameter ", name_, parts...)};
+  };
   if (is_wrapper_subclass(param())) {
-    throw py::type_error(text("parameter ", name_, " is a ",
-                              std::string(py::str(py::type::of(object_).attr("__name__"))),
-                              ", whose memory the fused step cannot reach; pass plain tensors"));
+    return type_error(" is a ", std::string(py::str(py::type::of(object_).attr("__name__"))),
+                      ", whose memory the fused step cannot reach; pass plain tensors");
   }
   if (param().layout() != at::kStrided) {
-    throw std::runtime_error(text("parameter ", name_, " is ", param().layout(),
-                                  "; the fused step takes dense (strided) parameters"));
+    return runtime_error(" is ", param().layout(),
+                         "; the fused step takes dense (strided) parameters");
   }
-  if (!param().device().is_cpu()) {
-    throw std::runtime_error(
-        text("parameter ", name_, " is on ", param().device(),
-             "; this build of recap_fast steps CPU tensors only: move the model to the CPU, or use "
-             "recap_fast.reference or a torch.optim class"));
+  if (engine_for(param().device()) == EngineKind::none) {
+    return runtime_error(" is on ", param().device(),
+                         "; this build of recap_fast steps tensors on the CPU",
+                         has_cuda_engine() ? " and on CUDA devices"
+                                           : " only, having been built without a CUDA toolkit",
+                         ": move the model, or use recap_fast.reference or a torch.optim class");
   }
   if (!dtype_of(param())) {
-    throw py::type_error(text("parameter ", name_, " is ", param().dtype(),
-                              "; the fused step takes float32, float64, bfloat16 and float16"));
+    return type_error(" is ", param().dtype(),
+                      "; the fused step takes float32, float64, bfloat16 and float16");
   }
-  if (param().is_inference()) {
-    throw std::runtime_error(
-        text("parameter ", name_, " is an inference tensor, which cannot be updated; clone() it"));
+  if (param().is_inference() && !c10::InferenceMode::is_enabled()) {
+    return runtime_error(
+        " is an inference tensor, which cannot be updated outside inference mode; clone() it");
   }
   if (at::has_internal_overlap(param()) == at::MemOverlap::Yes) {
-    throw std::runtime_error(text("parameter ", name_, " of shape ", param().sizes(),
-                                  " and strides ", param().strides(),
-                                  " has elements that share memory; clone() it"));
+    return runtime_error(" of shape ", param().sizes(), " and strides ", param().strides(),
+                         " has elements that share memory; clone() it");
   }
+  return std::nullopt;
 }
 
 void SlotTensors::take_state(const Hyper& hyper) {
@@ -150,11 +167,18 @@ void SlotTensors::take_state(const Hyper& hyper) {
   }
   if (hyper.algorithm != Algorithm::sgd) {
     step_ = entry("step");
-    if (step_.numel() != 1 || !step_.device().is_cpu() ||
+    if (step_.numel() == 1 && step_.device().is_cpu()) {
+      const double count = step_.item().toDouble();
+      if (!(count >= 0.0) || count != std::floor(count)) {
+        throw py::value_error(text("the state 'step' of parameter ", name_, " is ", count,
+                                   "; it must be a whole number of steps, 0 or more"));
+      }
+    }
+    if (step_.numel() != 1 ||
         (step_.scalar_type() != at::kFloat && step_.scalar_type() != at::kDouble)) {
       throw std::runtime_error(text("the state 'step' of parameter ", name_, " is ", step_.dtype(),
                                     " ", step_.sizes(), " on ", step_.device(),
-                                    "; it must be one float32 or float64 number on the CPU"));
+                                    "; it must be one float32 or float64 number"));
     }
   }
   has_state_ = true;
@@ -168,6 +192,7 @@ void SlotTensors::set_step_count(const at::Tensor& counter) {
 
 Slot SlotTensors::slot() const {
   Slot slot;
+  if (inert_) return slot;
   slot.param = (dense_param_.defined() ? dense_param_ : param()).mutable_data_ptr();
   for (size_t k = 0; k < states_.size(); ++k) slot.state[k] = states_[k].mutable_data_ptr();
   slot.size = has_state_ ? param().numel() : 0;
@@ -176,6 +201,7 @@ Slot SlotTensors::slot() const {
 }
 
 Probe SlotTensors::probe() const {
+  if (inert_) return Probe(object_.ptr());
   std::vector<at::Tensor> fixed = states_;
   if (step_.defined()) fixed.push_back(step_);
   return Probe(object_.ptr(), fixed, state_dict_.ptr());

@@ -20,11 +20,13 @@ std::vector<const char*> state_names(const Hyper& hyper);
 class SlotTensors {
  public:
   // `state` is the parameter's state dict; an empty one means that the state is still to be made.
-  // Raises an error naming the parameter if it is one that no engine can step.
+  // Raises an error naming the parameter if it has a gradient and is one that no engine can step.
   SlotTensors(std::string name, py::object param, py::dict state, const Hyper& hyper);
 
   const std::string& name() const { return name_; }
   const at::Tensor& param() const { return THPVariable_Unpack(object_.ptr()); }
+  // Whether no engine can step the parameter, which without a gradient does no harm.
+  bool is_inert() const { return inert_; }
   bool has_state() const { return has_state_; }
   const at::Tensor& step_count() const { return step_; }  // undefined if it is not counted
 
@@ -50,13 +52,18 @@ class SlotTensors {
   void copy_out();
 
  private:
-  void check_param() const;
+  struct Refusal {
+    bool is_type_error;
+    std::string message;
+  };
+  std::optional<Refusal> refusal() const;  // why no engine can step the parameter
   void take_state(const Hyper& hyper);
 
   std::string name_;
   // The parameter is held as a Python object alone: torch.utils.swap_tensors, and with it
   // Module.to(), insists on the only reference to the tensor behind it.
   py::object object_;
+  bool inert_ = false;
   Dtype dtype_ = Dtype::float32;
   std::vector<int64_t> strides_;
 

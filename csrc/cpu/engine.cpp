@@ -79,8 +79,9 @@ int64_t active_bytes(const Plan& plan, const Step& step) {
 
 // One contiguous run of tiles for each thread, of equal bytes: neighbouring chunks dealt out in
 // turn would make the threads compete for the same pages and prefetch streams.
-std::vector<size_t> split_tiles(const Plan& plan, const Step& step, int64_t bytes, int threads) {
-  std::vector<size_t> bounds = {0};
+void split_tiles(const Plan& plan, const Step& step, int64_t bytes, int threads,
+                 std::vector<size_t>& bounds) {
+  bounds.assign(1, 0);
   int64_t done = 0;
   for (size_t tile = 0; tile < plan.tiles.size(); ++tile) {
     const Tile& t = plan.tiles[tile];
@@ -93,7 +94,6 @@ std::vector<size_t> split_tiles(const Plan& plan, const Step& step, int64_t byte
   }
   bounds.resize(threads, plan.tiles.size());
   bounds.push_back(plan.tiles.size());
-  return bounds;
 }
 
 }  // namespace
@@ -106,12 +106,14 @@ void run(const Plan& plan, const Step& step, const ThreadPool& pool) {
     run_tiles(kernels, plan, step, 0, plan.tiles.size());
     return;
   }
+  thread_local std::vector<size_t> bounds;  // kept, so that a step allocates nothing
+  split_tiles(plan, step, bytes, threads, bounds);
   struct Context {
     const Kernels& kernels;
     const Plan& plan;
     const Step& step;
-    std::vector<size_t> bounds;
-  } context{kernels, plan, step, split_tiles(plan, step, bytes, threads)};
+    const size_t* bounds;
+  } context{kernels, plan, step, bounds.data()};
   pool.run(
       threads,
       [](int index, void* opaque) {

@@ -12,10 +12,10 @@
 namespace recap::cpu {
 namespace {
 
-template <typename Algorithm, typename T>
-void update_all(const UpdateValues<T>& values, T* __restrict param, const T* __restrict grad,
-                T* __restrict state0, T* __restrict state1, T* __restrict state2, int64_t size) {
-  const auto h = values.template of<Algorithm>();
+template <typename Algorithm, typename T, typename Values>
+RECAP_INLINE void update_each(const Values& h, T* __restrict param, const T* __restrict grad,
+                              T* __restrict state0, T* __restrict state1, T* __restrict state2,
+                              int64_t size) {
   for (int64_t i = 0; i < size; ++i) {
     T state[kMaxStates] = {};
     if constexpr (Algorithm::kStates > 0) state[0] = state0[i];
@@ -25,6 +25,29 @@ void update_all(const UpdateValues<T>& values, T* __restrict param, const T* __r
     if constexpr (Algorithm::kStates > 0) state0[i] = state[0];
     if constexpr (Algorithm::kStates > 1) state1[i] = state[1];
     if constexpr (Algorithm::kStates > 2) state2[i] = state[2];
+  }
+}
+
+// Whether Adam's averages keep more than half of themselves, as with all usual betas.
+template <typename T>
+RECAP_INLINE bool slow(const AdamValues<T>& h) {
+  return h.average > 0 && h.square < T(0.5);
+}
+template <typename Values>
+RECAP_INLINE constexpr bool slow(const Values&) {
+  return false;
+}
+
+// Adam's loop is compiled twice: where it knows that the averages are slow, the compiler drops what
+// the update selects by that, which is much of what is not waiting for a root or a quotient.
+template <typename Algorithm, typename T>
+void update_all(const UpdateValues<T>& values, T* __restrict param, const T* __restrict grad,
+                T* __restrict state0, T* __restrict state1, T* __restrict state2, int64_t size) {
+  const auto h = values.template of<Algorithm>();
+  if (slow(h)) {
+    update_each<Algorithm>(h, param, grad, state0, state1, state2, size);
+  } else {
+    update_each<Algorithm>(h, param, grad, state0, state1, state2, size);
   }
 }
 

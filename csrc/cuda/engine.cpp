@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -37,18 +38,23 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
+bool captures(int device, cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), device, "ask whether a graph is captured");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 }  // namespace
 
 class Engine::Implementation {
  public:
   Implementation(int device, const Plan& plan, cudaStream_t stream)
       : device_(device), launches_(plan), last_stream_(stream) {
-    auto tiles = std::make_unique<std::vector<TileEntry>>(make_tile_table(plan));
-    if (tiles->empty()) return;
+    const std::vector<TileEntry> tiles = make_tile_table(plan);
     CurrentDevice current(device_);
     check(cudaEventCreateWithFlags(&moved_, cudaEventDisableTiming), device_, "create an event");
     try {
-      upload(std::move(tiles));
+      if (!tiles.empty()) upload(tiles);
     } catch (...) {
       release();
       throw;
@@ -65,34 +71,57 @@ class Engine::Implementation {
   }
 
   void run(const Step& step, cudaStream_t stream) {
-    CurrentDevice current(device_);
-    for (bool more = launches_.first(step); more; more = launches_.next(step)) {
-      follow(stream);
+    run(step, stream, [&] {
       launches_.write(step, tiles_, arguments_);
-      check(launch_kernel(launches_.argument_bytes(), launches_.tiles(), arguments_, stream),
-            device_, "launch the optimizer step");
-    }
+      return launch_kernel(launches_.argument_bytes(), launches_.blocks(), arguments_, stream);
+    });
   }
 
-  int count(const Step& step) {
+  void run(const DeviceStep& step, cudaStream_t stream) {
+    const auto has_grad = [](const void* grad) { return grad != nullptr; };
+    if (!step.counts && std::any_of(step.grads.begin(), step.grads.end(), has_grad)) {
+      throw std::invalid_argument("a step with device values needs step counts in device memory");
+    }
+    run(step, stream, [&] {
+      launches_.write(step, tiles_, ticket_, arguments_);
+      return launch_device_kernel(launches_.argument_bytes(), launches_.blocks(), arguments_,
+                                  stream);
+    });
+  }
+
+  template <typename AnyStep>
+  int count(const AnyStep& step) {
     int launches = 0;
     for (bool more = launches_.first(step); more; more = launches_.next(step)) ++launches;
     return launches;
   }
 
  private:
-  void upload(std::unique_ptr<std::vector<TileEntry>> tiles) {
-    const size_t bytes = tiles->size() * sizeof(TileEntry);
-    void* table = nullptr;
-    check(cudaMallocAsync(&table, bytes, last_stream_), device_, "allocate the table of tiles");
-    tiles_ = static_cast<TileEntry*>(table);
-    check(cudaMemcpyAsync(tiles_, tiles->data(), bytes, cudaMemcpyHostToDevice, last_stream_),
+  template <typename AnyStep, typename Launch>
+  void run(const AnyStep& step, cudaStream_t stream, const Launch& launch) {
+    CurrentDevice current(device_);
+    for (bool more = launches_.first(step); more; more = launches_.next(step)) {
+      follow(stream);
+      check(launch(), device_, "launch the optimizer step");
+    }
+  }
+
+  // One allocation and one copy: the ticket, in the place of a first entry, and the table.
+  void upload(const std::vector<TileEntry>& tiles) {
+    auto source = std::make_unique<std::vector<TileEntry>>(1);
+    source->insert(source->end(), tiles.begin(), tiles.end());
+    const size_t bytes = source->size() * sizeof(TileEntry);
+    void* memory = nullptr;
+    check(cudaMallocAsync(&memory, bytes, last_stream_), device_, "allocate the table of tiles");
+    ticket_ = static_cast<uint32_t*>(memory);
+    tiles_ = static_cast<TileEntry*>(memory) + 1;
+    check(cudaMemcpyAsync(memory, source->data(), bytes, cudaMemcpyHostToDevice, last_stream_),
           device_, "copy the table of tiles");
     // The copy may read the host's memory after this returns.
     const auto destroy = [](void* table) { delete static_cast<std::vector<TileEntry>*>(table); };
-    const cudaError_t error = cudaLaunchHostFunc(last_stream_, destroy, tiles.get());
+    const cudaError_t error = cudaLaunchHostFunc(last_stream_, destroy, source.get());
     if (error == cudaSuccess) {
-      tiles.release();
+      source.release();
     } else {
       cudaStreamSynchronize(last_stream_);
     }
@@ -100,13 +129,18 @@ class Engine::Implementation {
   }
 
   void release() {
-    if (tiles_) cudaFreeAsync(tiles_, last_stream_);
+    if (ticket_ && !captured_) cudaFreeAsync(ticket_, last_stream_);
     if (moved_) cudaEventDestroy(moved_);
   }
 
   // Makes `stream` wait for what this engine did on the stream before. So the table is there before
-  // any step, and all steps are over when it is freed.
+  // any step, and all steps are over when it is freed. A stream that is captured cannot wait for
+  // one that is not, and what it captures runs later, on any stream.
   void follow(cudaStream_t stream) {
+    if (captures(device_, stream)) {
+      captured_ = true;
+      return;
+    }
     if (stream == last_stream_) return;
     check(cudaEventRecord(moved_, last_stream_), device_, "record an event");
     check(cudaStreamWaitEvent(stream, moved_, 0), device_, "wait for an event");
@@ -115,7 +149,9 @@ class Engine::Implementation {
 
   const int device_;
   Launches launches_;
-  TileEntry* tiles_ = nullptr;  // on the device
+  uint32_t* ticket_ = nullptr;  // on the device, with the table behind it
+  TileEntry* tiles_ = nullptr;
+  bool captured_ = false;  // a graph may use them for as long as it likes
   cudaEvent_t moved_ = nullptr;
   cudaStream_t last_stream_;
   alignas(8) unsigned char arguments_[kLargeArguments];
@@ -131,6 +167,17 @@ void Engine::run(const Step& step, void* stream) {
   implementation_->run(step, static_cast<cudaStream_t>(stream));
 }
 
+void Engine::run(const DeviceStep& step, void* stream) {
+  implementation_->run(step, static_cast<cudaStream_t>(stream));
+}
+
 int Engine::launches(const Step& step) { return implementation_->count(step); }
+
+int Engine::launches(const DeviceStep& step) { return implementation_->count(step); }
+
+bool is_capturing(int device, void* stream) {
+  CurrentDevice current(device);
+  return captures(device, static_cast<cudaStream_t>(stream));
+}
 
 }  // namespace recap::cuda

@@ -1,11 +1,13 @@
-// The CUDA engine: runs a plan on one device, one kernel launch and no copy per step. Includes no
-// CUDA header, so that a caller needs no toolkit.
+// The CUDA engine: runs a plan on one device, one kernel launch and no copy per step. Values come
+// from the host or are computed on the device. Includes no CUDA header, so that a caller needs no
+// toolkit.
 #pragma once
 
 #include <memory>
 
 #include "../plan/plan.h"
 #include "../plan/step.h"
+#include "device_step.h"
 
 namespace recap::cuda {
 
@@ -25,7 +27,7 @@ class Engine {
   Engine(int device, const Plan& plan, void* stream);
 
   // Frees in the order of the last stream that ran a step: a step that is still running keeps its
-  // table.
+  // table. What a graph has captured is not freed: nothing tells when the last graph is gone.
   ~Engine();
 
   Engine(const Engine&) = delete;
@@ -33,15 +35,28 @@ class Engine {
 
   // Updates every slot that has a gradient in `step`, in the order of `stream` and after everything
   // this engine has started before. `step` is copied: it may change as soon as `run` returns.
+  //
+  // If `stream` is being captured into a graph, all that was started before must be over, as it is
+  // after a synchronisation of the device, and a replay is ordered only by the stream it is given.
   void run(const Step& step, void* stream);
 
-  // How many kernel launches that takes: none without gradients, one for up to some 3,300 slots in
-  // 64 groups, more beyond.
+  // The same with values that are computed on the device. What is copied are the addresses: the
+  // memory must hold until the step is over. Throws std::invalid_argument if there is a gradient
+  // but nowhere to count.
+  void run(const DeviceStep& step, void* stream);
+
+  // How many kernel launches that takes: one for up to some 3,300 slots in 64 groups with values
+  // from the host, or 3,100 without, more beyond; none without gradients, but one if there are
+  // rates.
   int launches(const Step& step);
+  int launches(const DeviceStep& step);
 
  private:
   class Implementation;
   std::unique_ptr<Implementation> implementation_;
 };
+
+// Whether `stream` of `device` is being captured into a graph.
+bool is_capturing(int device, void* stream);
 
 }  // namespace recap::cuda

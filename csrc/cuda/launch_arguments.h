@@ -1,12 +1,13 @@
-// What the kernel reads besides the tensors themselves. The stable part is a table of tiles in
-// device memory; what changes from step to step travels as the kernel's one parameter, so that a
-// step needs no copy. Plain C++, shared by the host, which writes both, and the kernel.
+// What the kernels read besides the tensors themselves. The stable part is a table of tiles in
+// device memory; what changes from step to step travels as a kernel's one parameter, so that a step
+// needs no copy. Plain C++, shared by the host, which writes both, and the kernels.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "../plan/plan.h"
+#include "device_step.h"
 
 namespace recap::cuda {
 
@@ -21,7 +22,8 @@ struct alignas(16) TileEntry {
   Dtype dtype;
 };
 
-// The front of the parameter. Offsets are in bytes from the header's own address.
+// The front of the parameter if values come from the host. Offsets are in bytes from the header's
+// own address.
 struct ArgumentsHeader {
   const TileEntry* tiles;  // of the launch's first block
   uint32_t first_slot;     // the tables per slot start with it
@@ -33,10 +35,26 @@ struct ArgumentsHeader {
   uint32_t entry_of_slot;   // offset of uint8_t, one per slot
 };
 
-template <int kBytes>
+// The same if they come from the device. An entry is a group.
+struct DeviceArgumentsHeader {
+  const TileEntry* tiles;
+  const float *grad_scale, *found_inf;  // as in DeviceStep
+  float* counts;                        // one per slot of the launch
+  uint32_t* ticket;                     // how many blocks have read theirs; 0 between launches
+  RateTable rates;                      // of a step's last launch, else empty
+  uint32_t first_slot;
+  uint32_t slots;
+  uint32_t tile_count;     // blocks beyond it have no tile
+  uint32_t block_count;    // at least 1
+  uint32_t grads;          // offset of const void*, one per slot
+  uint32_t groups;         // offset of DeviceGroup, one per entry
+  uint32_t entry_of_slot;  // offset of uint8_t, one per slot
+};
+
+template <typename Header, int kBytes>
 struct alignas(8) Arguments {
-  ArgumentsHeader header;
-  unsigned char tables[kBytes - sizeof(ArgumentsHeader)];
+  Header header;
+  unsigned char tables[kBytes - sizeof(Header)];
 };
 
 // The sizes of parameter to choose from. A launch copies all of it, so that a model of up to some

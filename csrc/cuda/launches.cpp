@@ -45,47 +45,75 @@ Launches::Launches(const Plan& plan) : slots_(static_cast<uint32_t>(plan.slots.s
   }
 }
 
-size_t Launches::argument_bytes(size_t slots, size_t entries, bool float64) {
-  const size_t per_entry =
-      sizeof(UpdateValues<float>) + (float64 ? sizeof(UpdateValues<double>) : 0) + sizeof(Update);
-  return sizeof(ArgumentsHeader) + slots * (sizeof(void*) + sizeof(uint8_t)) + entries * per_entry;
+Launches::Demand Launches::demand(const Step& step) {
+  return {step.grads,
+          step.values_of_slot,
+          step.values.size(),
+          sizeof(ArgumentsHeader),
+          sizeof(UpdateValues<float>) + sizeof(Update),
+          sizeof(UpdateValues<double>),
+          false,
+          false};
 }
 
-bool Launches::is_active(const Step& step, uint32_t slot) const {
-  return step.grads[slot] && first_tile_of_slot_[slot] != first_tile_of_slot_[slot + 1];
+Launches::Demand Launches::demand(const DeviceStep& step) {
+  return {step.grads,
+          step.group_of_slot,
+          step.groups.size(),
+          sizeof(DeviceArgumentsHeader),
+          sizeof(DeviceGroup),
+          0,
+          true,
+          step.rates != nullptr};
 }
 
-bool Launches::accept(const Step& step, uint32_t slot) {
-  uint16_t& entry = entry_of_[step.values_of_slot[slot]];
+bool Launches::is_active(const Demand& demand, uint32_t slot) const {
+  return demand.grads[slot] &&
+         (demand.counts || first_tile_of_slot_[slot] != first_tile_of_slot_[slot + 1]);
+}
+
+uint32_t Launches::next_active(const Demand& demand, uint32_t slot) const {
+  while (slot < slots_ && !is_active(demand, slot)) ++slot;
+  return slot;
+}
+
+bool Launches::accept(const Demand& demand, uint32_t slot) {
+  uint16_t& entry = entry_of_[demand.entry_of_slot[slot]];
   const size_t entries = entries_.size() + (entry == kNoEntry ? 1 : 0);
   const bool float64 = float64_ || is_float64_[slot];
-  if (entries > kMaxEntries ||
-      argument_bytes(slot + 1 - begin_, entries, float64) > kLargeArguments) {
-    return false;
-  }
+  const size_t bytes = demand.header_bytes +
+                       (slot + 1 - begin_) * (sizeof(void*) + sizeof(uint8_t)) +
+                       entries * (demand.entry_bytes + (float64 ? demand.float64_bytes : 0));
+  if (entries > kMaxEntries || bytes > kLargeArguments) return false;
   if (entry == kNoEntry) {
     entry = static_cast<uint16_t>(entries_.size());
-    entries_.push_back(step.values_of_slot[slot]);
+    entries_.push_back(demand.entry_of_slot[slot]);
   }
   float64_ = float64;
   end_ = slot + 1;
+  argument_bytes_ = bytes;
   return true;
 }
 
-bool Launches::first(const Step& step) {
-  end_ = 0;
-  return next(step);
+bool Launches::first(const Demand& demand) {
+  next_begin_ = next_active(demand, 0);
+  if (next_begin_ < slots_) return next(demand);
+  begin_ = end_ = 0;
+  entries_.clear();
+  argument_bytes_ = demand.header_bytes;
+  return demand.always;
 }
 
-bool Launches::next(const Step& step) {
-  uint32_t slot = end_;
-  while (slot < slots_ && !is_active(step, slot)) ++slot;
-  begin_ = slot;
+bool Launches::next(const Demand& demand) {
+  begin_ = end_ = next_begin_;
+  if (begin_ == slots_) return false;
   float64_ = false;
   entries_.clear();
-  entry_of_.assign(step.values.size(), kNoEntry);
-  while (slot < slots_ && (!is_active(step, slot) || accept(step, slot))) ++slot;
-  return begin_ < slots_;
+  entry_of_.assign(demand.entries, kNoEntry);
+  while (next_begin_ < slots_ && accept(demand, next_begin_)) {
+    next_begin_ = next_active(demand, next_begin_ + 1);
+  }
+  return true;
 }
 
 void Launches::write(const Step& step, const TileEntry* tiles, unsigned char* out) const {
@@ -111,9 +139,42 @@ void Launches::write(const Step& step, const TileEntry* tiles, unsigned char* ou
                 sizeof values.float32);
     out[header.updates + i] = static_cast<unsigned char>(values.update);
   }
+  write_entry_of_slot(step.grads, step.values_of_slot, out + header.entry_of_slot);
+}
+
+void Launches::write(const DeviceStep& step, const TileEntry* tiles, uint32_t* ticket,
+                     unsigned char* out) const {
+  const size_t slots = end_ - begin_;
+  DeviceArgumentsHeader header = {};
+  header.tiles = tiles + first_tile();
+  header.grad_scale = step.grad_scale;
+  header.found_inf = step.found_inf;
+  header.counts = step.counts + begin_;
+  header.ticket = ticket;
+  if (step.rates && next_begin_ == slots_) header.rates = *step.rates;
+  header.first_slot = begin_;
+  header.slots = static_cast<uint32_t>(slots);
+  header.tile_count = this->tiles();
+  header.block_count = blocks();
+  header.grads = sizeof header;
+  header.groups = header.grads + slots * sizeof(void*);
+  header.entry_of_slot = header.groups + entries_.size() * sizeof(DeviceGroup);
+  std::memcpy(out, &header, sizeof header);
+  if (slots == 0) return;
+  std::memcpy(out + header.grads, &step.grads[begin_], slots * sizeof(void*));
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    std::memcpy(out + header.groups + i * sizeof(DeviceGroup), &step.groups[entries_[i]],
+                sizeof(DeviceGroup));
+  }
+  write_entry_of_slot(step.grads, step.group_of_slot, out + header.entry_of_slot);
+}
+
+void Launches::write_entry_of_slot(const std::vector<const void*>& grads,
+                                   const std::vector<uint32_t>& entry_of_slot,
+                                   unsigned char* out) const {
   for (uint32_t slot = begin_; slot < end_; ++slot) {
-    out[header.entry_of_slot + (slot - begin_)] =
-        step.grads[slot] ? static_cast<unsigned char>(entry_of_[step.values_of_slot[slot]]) : 0;
+    out[slot - begin_] =
+        grads[slot] ? static_cast<unsigned char>(entry_of_[entry_of_slot[slot]]) : 0;
   }
 }
 

@@ -5,45 +5,30 @@
 #include <cstdint>
 #include <vector>
 
-#include "../algorithms/updates.h"
+#include "values.h"
 
 namespace recap {
-
-enum class Algorithm : uint8_t { adam, adagrad, sgd };
-
-// The hyperparameters of one group.
-struct Hyper {
-  Algorithm algorithm = Algorithm::adam;
-  bool maximize = false;
-  union {
-    AdamHyper adam;
-    AdagradHyper adagrad;
-    SgdHyper sgd;
-  };
-  Hyper() : adam{} {}
-};
-
-// One update with its values, for slots that compute in float or in double.
-struct Values {
-  Update update;
-  UpdateValues<float> float32;
-  UpdateValues<double> float64;
-
-  template <typename T>
-  const UpdateValues<T>& in() const;
-};
-template <>
-RECAP_INLINE const UpdateValues<float>& Values::in<float>() const {
-  return float32;
-}
-template <>
-RECAP_INLINE const UpdateValues<double>& Values::in<double>() const {
-  return float64;
-}
 
 // `step` counts from 1; `first` says that an SGD momentum buffer is new; gradients are divided by
 // `grad_scale`.
 Values make_values(const Hyper& hyper, double step, bool first, double grad_scale);
+
+// Computes the same. Groups mostly share decay rates and step counts, whose powers take longer than
+// all else: it remembers the last ones.
+class ValuesMaker {
+ public:
+  Values make(const Hyper& hyper, double step, bool first, double grad_scale);
+
+ private:
+  struct Power {
+    double base = 0.0, exponent = 1.0, value = 0.0;
+  };
+  double power(double base, double exponent);
+
+  static constexpr int kRemembered = 8;
+  Power powers_[kRemembered];
+  int oldest_ = 0;
+};
 
 struct Step {
   // Per slot, in the order of the plan. A slot whose gradient is null is skipped.

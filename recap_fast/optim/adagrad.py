@@ -24,6 +24,7 @@ class FusedAdagrad(FusedOptimizer, optim.Adagrad):
         foreach, fused: None; accepted as in torch, since the step is always fused.
         maximize: ascend instead of descend.
         differentiable: False.
+        capturable: as in `FusedAdam`; torch's class has no such argument.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -44,8 +45,9 @@ class FusedAdagrad(FusedOptimizer, optim.Adagrad):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
-        self._check_execution(foreach, fused, differentiable)
+        self._check_execution(foreach, fused, differentiable, capturable)
         super().__init__(
             params,
             lr,
@@ -55,3 +57,7 @@ class FusedAdagrad(FusedOptimizer, optim.Adagrad):
             eps,
             maximize=maximize,
         )
+        if capturable:  # no key of torch's param groups, which must stay loadable there
+            self.defaults["capturable"] = True
+            for group in self.param_groups:
+                group.setdefault("capturable", True)

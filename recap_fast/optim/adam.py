@@ -25,7 +25,8 @@ class FusedAdam(FusedOptimizer, optim.Adam):
         amsgrad: divide by the largest second moment so far (Reddi et al., 2018).
         foreach, fused: None; accepted as in torch, since the step is always fused.
         maximize: ascend instead of descend.
-        capturable: False; CUDA graphs need the CUDA engine.
+        capturable: safe in CUDA graphs: step counts are kept on the device of the parameters, which
+            must be a CUDA device, and a tensor ``lr`` is read there.
         differentiable: False.
         decoupled_weight_decay: as in AdamW (Loshchilov & Hutter, 2019).
 
@@ -60,6 +61,7 @@ class FusedAdam(FusedOptimizer, optim.Adam):
             weight_decay,
             amsgrad,
             maximize=maximize,
+            capturable=capturable,
             decoupled_weight_decay=decoupled_weight_decay,
         )
 
@@ -88,4 +90,13 @@ class FusedAdamW(FusedOptimizer, optim.AdamW):
         fused: bool | None = None,
     ) -> None:
         self._check_execution(foreach, fused, differentiable, capturable)
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            capturable=capturable,
+        )

@@ -13,8 +13,11 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torchrec.optim import keyed
 
 from recap_fast.closure import evaluate
+from recap_fast.config import LearningRate
+from recap_fast.device_rates import DeviceRates
 from recap_fast.keyed import CombinedOptimizer
 from recap_fast.optim.fused import FusedOptimizer
+from recap_fast.optim.observed import observed
 from recap_fast.optim.stepper import Stepper
 
 
@@ -22,8 +25,8 @@ def _has_native_step(part: keyed.KeyedOptimizer) -> bool:
     """Whether a step of `part` is that of a `recap_fast.optim` optimizer and nothing else."""
     if type(part) is not keyed.KeyedOptimizerWrapper:
         return False
-    step = type(part._optimizer).step  # torch wraps it to run hooks
-    return inspect.unwrap(step) is FusedOptimizer.step
+    step = type(part._optimizer).step  # torch wraps that of a derived class to run hooks
+    return inspect.unwrap(step) is inspect.unwrap(FusedOptimizer.step)
 
 
 class FusedCombinedOptimizer(CombinedOptimizer):
@@ -48,6 +51,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         self, optims: Sequence[keyed.KeyedOptimizer | tuple[str, keyed.KeyedOptimizer]]
     ) -> None:
         super().__init__(list(optims))
+        self._device_rates: Sequence[DeviceRates] = ()
         self._prepare()
 
     def _prepare(self) -> None:
@@ -58,6 +62,8 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         ]
         self._native = [part._optimizer for _, part in fused]
         self._stepper = Stepper(self._native, names) if fused else None
+        if self._stepper is not None:
+            self._stepper.move_with(self._device_rates)
         self._others = [part for _, part in self._optims if not _has_native_step(part)]
         self._unscaled = [item for item in self.dense_optimizers() if item[1] in self._others]
         # Empty dicts as long as nobody registers a hook on an optimizer inside.
@@ -68,6 +74,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         )
         self._warned_of_scaled_tables = False
 
+    @observed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every dense parameter that has a gradient.
 
@@ -98,6 +105,58 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         for part in self._others:
             part.step()
         return loss
+
+    def follow_on_device(self, schedules: Sequence[LearningRate]) -> None:
+        """From now on, the step itself moves the rates of all dense param groups on.
+
+        A step reads the rates in the memory of its parameters' device, whatever the groups' `lr`
+        says, and then sets them to those of the next step.
+
+        Args:
+            schedules: one per dense param group, in order, from step 0 on.
+
+        Raises:
+            ValueError: naming a param group that is not of a `recap_fast.optim` optimizer with
+                ``capturable=True``, or whose parameters are not all on one device.
+        """
+        if self._unscaled:
+            raise ValueError(
+                f"device schedules: the optimizer under the key {self._unscaled[0][0]!r} is not "
+                "one of recap_fast.optim in a plain KeyedOptimizerWrapper, and so has a step of "
+                "its own; replace it, or leave the schedules to the host"
+            )
+        groups = [group for optimizer in self._native for group in optimizer.param_groups]
+        by_device: dict[torch.device, dict[int, LearningRate]] = {}
+        for index, (group, schedule) in enumerate(zip(groups, schedules, strict=True)):
+            if not group.get("capturable"):
+                raise ValueError(
+                    f"device schedules: param group {index} is not capturable; create the "
+                    "optimizers with capturable=True"
+                )
+            devices = {param.device for param in group["params"]}
+            if len(devices) != 1:
+                raise ValueError(
+                    f"device schedules: param group {index} has parameters on "
+                    f"{', '.join(sorted(map(str, devices))) or 'no device'}; make a group for each"
+                )
+            by_device.setdefault(devices.pop(), {})[index] = schedule
+        self._device_rates = [DeviceRates(own, device) for device, own in by_device.items()]
+        if self._stepper is not None:
+            self._stepper.move_with(self._device_rates)
+
+    def move_device_rates(self, step: int) -> None:
+        """Sets the rates of `follow_on_device` to those of ``step``."""
+        for rates in self._device_rates:
+            rates.move_to(step)
+
+    def check_captured_rates(self) -> None:
+        """Checks that no rate on the host was changed since a CUDA graph captured it.
+
+        Raises:
+            RuntimeError: naming the param group; the graph goes on with the rate it captured.
+        """
+        if self._stepper is not None:
+            self._stepper.check_captured_rates()
 
     def _check_scaling(self, grad_scale: torch.Tensor | None) -> None:
         if self._unscaled:

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from recap_fast._native import native
 from recap_fast.closure import evaluate
+from recap_fast.optim.observed import observed
 from recap_fast.optim.stepper import Stepper
 
 
@@ -22,6 +24,9 @@ class FusedOptimizer(torch.optim.Optimizer):
       for any number of threads, any split into groups and any instruction set.
     * Every gradient and hyperparameter is checked before the first write; if one is refused,
       nothing has changed.
+    * CUDA parameters keep their step counts on the CPU, and a step computes bias corrections there,
+      unless ``capturable=True`` or `torch.amp.GradScaler` is used: then counts are on the device, a
+      learning rate may be a tensor there, and no step waits for the device.
     * With `torch.amp.GradScaler` gradients are divided by the scale on the fly; ``.grad`` keeps its
       scaled values.
     * Sparse gradients, complex parameters and tensor subclasses without memory of their own are
@@ -43,7 +48,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError("fused=False: use the torch.optim class, or leave fused None")
         if differentiable:
             raise ValueError("differentiable=True: the fused step has no backward; use torch.optim")
-        if capturable:
+        if capturable and not native.has_cuda_engine:
             raise ValueError("capturable=True: this build of recap_fast has no CUDA engine")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -52,6 +57,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             # How the optimizer that wrote a checkpoint ran its step says nothing about this one.
             group["foreach"] = group["fused"] = None
 
+    @observed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, in one native call.
 

@@ -24,6 +24,7 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         maximize: ascend instead of descend.
         foreach, fused: None; accepted as in torch, since the step is always fused.
         differentiable: False.
+        capturable: as in `FusedAdam`; torch's class has no such argument.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -44,6 +45,11 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
-        self._check_execution(foreach, fused, differentiable)
+        self._check_execution(foreach, fused, differentiable, capturable)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+        if capturable:  # no key of torch's param groups, which must stay loadable there
+            self.defaults["capturable"] = True
+            for group in self.param_groups:
+                group.setdefault("capturable", True)

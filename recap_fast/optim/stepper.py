@@ -12,9 +12,8 @@ from recap_fast._native import native
 from recap_fast.state import new_state
 
 if TYPE_CHECKING:
+    from recap_fast.device_rates import DeviceRates
     from recap_fast.optim.fused import FusedOptimizer
-
-_Outcome = native.Outcome
 
 
 class Stepper:
@@ -39,7 +38,9 @@ class Stepper:
         self._references = [weakref.ref(optimizer) for optimizer in optimizers]
         self._names = names or [{} for _ in optimizers]
         self._plan: Any = None
-        self._sources: list[tuple[weakref.ref[FusedOptimizer], Any, Any]] = []
+        self._captured: list[Any] = []
+        self._device_values = False
+        self._device_rates: Sequence[DeviceRates] = ()
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Updates every parameter that has a gradient.
@@ -52,31 +53,43 @@ class Stepper:
             Exception: naming the parameter or param group that cannot be stepped. Parameters,
                 states and step counts are then as they were.
         """
-        if self._rebound():
+        if self._plan is None:
             self._build()
+        if grad_scale is not None or found_inf is not None:
+            self._avoid_waiting_for(grad_scale, found_inf)
         outcome = self._plan.step(grad_scale, found_inf)
-        if outcome == _Outcome.stale:
+        if outcome == native.STEPPED:
+            return
+        if outcome == native.STALE:
             self._build()
             outcome = self._plan.step(grad_scale, found_inf)
-        if outcome == _Outcome.needs_state:
+        if outcome == native.NEEDS_STATE:
             outcome = self._step_with_new_state(grad_scale, found_inf)
-        if outcome not in (_Outcome.stepped, _Outcome.skipped):
+        if outcome not in (native.STEPPED, native.SKIPPED):
             raise RuntimeError("the param groups changed while they were being stepped")
 
-    def _rebound(self) -> bool:
-        """Whether an optimizer's `state` or `param_groups` is another object than the plan's."""
-        if self._plan is None:
-            return True
-        for reference, state, groups in self._sources:
-            optimizer = reference()
-            if optimizer.state is not state or optimizer.param_groups is not groups:
-                return True
-        return False
+    def move_with(self, device_rates: Sequence[DeviceRates]) -> None:
+        """From now on, every step uses ``device_rates``, and moves them on."""
+        self._device_rates = device_rates
+        self._plan = None
+
+    def check_captured_rates(self) -> None:
+        """Raises RuntimeError if a rate on the host differs from that in a captured CUDA graph."""
+        if self._plan is not None:
+            self._plan.check_captured_rates()
+
+    def _avoid_waiting_for(self, *scalars: Tensor | None) -> None:
+        """Has values computed on the device from the first step on that would wait for it."""
+        if any(self._plan.wants_device_values(scalar) for scalar in scalars):
+            self._device_values = True
+            self._build()
 
     def _optimizers(self) -> list[FusedOptimizer]:
         return [reference() for reference in self._references]
 
     def _build(self, first: Sequence[int] = ()) -> None:
+        if self._plan is not None and self._plan.is_captured:
+            self._captured.append(self._plan)  # the graph goes on reading its memory
         self._plan = None
         sources = []
         optimizers = self._optimizers()
@@ -93,9 +106,9 @@ class Stepper:
                 sources.append(
                     native.GroupSource(optimizer.algorithm, name, group, optimizer.state, names)
                 )
-        lists = [optimizer.param_groups for optimizer in optimizers]
-        self._plan = native.BoundPlan(sources, lists, list(first))
-        self._sources = [(weakref.ref(o), o.state, o.param_groups) for o in optimizers]
+        self._plan = native.BoundPlan(sources, optimizers, list(first), self._device_values)
+        for rates in self._device_rates:
+            self._plan.set_schedules(rates.groups, rates.schedules, rates.rates, rates.epoch)
 
     def _step_with_new_state(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
         """Makes the state that is missing and steps; takes it back if the step is not taken."""
@@ -115,7 +128,7 @@ class Stepper:
             self._build(first)
             outcome = self._plan.step(grad_scale, found_inf)
         finally:
-            if outcome != _Outcome.stepped:
+            if outcome != native.STEPPED:
                 self._plan = None
                 for (states, param, _), entries in zip(made, before, strict=True):
                     if entries is None:

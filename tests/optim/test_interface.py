@@ -694,7 +694,6 @@ def test_a_list_of_betas_can_change_in_place(device: torch.device) -> None:
     pair.check()
 
 
-@pytest.mark.xfail(strict=True, reason="only tensors and lists are taken to change in place")
 def test_a_mutable_number_is_read_in_every_step(device: torch.device) -> None:
     rate = numpy.array(0.5)
     pair = Pair("sgd", device, lr=rate)

@@ -154,7 +154,6 @@ def test_optimizers_of_several_threads_do_not_disturb_each_other(device: torch.d
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
-@pytest.mark.xfail(strict=True, reason="refused inside inference mode too")
 def test_inference_tensors_are_stepped_in_inference_mode(device: torch.device) -> None:
     with torch.inference_mode():
         params = [torch.ones(3, device=device) for _ in range(2)]

@@ -6,6 +6,7 @@ step fast, and easily lost.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -58,6 +59,25 @@ def _calls(action: Callable[[], object]) -> Counter[str]:
         sys.setprofile(None)
     del seen["c:setprofile"]
     return seen
+
+
+def _instructions(action: Callable[[], object]) -> int:
+    """How many of Python's instructions are executed."""
+    executed = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal executed
+        frame.f_trace_opcodes = True
+        executed += event == "opcode"
+        return trace
+
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 looks whether any frame has it, just now
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(None)
+    return executed
 
 
 def _extension_calls(calls: Counter[str]) -> list[str]:
@@ -117,6 +137,28 @@ def test_calls_do_not_grow_with_parameters(device: torch.device) -> None:
         counts.append(_calls(optimizer.step))
     assert counts[0] == counts[1]
     assert sum(counts[0].values()) < 60
+
+
+def test_no_parameter_is_touched_from_python(device: torch.device) -> None:
+    """Reading an attribute of each would be an instruction for each."""
+    executed = []
+    for params_per_group in (1, 50):
+        optimizer, params = _combined(4, params_per_group, device)
+        set_grads(params, 0)
+        optimizer.step()
+        executed.append(_instructions(optimizer.step))
+    assert executed[0] == executed[1]
+    assert 0 < executed[0] < 1000
+
+
+def test_a_group_costs_python_a_few_instructions(device: torch.device) -> None:
+    executed = []
+    for groups in (1, 41):
+        optimizer, params = _combined(groups, 2, device)
+        set_grads(params, 0)
+        optimizer.step()
+        executed.append(_instructions(optimizer.step))
+    assert executed[1] - executed[0] <= 40 * 25
 
 
 def test_python_functions_called_do_not_grow_with_groups(device: torch.device) -> None:
@@ -252,6 +294,19 @@ def test_a_change_of_layout_rebuilds_the_plan_once(
     optimizer.step()
     optimizer.step()
     assert len(builds) == built + 1
+
+
+def test_steps_keep_no_python_object(device: torch.device) -> None:
+    optimizer, params = _combined(4, 5, device)
+    set_grads(params, 0)
+    for _ in range(3):
+        optimizer.step()
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(1000):
+        optimizer.step()
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 100  # a leak would be 1000 at least
 
 
 def test_a_step_allocates_no_tensor(device: torch.device) -> None:

@@ -30,6 +30,7 @@ def after_new_state(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], N
     return install
 
 
+@pytest.mark.cpu_engine  # elsewhere the host does not see that it was skipped
 def test_a_step_skipped_after_all_makes_no_state(after_new_state: Any) -> None:
     params = parameters(2)
     optimizer = FusedSGD(params, lr=1.0, momentum=0.9, dampening=0.5)

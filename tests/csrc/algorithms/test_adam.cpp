@@ -14,7 +14,7 @@ using recap::AdamValues;
 
 template <typename T>
 AdamValues<T> values_in(const AdamHyper& hyper, double step, double grad_factor) {
-  return in_type<T>(recap::adam_values(hyper, step, grad_factor));
+  return in_type<T>(recap::adam_values(hyper, step, grad_factor, recap::power));
 }
 
 template <typename T>

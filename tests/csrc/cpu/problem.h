@@ -92,6 +92,12 @@ class Problem {
   // Array 0 of a slot is the parameter, 1 the gradient, the rest are states; null if it has none.
   Guarded* array(size_t slot, int index) { return arrays_[slot * kArrays + index].get(); }
 
+  // Sets one element of an array that the slot has, rounded to the slot's type.
+  void set(size_t slot, int index, int64_t element, double value) {
+    const Dtype dtype = shapes_[slot].dtype;
+    write(array(slot, index)->data() + element * recap::dtype_size(dtype), dtype, value);
+  }
+
   bool guards_intact() {
     for (const auto& array : arrays_) {
       if (array && !array->intact()) return false;

@@ -4,6 +4,8 @@
 
 #include <sys/mman.h>
 
+#include <limits>
+
 #include "check.h"
 #include "compare.h"
 #include "problem.h"
@@ -63,6 +65,71 @@ TEST(sizes_around_the_tile_have_the_bits_of_the_scalar_engine) {
 TEST(any_bit_pattern_has_the_bits_of_the_scalar_engine) {
   check_against_scalar(4099, Numbers::any, true);
   check_against_scalar(4099, Numbers::any, false);
+}
+
+// A gradient, and the state that takes its square: Adam's second moment, Adagrad's sum.
+struct Rare {
+  double grad, state;
+};
+
+// Where a square, or its distance to a second moment, leaves the range of T or is not a number.
+template <typename T>
+std::vector<Rare> rare_pairs() {
+  using Limits = std::numeric_limits<T>;
+  const double large = Limits::max(), tiny = Limits::denorm_min(), root = std::sqrt(large);
+  const double infinite = Limits::infinity(), nan = Limits::quiet_NaN();
+  std::vector<Rare> pairs;
+  // A third of each gradient is squared. Those of 3.1 and 4 roots overflow, or stay below the
+  // largest number only with a second moment subtracted.
+  for (const double grad : {1.0, tiny, 2.9 * root, 3.1 * root, -4 * root, large, infinite, nan}) {
+    for (const double state : {1.0, tiny, 0.5 * large, large, infinite, nan, -large, -infinite}) {
+      pairs.push_back({grad, state});
+    }
+  }
+  return pairs;
+}
+
+constexpr size_t kRarePairs = 64;
+
+void set_rare(Problem& problem, size_t pair, const std::vector<int64_t>& places) {
+  static const std::vector<Rare> in_float = rare_pairs<float>(), in_double = rare_pairs<double>();
+  CHECK_EQ(in_float.size(), kRarePairs);
+  for (size_t slot = 0; slot < problem.plan.slots.size(); ++slot) {
+    const SlotShape& shape = problem.shape(slot);
+    const Rare& rare = (shape.dtype == Dtype::float64 ? in_double : in_float)[pair];
+    const int states = states_of(shape.update);
+    for (const int64_t place : places) {
+      problem.set(slot, 1, place, rare.grad);
+      if (states > 0) problem.set(slot, states == 1 ? 2 : 3, place, rare.state);
+    }
+  }
+}
+
+void check_rare_against_scalar(size_t pair, bool slow) {
+  constexpr int64_t kBlock = 512;             // of 16-bit elements
+  constexpr int64_t kSize = kBlock + 16 + 7;  // then vectors, then a rest
+  const std::vector<SlotShape> shapes = every_update_and_dtype(kSize, 1);
+  // At most one in a vector, each pair at other places.
+  std::vector<int64_t> places = {kBlock - 1, kBlock, kSize - 1};
+  for (int64_t place = pair % 17; place < kBlock - 16; place += 33) places.push_back(place);
+  Problem expected(shapes, Numbers::ordinary, slow);
+  set_rare(expected, pair, places);
+  scalar::run(expected.plan, expected.step);
+  for (const std::string& set : recap::cpu::instruction_sets()) {
+    CHECK(recap::cpu::use_instruction_set(set));
+    Problem found(shapes, Numbers::ordinary, slow);
+    set_rare(found, pair, places);
+    recap::cpu::run(found.plan, found.step, kOneThread);
+    check_same(found, expected, "instruction set ", set, ", pair ", pair);
+  }
+  recap::cpu::use_instruction_set("");
+}
+
+TEST(a_rare_number_among_ordinary_ones_has_the_bits_of_the_scalar_engine) {
+  for (size_t pair = 0; pair < kRarePairs; ++pair) {
+    check_rare_against_scalar(pair, true);
+    check_rare_against_scalar(pair, false);
+  }
 }
 
 TEST(slots_without_a_gradient_are_untouched) {

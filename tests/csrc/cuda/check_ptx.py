@@ -1,4 +1,4 @@
-"""What nvcc says of the CUDA kernel, on a machine without a GPU.
+"""What nvcc says of the CUDA kernels, on a machine without a GPU.
 
 Run by itself it prints a table: ``python tests/csrc/cuda/check_ptx.py [80 90 ...]``.
 """
@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-KERNEL = ROOT / "csrc" / "cuda" / "kernel.cu"
+SOURCES = {
+    "update_tiles": ROOT / "csrc" / "cuda" / "kernel.cu",
+    "update_tiles_by_device_values": ROOT / "csrc" / "cuda" / "device_kernel.cu",
+}
+KERNELS = tuple(SOURCES)
 # The flags that decide about results; CMakeLists.txt builds with the same.
 FLAGS = ["-std=c++17", "-O3", "--fmad=false"]
 ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
@@ -47,8 +51,8 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def _run(*arguments: str | Path) -> str:
-    command = [str(find_nvcc()), *FLAGS, *map(str, arguments), str(KERNEL)]
+def _run(kernel: str, *arguments: str | Path) -> str:
+    command = [str(find_nvcc()), *FLAGS, *map(str, arguments), str(SOURCES[kernel])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
@@ -56,8 +60,8 @@ def _run(*arguments: str | Path) -> str:
 
 
 @dataclass
-class Kernel:
-    """What ptxas reports of one kernel; sizes in bytes."""
+class Report:
+    """What ptxas reports of a kernel for one size of parameter; sizes in bytes."""
 
     parameter: int
     registers: int
@@ -65,36 +69,41 @@ class Kernel:
     spills: int
 
 
-def read_ptxas(architecture: str) -> list[Kernel]:
-    """Assembles the kernels for ``sm_<architecture>``."""
+def read_ptxas(kernel: str, architecture: str) -> list[Report]:
+    """Assembles a kernel, for each size of parameter, for ``sm_<architecture>``."""
     with tempfile.TemporaryDirectory() as folder:
         output = _run(
-            f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", "-o", Path(folder) / "kernel.cubin"
+            kernel,
+            f"-arch=sm_{architecture}",
+            "-cubin",
+            "-Xptxas=-v",
+            "-o",
+            Path(folder) / "kernel.cubin",
         )
-    kernels = []
+    reports = []
     for report in output.split("Compiling entry function")[1:]:
         # The size of the parameter is the kernel's template argument.
         numbers = [
             re.search(pattern, report)
             for pattern in (
-                r"update_tilesILi(\d+)E",
+                rf"{kernel}ILi(\d+)E",
                 r"Used (\d+) registers",
                 r"(\d+) bytes stack frame",
                 r"(\d+) bytes spill stores",
             )
         ]
-        kernels.append(Kernel(*(int(number.group(1)) for number in numbers)))
-    return kernels
+        reports.append(Report(*(int(number.group(1)) for number in numbers)))
+    return reports
 
 
-def read_ptx(architecture: str, mark_fma: bool = False) -> str:
-    """The kernels' PTX; with `mark_fma`, ``is_asked_for`` tells where the source has an fma."""
+def read_ptx(kernel: str, architecture: str, mark_fma: bool = False) -> str:
+    """A kernel's PTX; with `mark_fma`, ``is_asked_for`` tells where the source has an fma."""
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder) / "marks.h"
         marks.write_text(_MARKED_FMA)
         include = ["-include", marks] if mark_fma else []
         ptx = Path(folder) / "kernel.ptx"
-        _run(f"-arch=compute_{architecture}", "-ptx", "-o", ptx, *include)
+        _run(kernel, f"-arch=compute_{architecture}", "-ptx", "-o", ptx, *include)
         return ptx.read_text()
 
 
@@ -109,14 +118,15 @@ def is_asked_for(instruction: str) -> bool:
 
 
 def parameter_sizes(ptx: str) -> list[int]:
-    """Bytes of each kernel's parameter."""
+    """Bytes of the kernel's parameter, of each size there is."""
     return [int(size) for size in re.findall(r"\.param [^\n]*_param_0\[(\d+)\]", ptx)]
 
 
 def main() -> None:
-    for architecture in sys.argv[1:] or ARCHITECTURES:
-        for kernel in read_ptxas(architecture):
-            print(f"sm_{architecture}: {kernel}")
+    for kernel in KERNELS:
+        for architecture in sys.argv[1:] or ARCHITECTURES:
+            for report in read_ptxas(kernel, architecture):
+                print(f"{kernel}, sm_{architecture}: {report}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 // The CUDA engine on an emulated machine: the same bits as the CPU engine, each element written
 // once and nothing beside it, and no reliance on an order that streams do not give.
-#define EMULATION_MAIN
 #include <cuda_runtime.h>
 #include <sys/mman.h>
 
@@ -18,43 +17,11 @@ namespace {
 
 constexpr int kThreads = 256;
 
-std::vector<Update> all_updates() {
-  std::vector<Update> updates;
-  for (int i = 0; i < recap::kUpdates; ++i) updates.push_back(static_cast<Update>(i));
-  return updates;
-}
-
-std::vector<Dtype> all_dtypes() {
-  return {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16};
-}
-
-void watch(Twin& twin) {
-  auto& watched = emulation::machine().watched;
-  watched.clear();
-  for (const auto& array : twin.cuda.arrays) {
-    if (array && array->size()) {
-      watched[array->data()] = {array->size(), std::vector<uint8_t>(array->size())};
-    }
-  }
-}
-
-// Parameters and states of slots with a gradient: once. All else: never.
-void check_written_once(Twin& twin) {
-  for (size_t i = 0; i < twin.cuda.arrays.size(); ++i) {
-    const auto& array = twin.cuda.arrays[i];
-    if (!array || !array->size()) continue;
-    const bool written = twin.tensors()[i / kArrays].has_grad && i % kArrays != 1;
-    for (const int stores : emulation::machine().watched.at(array->data()).stores) {
-      CHECK_EQ(stores, written ? 1 : 0, twin.name(i));
-    }
-  }
-}
-
 // Runs one step on both sides and compares everything.
 void check_step(Twin& twin) {
   emulation::Machine& machine = emulation::machine();
   emulation::Stream* stream = machine.stream(0);
-  watch(twin);
+  twin.watch();
   {
     Engine engine(0, twin.cuda.plan, stream);
     engine.run(twin.cuda.step, stream);
@@ -62,7 +29,7 @@ void check_step(Twin& twin) {
   machine.synchronize();
   twin.run_cpu();
   CHECK_EQ(twin.difference(), "");
-  check_written_once(twin);
+  CHECK_EQ(twin.wrong_stores(1), "");
   machine.watched.clear();
   CHECK_EQ(machine.allocated.size(), size_t{0});
 }

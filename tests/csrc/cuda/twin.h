@@ -2,12 +2,15 @@
 // the CUDA engine.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <array>
 #include <cmath>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "algorithms/storage.h"
@@ -15,6 +18,16 @@
 #include "cpu/guarded.h"
 #include "cpu/problem.h"
 #include "cuda/engine.h"
+
+inline std::vector<Update> all_updates() {
+  std::vector<Update> updates;
+  for (int i = 0; i < recap::kUpdates; ++i) updates.push_back(static_cast<Update>(i));
+  return updates;
+}
+
+inline std::vector<Dtype> all_dtypes() {
+  return {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16};
+}
 
 struct Tensor {
   Update update = Update::adam;
@@ -83,6 +96,33 @@ class Twin {
   }
 
   const std::vector<Tensor>& tensors() const { return tensors_; }
+
+  // The emulated machine counts stores to the CUDA side's arrays from now on.
+  void watch() {
+    auto& watched = emulation::machine().watched;
+    watched.clear();
+    for (const auto& array : cuda.arrays) {
+      if (array && array->size()) {
+        watched[array->data()] = {array->size(), std::vector<uint8_t>(array->size())};
+      }
+    }
+  }
+
+  // Where a parameter or state of a slot with a gradient was not stored `times` times, or anything
+  // else was at all; an empty string if nowhere.
+  std::string wrong_stores(int times) const {
+    for (size_t i = 0; i < cuda.arrays.size(); ++i) {
+      const auto& array = cuda.arrays[i];
+      if (!array || !array->size()) continue;
+      const bool written = tensors_[i / kArrays].has_grad && i % kArrays != 1;
+      for (const int stores : emulation::machine().watched.at(array->data()).stores) {
+        if (stores != (written ? times : 0)) {
+          return name(i) + " was stored " + std::to_string(stores) + " times";
+        }
+      }
+    }
+    return "";
+  }
 
  private:
   void add_values(const Tensor& tensor) {

@@ -153,6 +153,48 @@ void check_rounding(const Type<float>& float32, const Type<double>& float64) {
   }
 }
 
+// Of any values, to compare: their bytes, padding aside.
+std::vector<double> all_values(const Hyper& hyper, const Values& values) {
+  std::vector<double> all = {static_cast<double>(values.update)};
+  const auto append = [&all](const auto& more) { all.insert(all.end(), more.begin(), more.end()); };
+  switch (hyper.algorithm) {
+    case Algorithm::adam:
+      append(members<double>(values.float64.adam));
+      append(members<float>(values.float32.adam));
+      break;
+    case Algorithm::adagrad:
+      append(members<double>(values.float64.adagrad));
+      append(members<float>(values.float32.adagrad));
+      break;
+    case Algorithm::sgd:
+      append(members<double>(values.float64.sgd));
+      append(members<float>(values.float32.sgd));
+      break;
+  }
+  return all;
+}
+
+TEST(a_values_maker_remembers_the_right_powers) {
+  recap::ValuesMaker maker;
+  std::vector<Hyper> hypers = {adagrad(0.1), sgd(0.9, 0, true), adam(0.1, true, false)};
+  for (int i = 0; i < 20; ++i) {  // more powers than it remembers
+    hypers.push_back(adam(0, false, false));
+    hypers.back().adam.beta1 = i % 7 / 8.0;
+    hypers.back().adam.beta2 = 1 - i / 40.0;
+    hypers.back().adam.lr = i;
+  }
+  for (const double step : {1.0, 2.0, 2.0, 1000.0, 3.0, 1.0}) {
+    for (const Hyper& hyper : hypers) {
+      CHECK(all_values(hyper, maker.make(hyper, step, step == 1, 3)) ==
+                all_values(hyper, recap::make_values(hyper, step, step == 1, 3)),
+            "at step ", step);
+      CHECK(all_values(hyper, maker.make(hyper, step, false, 3)) ==
+                all_values(hyper, recap::make_values(hyper, step, false, 3)),
+            "at step ", step);
+    }
+  }
+}
+
 TEST(float_values_are_the_double_ones_rounded) {
   const Values a = recap::make_values(adam(0.1, true, false), 3, false, 7);
   check_rounding<recap::AdamValues>(a.in<float>().adam, a.in<double>().adam);

@@ -1,15 +1,19 @@
 // A cuda_runtime.h that runs on the CPU: found instead of the toolkit's, it lets the very sources
 // of the CUDA engine be compiled as ordinary C++ and executed.
 //
-// Threads run one after the other, so kernels must not synchronise within a block; those of the
-// engine do not. Streams are queues that stay idle until something waits for them, and then run in
-// an order that the caller of CUDA may not rely on. So work that starts without waiting for what it
-// needs reads what is not there yet, or memory that is already freed. Device memory is poisoned
-// before its first use and after its last.
+// The threads of a block run one after the other, in their order. A barrier is therefore nothing at
+// all, which is right for a kernel in which only the first thread writes what the block shares, and
+// only before the barrier; that is all the engine's kernels do. Blocks run one after the other too,
+// in an order that `shuffle_blocks` makes random.
 //
-// One translation unit defines EMULATION_MAIN before it includes this.
+// Streams are queues that stay idle until something waits for them, and then run in an order that
+// the caller of CUDA may not rely on. So work that starts without waiting for what it needs reads
+// what is not there yet, or memory that is already freed. Device memory is poisoned before its
+// first use and after its last. With `immediate`, a stream does at once what it is given instead,
+// and the null stream, of whatever device is current, is one too: for tests that only want results.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -18,12 +22,15 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __host__
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __shared__ static
 #define __launch_bounds__(...)
 // One copy of the parameter for all threads.
 #define __grid_constant__ &
@@ -35,6 +42,7 @@ enum cudaError_t {
   cudaErrorInvalidDevice
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 constexpr unsigned cudaEventDisableTiming = 2;
 
 struct dim3 {
@@ -53,6 +61,8 @@ constexpr size_t kMaxArguments = 32764;
 struct Stream {
   int device;
   std::deque<std::function<bool()>> work;  // false: must wait for another stream
+  bool capturing = false;                  // work goes to `captured`, to be replayed
+  std::vector<std::function<bool()>> captured;
 };
 
 struct Event {
@@ -81,10 +91,15 @@ struct Machine {
   std::map<const void*, size_t> allocated;  // addresses and sizes
   int calls_until_failure = -1;  // of the runtime calls that can fail; negative: none fails
   bool sticky = false;           // an error that nobody has taken yet
+  bool immediate = false;
+  bool shuffle_blocks = false;
+  std::mt19937 random;
 
-  Machine();
   Stream* stream(int device);  // a new one
   bool fails() { return calls_until_failure >= 0 && calls_until_failure-- == 0; }
+
+  // Appends to `stream` the work that it captured.
+  void replay(Stream* stream);
 
   // Runs all work: of the youngest stream first, each as far as it can.
   void synchronize();
@@ -101,6 +116,7 @@ template <typename Word>
 void count_store(const Word* address) {
   Machine& m = machine();
   ++m.stores_of[sizeof(Word)];
+  if (m.watched.empty()) return;
   const auto* byte = reinterpret_cast<const unsigned char*>(address);
   auto after = m.watched.upper_bound(byte);
   if (after == m.watched.begin()) return;
@@ -113,6 +129,14 @@ void count_store(const Word* address) {
 
 #define threadIdx (emulation::thread)
 #define blockIdx (emulation::block)
+
+inline void __syncthreads() {}
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address += value;
+  return old;
+}
 
 using cudaStream_t = emulation::Stream*;
 using cudaEvent_t = std::shared_ptr<emulation::Event>*;
@@ -143,11 +167,19 @@ namespace emulation {
 // The result of a call that enqueues `work`.
 inline cudaError_t enqueue(Stream* stream, std::function<bool()> work,
                            cudaError_t failure = cudaErrorInvalidValue) {
-  if (!stream || stream->device != machine().device || machine().fails()) {
-    machine().sticky = true;
+  Machine& m = machine();
+  const bool known = stream ? stream->device == m.device : m.immediate;
+  if (!known || m.fails()) {
+    m.sticky = true;
     return failure;
   }
-  stream->work.push_back(std::move(work));
+  if (stream && stream->capturing) {
+    stream->captured.push_back(std::move(work));
+  } else if (!m.immediate) {
+    stream->work.push_back(std::move(work));
+  } else if (!work()) {
+    std::abort();  // it waits for what has not been asked for
+  }
   return cudaSuccess;
 }
 
@@ -168,6 +200,11 @@ inline cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status =
+      stream && stream->capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   emulation::machine().synchronize();
   return cudaSuccess;
@@ -226,10 +263,24 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   });
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  // CUDA refuses this: what was not captured cannot be waited for in a graph.
+  if (stream && stream->capturing) return cudaErrorInvalidValue;
   const auto state = *event;
   const uint64_t number = state->recorded;
   return emulation::enqueue(stream, [=] { return state->reached >= number; });
 }
+
+namespace emulation {
+
+// The numbers of the blocks, in the order in which they run.
+inline std::vector<unsigned> block_order(unsigned blocks) {
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  if (machine().shuffle_blocks) std::shuffle(order.begin(), order.end(), machine().random);
+  return order;
+}
+
+}  // namespace emulation
 
 template <typename Arguments>
 cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments&), dim3 grid, dim3 threads,
@@ -238,7 +289,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments&), dim3 grid, dim3 t
   const auto copy = std::make_shared<Arguments>();
   std::memcpy(static_cast<void*>(copy.get()), arguments[0], sizeof(Arguments));
   const cudaError_t error = emulation::enqueue(stream, [=] {
-    for (emulation::block.x = 0; emulation::block.x < grid.x; ++emulation::block.x) {
+    for (const unsigned block : emulation::block_order(grid.x)) {
+      emulation::block.x = block;
       for (emulation::thread.x = 0; emulation::thread.x < threads.x; ++emulation::thread.x) {
         kernel(*copy);
       }
@@ -246,41 +298,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments&), dim3 grid, dim3 t
     return true;
   });
   if (error == cudaSuccess) {
-    emulation::machine().launches.push_back({grid.x, sizeof(Arguments), stream->device});
+    emulation::machine().launches.push_back(
+        {grid.x, sizeof(Arguments), emulation::machine().device});
   }
   return error;
 }
-
-#if defined(EMULATION_MAIN)
-namespace emulation {
-
-Machine& machine() {
-  static Machine the_machine;
-  return the_machine;
-}
-
-Machine::Machine() = default;
-
-Stream* Machine::stream(int device) {
-  streams.push_back(std::make_unique<Stream>(Stream{device, {}}));
-  return streams.back().get();
-}
-
-void Machine::synchronize() {
-  for (bool progress = true; progress;) {
-    progress = false;
-    for (auto stream = streams.rbegin(); stream != streams.rend(); ++stream) {
-      auto& work = (*stream)->work;
-      while (!work.empty() && work.front()()) {
-        work.pop_front();
-        progress = true;
-      }
-    }
-  }
-  for (const auto& stream : streams) {
-    if (!stream->work.empty()) std::abort();  // streams that wait for each other
-  }
-}
-
-}  // namespace emulation
-#endif

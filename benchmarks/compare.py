@@ -1,0 +1,178 @@
+"""Compares the work tree with another revision: `python -m benchmarks.compare BASE`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from benchmarks import revision, workloads
+from benchmarks.interleave import Cache, Quartiles, Timings
+from benchmarks.peers import ALGORITHMS
+from benchmarks.side import Side
+from benchmarks.table import number, plural, table, with_quartiles
+from benchmarks.workloads import Workload
+
+_ROOT: Final = Path(__file__).parent.parent
+_BUILDS: Final = _ROOT / "build" / "compare"
+
+_SMALL_C: Final = Workload("C / 10", "one tensor of 5 M elements", (((5_000_000,),),))
+_SHORT: Final = ("B", "D", "E", "F", "C / 10")
+_ALL: Final = ("A", "B", "C", "D", "E", "F", "RECAP", "DEMO")
+
+# For as long, threads of the side that has just stepped spin before they sleep.
+_PAUSE_SECONDS: Final = 0.02
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times of one workload, algorithm, number of threads and cache state.
+
+    Attributes:
+        label: which.
+        base, tree: microseconds of a step.
+        ratio: of the work tree over base, taken within rounds.
+        difference: largest difference between the parameters of both after all steps, relative to
+            the largest parameter of its tensor; 0 means that all have the same bits.
+    """
+
+    label: str
+    base: Quartiles
+    tree: Quartiles
+    ratio: Quartiles
+    difference: float
+
+
+def _difference(base: Side, tree: Side) -> float:
+    if base.digest() == tree.digest():
+        return 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("base.pt", "tree.pt")]
+        base.save(paths[0])
+        tree.save(paths[1])
+        pairs = zip(*(torch.load(path) for path in paths), strict=True)
+        return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
+
+
+def _rounds(base: Side, tree: Side, cache: Cache, budget_seconds: float, least: int) -> Timings:
+    """Both step once a round; who begins alternates."""
+    times: dict[str, list[float | None]] = {"base": [], "tree": []}
+    turns = [("base", base), ("tree", tree)]
+    end = time.monotonic() + budget_seconds
+    while len(times["base"]) < least or time.monotonic() < end:
+        for name, side in turns:
+            time.sleep(_PAUSE_SECONDS)
+            times[name].append(side.step(cache))
+        turns.reverse()
+    return Timings(times)
+
+
+def compare(
+    base: Path,
+    tree: Path,
+    chosen: Sequence[Workload],
+    *,
+    algorithms: Sequence[str] = ("adam",),
+    threads: Sequence[int] = (1, 2),
+    caches: Sequence[Cache] = ("cold", "warm"),
+    budget_seconds: float = 3.0,
+    least_rounds: int = 10,
+) -> Iterator[Comparison]:
+    """Times both in turn.
+
+    Args:
+        base, tree: folders that hold the package recap_fast.
+        chosen: what to step.
+        algorithms, threads, caches: each combination is timed.
+        budget_seconds: how long each combination is timed.
+        least_rounds: how many rounds each combination has whatever the time.
+    """
+    for count in threads:
+        with Side(base, count) as base_side, Side(tree, count) as tree_side:
+            for workload in chosen:
+                for algorithm in algorithms:
+                    for side in (base_side, tree_side):
+                        side.load(workload.groups, algorithm)
+                    for cache in caches:
+                        timings = _rounds(base_side, tree_side, cache, budget_seconds, least_rounds)
+                        yield Comparison(
+                            f"{workload.name}, {algorithm}, {plural(count, 'thread')}, {cache}",
+                            timings.time("base"),
+                            timings.time("tree"),
+                            timings.ratio("tree", "base"),
+                            _difference(base_side, tree_side),
+                        )
+
+
+def render(comparisons: Iterable[Comparison], base: str) -> str:
+    """A Markdown table."""
+    return table(
+        ["step", base, "work tree", "work tree over base", "parameters"],
+        (
+            [
+                c.label,
+                f"{number(c.base.median)} µs",
+                f"{number(c.tree.median)} µs",
+                with_quartiles(c.ratio, ""),
+                f"differ by {c.difference:.1e}" if c.difference else "same bits",
+            ]
+            for c in comparisons
+        ),
+    )
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description="Builds recap_fast of BASE and steps it and the work tree's in turn, each in a "
+        "process of its own. Prints times, and the median ratio with quartiles.",
+    )
+    parser.add_argument("base", nargs="?", default="HEAD", metavar="BASE", help="default: HEAD")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help=f"all of {', '.join(_ALL)} with every algorithm, instead of {', '.join(_SHORT)} with "
+        "Adam",
+    )
+    parser.add_argument("--threads", type=int, nargs="+", metavar="N", default=[1, 2])
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="to time each combination (default: 3)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    names = _ALL if arguments.all else _SHORT
+    chosen = [_SMALL_C if name == _SMALL_C.name else workloads.by_name(name) for name in names]
+    try:
+        commit = revision.commit_of(_ROOT, arguments.base)
+        print(f"building {commit[:12]}", file=sys.stderr)
+        base = revision.build(_ROOT, commit, _BUILDS)
+    except revision.CannotBuild as error:
+        print(error, file=sys.stderr)
+        return 1
+    comparisons = []
+    for comparison in compare(
+        base,
+        _ROOT,
+        chosen,
+        algorithms=ALGORITHMS if arguments.all else ("adam",),
+        threads=arguments.threads,
+        budget_seconds=arguments.seconds,
+    ):
+        print(comparison.label, file=sys.stderr)
+        comparisons.append(comparison)
+    print(render(comparisons, f"{arguments.base} ({commit[:12]})"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

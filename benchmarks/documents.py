@@ -1,0 +1,63 @@
+"""Writes what a results file is shown in: pictures, `docs/performance.md`, the README's figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import headline, page, pictures
+from benchmarks.growth import Curves
+
+ROOT: Final = Path(__file__).parent.parent
+RESULTS: Final = ROOT / "benchmarks" / "results"
+PAGE: Final = ROOT / "docs" / "performance.md"
+README: Final = ROOT / "README.md"
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """The results, and what links call their file."""
+    return json.loads(path.read_text()), os.path.relpath(path, ROOT)
+
+
+def _curves(results: Mapping[str, Any]) -> list[Curves]:
+    return [Curves(**data) for data in results.get("growth", ())]
+
+
+def page_of(path: Path, page_path: Path = PAGE) -> str:
+    """The page for the results in `path`, with links as from `page_path`."""
+    results, source = _read(path)
+    links = {
+        curves.name: os.path.relpath(pictures.path_of(path, curves), page_path.parent)
+        for curves in _curves(results)
+    }
+    return page.render(results, source, links)
+
+
+def readme_of(path: Path, readme: str) -> str:
+    """The README with its figures taken from the results in `path`."""
+    return headline.replace(readme, headline.render(*_read(path)))
+
+
+def write(path: Path) -> None:
+    """Writes everything for the results in `path`.
+
+    Results of a whole run are in `benchmarks/results/`; for others the page goes beside them, and
+    the README stays as it is.
+    """
+    whole = path.parent.resolve() == RESULTS.resolve()
+    page_path = PAGE if whole else path.with_suffix(".md")
+    written = [page_path]
+    try:
+        written += pictures.draw(_curves(_read(path)[0]), path)
+    except ImportError as error:
+        print(f"no pictures: {error}", file=sys.stderr)
+    page_path.write_text(page_of(path, page_path))
+    if whole:
+        README.write_text(readme_of(path, README.read_text()))
+        written.append(README)
+    for file in written:
+        print(f"wrote {file}", file=sys.stderr)

@@ -1,0 +1,96 @@
+#include "cuda_part.h"
+
+#include <ATen/ops/zeros.h>
+
+#include "devices.h"
+
+#if defined(RECAP_WITH_CUDA)
+#include "../cuda/engine.h"
+#endif
+
+namespace recap {
+
+#if defined(RECAP_WITH_CUDA)
+
+class CudaPart::EngineHolder {
+ public:
+  EngineHolder(at::Device device, const Plan& plan)
+      : engine(device_number(device), plan, current_stream(device)) {}
+  cuda::Engine engine;
+};
+
+namespace {
+
+Plan plan_of(const std::vector<Slot>& slots) { return {slots, cut_tiles(slots, cuda::kTileSize)}; }
+
+template <typename Step>
+void run_on(cuda::Engine& engine, const Step& step, void* stream) {
+  py::gil_scoped_release release;  // a launch waits while the queue of the device is full
+  engine.run(step, stream);
+}
+
+}  // namespace
+
+CudaPart::CudaPart(at::Device device, const std::vector<Slot>& slots) : device_(device) {
+  if (is_capturing(device)) {
+    throw std::runtime_error(
+        "the optimizer must build its plan before a CUDA graph is captured: take a step with the "
+        "same parameters and gradients first, and change neither param groups nor state after it");
+  }
+  engine_ = std::make_unique<EngineHolder>(device, plan_of(slots));
+}
+
+void CudaPart::run(const Step& step) { run_on(engine_->engine, step, current_stream(device_)); }
+
+void CudaPart::run(const cuda::DeviceStep& step) {
+  run_on(engine_->engine, step, current_stream(device_));
+}
+
+#else  // devices.cpp sends no tensor here
+
+class CudaPart::EngineHolder {};
+CudaPart::CudaPart(at::Device device, const std::vector<Slot>&) : device_(device) {
+  throw std::logic_error("this build has no CUDA engine");
+}
+void CudaPart::run(const Step&) {}
+void CudaPart::run(const cuda::DeviceStep&) {}
+
+#endif
+
+CudaPart::~CudaPart() = default;
+CudaPart::CudaPart(CudaPart&&) noexcept = default;
+
+void CudaPart::set_schedules(const at::Tensor& schedules, const at::Tensor& rates,
+                             const at::Tensor& epoch) {
+  schedules_ = schedules;
+  rates_ = rates;
+  epoch_ = epoch;
+  rate_table_ = {schedules.const_data_ptr<double>(), rates.mutable_data_ptr<double>(),
+                 epoch.mutable_data_ptr<int64_t>(), static_cast<uint32_t>(rates.numel())};
+}
+
+void CudaPart::take_step_counts(std::vector<SlotTensors>& slots, const std::vector<char>& is_new) {
+  const auto size = static_cast<int64_t>(slots.size());
+  // Slots that do not count, SGD's, have a count of their own all the same: it tells the kernel
+  // whether the momentum buffer is new.
+  at::Tensor host = at::zeros({size}, at::kFloat);
+  auto* const values = host.mutable_data_ptr<float>();
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const at::Tensor& step = slots[i].step_count();
+    if (!step.defined()) {
+      values[i] = is_new[i] ? 0.0f : 1.0f;
+    } else if (step.device().is_cpu()) {
+      values[i] = step.item().toFloat();
+    }
+  }
+  counts_ = host.to(device_);
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const at::Tensor step = slots[i].step_count();
+    if (!step.defined() || slots[i].param().device() != device_) continue;
+    const at::Tensor count = counts_.select(0, static_cast<int64_t>(i));
+    if (!step.device().is_cpu()) count.copy_(step.reshape({}));
+    slots[i].set_step_count(count);
+  }
+}
+
+}  // namespace recap

@@ -1,0 +1,21 @@
+// Where tensors live in torch's terms, and which engine steps them there.
+#pragma once
+
+#include "python.h"
+
+namespace recap {
+
+enum class EngineKind { none, cpu, cuda };
+
+bool has_cuda_engine();
+
+EngineKind engine_for(at::Device device);
+
+// Of a device with the CUDA engine: its number, and torch's current stream there, a cudaStream_t.
+int device_number(at::Device device);
+void* current_stream(at::Device device);
+
+// Whether that stream is being captured into a graph.
+bool is_capturing(at::Device device);
+
+}  // namespace recap

@@ -1,0 +1,376 @@
+"""Steps whose values are computed on the device: capturable optimizers, device schedules, graphs.
+
+Without a GPU these run in the build whose emulated CUDA engine steps CPU tensors; a graph that is
+captured and replayed takes a real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recap_fast.config import (
+    LearningRate,
+    LinearRampToConstant,
+    LinearRampToCosine,
+    PiecewiseConstant,
+)
+from recap_fast.optim import FusedAdam, FusedSGD
+from recap_fast.optim.combined import FusedCombinedOptimizer
+from recap_fast.shim import RecapLRShim
+from tests.optim.helpers import (
+    EMULATED,
+    FUSED,
+    TORCH,
+    UPDATES,
+    assert_unchanged,
+    numbers,
+    parameter,
+    parameters,
+    same_bits,
+    set_grads,
+    snapshot,
+    wrapped,
+)
+
+SCHEDULES = {
+    "constant": LearningRate(constant=0.05),
+    "piecewise": LearningRate(
+        piecewise_constant=PiecewiseConstant(
+            learning_rate_boundaries=[2, 5], learning_rate_values=[0.1, 0.03, 0.007]
+        )
+    ),
+    "ramp": LearningRate(
+        linear_ramp_to_constant=LinearRampToConstant(learning_rate=0.1, num_ramp_steps=3)
+    ),
+    "cosine": LearningRate(
+        linear_ramp_to_cosine=LinearRampToCosine(
+            learning_rate=0.1, final_learning_rate=0.01, num_ramp_steps=2, final_num_steps=9
+        )
+    ),
+}
+
+
+@pytest.fixture
+def device() -> torch.device:
+    if EMULATED:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("this machine has no CUDA device")
+    return torch.device("cuda")
+
+
+@contextlib.contextmanager
+def _capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A region in which the current stream is captured."""
+    if EMULATED:
+        with monkeypatch.context() as patch:
+            patch.setenv("RECAP_EMULATED_CAPTURE", "1")
+            yield
+    else:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            yield
+
+
+def _twins(update: str, device: torch.device, **options: Any) -> tuple[Any, list[Any], list[Any]]:
+    algorithm, own = UPDATES[update]
+    params = [parameters(3, device=device) for _ in range(2)]
+    optimizers = [
+        FUSED[algorithm](group, **own, **options, capturable=capturable)
+        for group, capturable in zip(params, (False, True), strict=True)
+    ]
+    return optimizers, *params
+
+
+def _assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
+    for index, (one, other) in enumerate(zip(a, b, strict=True)):
+        assert same_bits(one.data, other.data), f"parameter {index}"
+
+
+# --- capturable ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_values_of_the_device_have_the_bits_of_the_host(update: str, device: torch.device) -> None:
+    optimizers, *params = _twins(update, device)
+    for step in range(6):
+        for group, optimizer in zip(params, optimizers, strict=True):
+            set_grads(group, step)
+            if step == 2:
+                group[1].grad = None  # its count stands still
+            optimizer.step()
+        _assert_same_bits(*params)
+    host, values = optimizers
+    for mine, other in zip(*params, strict=True):
+        assert host.state[mine].keys() == values.state[other].keys()
+        for key, state in values.state[other].items():
+            assert torch.equal(state.cpu(), host.state[mine][key].cpu()), key
+
+
+def test_step_counts_are_on_the_device(device: torch.device) -> None:
+    params = parameters(2, device=device)
+    optimizer = FusedAdam(params, capturable=True)
+    for _ in range(3):
+        optimizer.step()
+    for param in params:
+        count = optimizer.state[param]["step"]
+        assert (count.shape, count.dtype, count.device.type) == ((), torch.float32, device.type)
+        assert count.item() == 3
+
+
+def test_a_count_is_that_of_the_parameter(device: torch.device) -> None:
+    """Also after the plan was built anew, and for a parameter without elements."""
+    params = [*parameters(2, device=device), nn.Parameter(torch.empty(0, 3, device=device))]
+    params[2].grad = torch.empty(0, 3, device=device)
+    optimizer = FusedAdam(params, capturable=True)
+    optimizer.step()
+    params[0].grad = None
+    optimizer.step()
+    late = parameter((2, 2), 5, device=device)
+    late.grad = numbers((2, 2), 6, torch.float32, device)
+    optimizer.add_param_group({"params": [late]})
+    optimizer.step()
+    counts = [optimizer.state[param]["step"].item() for param in (*params, late)]
+    assert counts == [1, 3, 3, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("algorithm", ["adam", "adagrad", "sgd"])
+def test_a_tensor_rate_is_read_where_it_is(
+    algorithm: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    params = [parameters(2, device=device) for _ in range(2)]
+    rate = torch.tensor(0.0, dtype=dtype, device=device)
+    by_tensor = FUSED[algorithm](params[0], lr=rate, capturable=True)
+    by_number = FUSED[algorithm](params[1], lr=0.0, capturable=True)
+    for step in range(3):
+        rate.fill_(0.1 / (step + 1))
+        by_number.param_groups[0]["lr"] = rate.item()
+        for group, optimizer in zip(params, (by_tensor, by_number), strict=True):
+            set_grads(group, step)
+            optimizer.step()
+    _assert_same_bits(*params)
+
+
+def test_checkpoints_go_to_and_from_host_values(device: torch.device) -> None:
+    for source in (False, True):
+        optimizers, *params = _twins("amsgrad", device)
+        if source:
+            optimizers.reverse()
+            params.reverse()
+        set_grads(params[0], 0)
+        for _ in range(2):
+            optimizers[0].step()
+        saved = copy.deepcopy(optimizers[0].state_dict())
+        own = dict(optimizers[1].param_groups[0])
+        optimizers[1].load_state_dict(saved)
+        optimizers[1].param_groups[0]["capturable"] = own["capturable"]
+        with torch.no_grad():
+            for mine, other in zip(*params, strict=True):
+                other.copy_(mine)
+                other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        _assert_same_bits(*params)
+        assert [state["step"].item() for state in optimizers[1].state.values()] == [3, 3, 3]
+
+
+def test_a_checkpoint_of_torchs_capturable_adam_loads(device: torch.device) -> None:
+    if EMULATED:
+        pytest.skip("torch's own capturable Adam needs a CUDA device")
+    params = [parameters(2, device=device) for _ in range(2)]
+    theirs = TORCH["adam"](params[0], lr=0.1, capturable=True)
+    theirs.step()
+    ours = FusedAdam(params[1], lr=0.1, capturable=True)
+    ours.load_state_dict(theirs.state_dict())
+    ours.step()
+    theirs.step()
+    assert [state["step"].item() for state in ours.state.values()] == [2, 2]
+
+
+def test_switching_capturable_off_brings_the_counts_back(device: torch.device) -> None:
+    params = parameters(2, device=device)
+    optimizer = FusedAdam(params, capturable=True)
+    optimizer.step()
+    optimizer.param_groups[0]["capturable"] = False
+    optimizer.step()
+    counts = [optimizer.state[param]["step"] for param in params]
+    assert [(count.item(), count.device.type) for count in counts] == [(2, "cpu"), (2, "cpu")]
+
+
+def test_dampening_waits_for_the_first_step_that_is_taken(device: torch.device) -> None:
+    """Which step that is, only the device knows, when a scaler may skip it."""
+    params = parameters(1, device=device)
+    optimizer = FusedSGD(params, lr=1.0, momentum=0.9, dampening=0.5, capturable=True)
+    for found in (1.0, 0.0):
+        optimizer.found_inf = torch.full((), found, device=device)
+        optimizer.step()
+    assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], params[0].grad)
+    optimizer.step()
+    expected = 0.9 * params[0].grad + 0.5 * params[0].grad
+    torch.testing.assert_close(optimizer.state[params[0]]["momentum_buffer"], expected)
+
+
+# --- schedules on the device ---------------------------------------------------------------------
+
+
+def _scheduled(
+    device: torch.device, device_schedule: bool
+) -> tuple[FusedCombinedOptimizer, RecapLRShim, list[nn.Parameter]]:
+    params = parameters(4, device=device)
+    algorithms = ("adam", "adagrad", "sgd", "adamw")
+    parts = [
+        wrapped({str(i): param}, algorithm, capturable=True)
+        for i, (param, algorithm) in enumerate(zip(params, algorithms, strict=True))
+    ]
+    optimizer = FusedCombinedOptimizer(list(zip("abcd", parts, strict=True)))
+    return optimizer, RecapLRShim(optimizer, SCHEDULES, device_schedule=device_schedule), params
+
+
+def test_rates_on_the_device_are_those_of_the_host(device: torch.device) -> None:
+    optimizer, scheduler, _ = _scheduled(device, device_schedule=True)
+    (rates,) = optimizer._device_rates
+    for step in range(12):
+        on_device = rates.rates.cpu()
+        on_host = torch.tensor(scheduler.get_last_lr(), dtype=torch.float64)
+        torch.testing.assert_close(on_device, on_host, rtol=1e-15, atol=0)
+        assert rates.epoch.item() == step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_trajectory_is_that_of_host_schedules(device: torch.device) -> None:
+    runs = [_scheduled(device, device_schedule) for device_schedule in (False, True)]
+    for step in range(12):
+        for optimizer, scheduler, params in runs:
+            set_grads(params, step)
+            optimizer.step()
+            scheduler.step()
+    for mine, other in zip(runs[0][2], runs[1][2], strict=True):
+        torch.testing.assert_close(mine, other, rtol=2**-22, atol=2**-24)
+
+
+def test_a_step_without_gradients_moves_the_schedules_too(device: torch.device) -> None:
+    optimizer, scheduler, params = _scheduled(device, device_schedule=True)
+    for param in params:
+        param.grad = None
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    (rates,) = optimizer._device_rates
+    torch.testing.assert_close(rates.rates.tolist(), scheduler.get_last_lr(), rtol=1e-15, atol=0)
+
+
+def test_a_resumed_run_goes_on_at_the_saved_step(device: torch.device) -> None:
+    whole, half, resumed = (_scheduled(device, device_schedule=True) for _ in range(3))
+    for step in range(10):
+        if step == 5:
+            resumed[0].init_state()
+            resumed[0].load_state_dict(half[0].state_dict())
+            resumed[1].load_state_dict(half[1].state_dict())
+            with torch.no_grad():
+                for mine, other in zip(resumed[2], half[2], strict=True):
+                    mine.copy_(other)
+        for optimizer, scheduler, params in (whole, half if step < 5 else resumed):
+            set_grads(params, step)
+            optimizer.step()
+            scheduler.step()
+    _assert_same_bits(whole[2], resumed[2])
+
+
+def test_a_rate_set_by_hand_under_a_device_schedule_is_refused(device: torch.device) -> None:
+    optimizer, scheduler, _ = _scheduled(device, device_schedule=True)
+    optimizer.step()
+    optimizer.param_groups[1]["lr"] = 0.5
+    with pytest.raises(RuntimeError, match=r"param group 1 was set to 0\.5"):
+        scheduler.step()
+
+
+def test_a_device_schedule_needs_capturable_groups(device: torch.device) -> None:
+    optimizer = FusedCombinedOptimizer([wrapped({"a": parameters(1, device=device)[0]})])
+    with pytest.raises(ValueError, match="param group 0 is not capturable"):
+        RecapLRShim(optimizer, {"a": SCHEDULES["ramp"]}, device_schedule=True)
+
+
+# --- capture -------------------------------------------------------------------------------------
+
+
+def test_a_capture_without_capturable_is_refused(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters(2, device=device)
+    optimizer = FusedAdam(params)
+    optimizer.step()
+    before = snapshot(optimizer, params)
+    with _capturing(monkeypatch), pytest.raises(RuntimeError, match="capturable=True"):
+        optimizer.step()
+    assert_unchanged(before, optimizer, params)
+    optimizer.step()
+
+
+def test_a_capture_of_the_first_step_is_refused(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters(2, device=device)
+    optimizer = FusedAdam(params, capturable=True)
+    with _capturing(monkeypatch), pytest.raises(RuntimeError, match="before a CUDA graph"):
+        optimizer.step()
+    optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [1, 1]
+
+
+def test_a_gradient_that_is_missing_during_capture_is_named(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters(2, device=device)
+    optimizer = FusedAdam([("first", params[0]), ("second", params[1])], capturable=True)
+    optimizer.step()
+    params[1].grad = None
+    with _capturing(monkeypatch), pytest.raises(RuntimeError, match="parameter second has no grad"):
+        optimizer.step()
+    optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [2, 1]
+
+
+def test_a_rate_changed_on_the_host_after_capture_is_refused(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters(2, device=device)
+    optimizer = FusedAdam(params, lr=0.1, capturable=True)
+    optimizer.step()
+    with _capturing(monkeypatch):
+        optimizer.step()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.2
+    with pytest.raises(RuntimeError, match=r"param group 0 changed from 0\.1 to 0\.2 after a CUDA"):
+        optimizer.step()
+
+
+def test_a_scheduler_that_changes_a_captured_rate_says_so(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer, scheduler, _ = _scheduled(device, device_schedule=False)
+    optimizer.step()
+    with _capturing(monkeypatch):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="device_schedule=True"):
+        scheduler.step()
+
+
+def test_a_device_schedule_goes_on_after_capture(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer, scheduler, _ = _scheduled(device, device_schedule=True)
+    optimizer.step()
+    scheduler.step()
+    with _capturing(monkeypatch):
+        optimizer.step()
+    scheduler.step()
+    optimizer.step()
+    scheduler.step()
