@@ -1,33 +1,24 @@
-"""Builds and runs the C++ tests of the core, and looks at the instructions in what was built.
-
-The build stays in ``build/csrc``, so that only the first run waits for it.
-"""
+"""Runs the C++ tests of the core, and looks at the instructions in what was built."""
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
-import subprocess
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCES = ROOT / "tests" / "csrc"
-BUILD = ROOT / "build" / "csrc"
+from tests.native_build import SOURCES, build, needs_compiler, run, run_ctest
+
 TESTS = sorted(
     str(path.relative_to(SOURCES).with_suffix(""))
     for folder in ("algorithms", "plan", "cpu")
     for path in (SOURCES / folder).glob("test_*.cpp")
 )
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None,
-    reason="needs cmake and a C++ compiler",
-)
+pytestmark = needs_compiler
 needs_x86_objects = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64")
     or shutil.which("objdump") is None
@@ -36,26 +27,14 @@ needs_x86_objects = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def build() -> Path:
-    configure = ["cmake", "-S", str(SOURCES), "-B", str(BUILD), "-DCMAKE_BUILD_TYPE=Release"]
-    if subprocess.run(configure, capture_output=True).returncode != 0:
-        shutil.rmtree(BUILD, ignore_errors=True)  # made by another cmake, or for another folder
-        _run(*configure)
-    _run("cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count()))
-    return BUILD
-
-
-def _run(*command: str) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
-    return done.stdout
+@pytest.fixture(scope="module", name="build")
+def _build() -> Path:
+    return build()
 
 
 @pytest.mark.parametrize("name", TESTS)
 def test_core(build: Path, name: str) -> None:
-    exact = f"^{re.escape(name)}$"
-    _run("ctest", "--test-dir", str(build), "--output-on-failure", "--no-tests=error", "-R", exact)
+    run_ctest(name)
 
 
 def _kernels(build: Path, instruction_set: str) -> str:
@@ -67,7 +46,7 @@ def _instructions(kernels: str) -> dict[str, list[str]]:
     """The instructions of each function."""
     functions: dict[str, list[str]] = defaultdict(list)
     name = ""
-    for line in _run("objdump", "-dC", "--no-show-raw-insn", "-M", "att", kernels).splitlines():
+    for line in run("objdump", "-dC", "--no-show-raw-insn", "-M", "att", kernels).splitlines():
         if header := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
             name = header[1]
         elif "\t" in line:
@@ -81,7 +60,7 @@ def test_no_function_of_a_kernels_object_can_replace_another(
     build: Path, instruction_set: str
 ) -> None:
     """A weak copy compiled for AVX-512 could be the one that the linker keeps for everybody."""
-    symbols = _run("nm", "-C", "--defined-only", _kernels(build, instruction_set)).splitlines()
+    symbols = run("nm", "-C", "--defined-only", _kernels(build, instruction_set)).splitlines()
     exported = [symbol for symbol in symbols if symbol.split()[1] not in "tTrRdDbB"]
     assert exported == []
     visible = [symbol.split(maxsplit=2)[2] for symbol in symbols if symbol.split()[1].isupper()]
@@ -91,7 +70,7 @@ def test_no_function_of_a_kernels_object_can_replace_another(
 @needs_x86_objects
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 def test_vector_kernels_call_no_scalar_math(build: Path, instruction_set: str) -> None:
-    undefined = _run("nm", "-C", "--undefined-only", _kernels(build, instruction_set)).split()
+    undefined = run("nm", "-C", "--undefined-only", _kernels(build, instruction_set)).split()
     assert not {"fma", "fmaf", "sqrt", "sqrtf"} & set(undefined)
 
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs glibc and a C compiler",
 )
 
+
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """Calls of malloc and its like in one step, by number of threads and case of allocations.py."""
