@@ -14,6 +14,7 @@ from torchrec.optim.warmup import WarmupOptimizer
 
 from recap_fast.closure import evaluate
 from recap_fast.state import has_state, new_state
+from recap_fast.state_memory import StateMemory
 
 _WRAPPERS = (keyed.KeyedOptimizerWrapper, keyed.OptimizerWrapper)
 
@@ -159,7 +160,7 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
 
     def _new_states(self, wanted: Callable[[Tensor], bool]) -> list[_NewState]:
         """The state to give to each wanted dense parameter that has none; nothing is changed."""
-        new_states = []
+        new_states, memory = [], StateMemory()
         for wrapper in _walk(self):
             if isinstance(wrapper, WarmupOptimizer):
                 param = wrapper._warmup_param
@@ -170,7 +171,7 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
             for group in leaf.param_groups:
                 for param in group["params"]:
                     if wanted(param) and not has_state(leaf.state.get(param)):
-                        entries = new_state(leaf, group, param)
+                        entries = new_state(leaf, group, param, memory)
                         new_states.append(_NewState(leaf.state, group, param, entries))
         return new_states
 

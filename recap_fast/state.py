@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recap_fast.state_memory import StateMemory
+
 
 def _step_count() -> Tensor:
     """A 0-dim CPU tensor in the dtype torch.optim counts steps in: that of the default dtype."""
@@ -24,7 +26,10 @@ def has_state(state: Mapping[str, Any] | None) -> bool:
 
 
 def new_state(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], param: Tensor
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    param: Tensor,
+    memory: StateMemory,
 ) -> dict[str, Tensor]:
     """Returns the state of ``param`` before its first step, under torch's names.
 
@@ -32,6 +37,7 @@ def new_state(
         optimizer: a `torch.optim.Adam` (or AdamW), `Adagrad` or `SGD`, or a subclass.
         group: the param group of ``param``.
         param: a dense floating point tensor of any shape.
+        memory: where the state goes; one for all parameters whose state is made together.
 
     Returns:
         Tensors of the shape, dtype, device and memory layout of ``param``, all zero (Adagrad's
@@ -42,18 +48,15 @@ def new_state(
         TypeError: for any other class of optimizer.
     """
 
-    def full(value: float = 0.0) -> Tensor:
-        return torch.full_like(param, value, memory_format=torch.preserve_format)
-
     if isinstance(optimizer, torch.optim.Adam):
-        state = {"step": _step_count(), "exp_avg": full(), "exp_avg_sq": full()}
-        if group["amsgrad"]:
-            state["max_exp_avg_sq"] = full()
-        return state
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+        moments = {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names)}
+        return {"step": _step_count(), **moments}
     if isinstance(optimizer, torch.optim.Adagrad):
-        return {"step": _step_count(), "sum": full(group["initial_accumulator_value"])}
+        start = group["initial_accumulator_value"]
+        return {"step": _step_count(), "sum": memory.full_like(param, start, 0)}
     if isinstance(optimizer, torch.optim.SGD):
-        return {"momentum_buffer": full()} if group["momentum"] != 0 else {}
+        return {"momentum_buffer": memory.full_like(param, 0.0, 0)} if group["momentum"] else {}
     raise TypeError(
         f"cannot make state for {type(optimizer).__name__}; it must be Adam, AdamW, Adagrad or SGD"
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recap_fast.optim import FusedAdam
 from recap_fast.state import has_state, new_state
+from recap_fast.state_memory import StateMemory
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {}),
@@ -46,7 +47,7 @@ def test_state_is_that_of_torch(name: str, layout: str, dtype: torch.dtype) -> N
     optimizer_class, options = OPTIMIZERS[name]
     param = nn.Parameter(data)
     optimizer = optimizer_class([param], **options)
-    state = new_state(optimizer, optimizer.param_groups[0], param)
+    state = new_state(optimizer, optimizer.param_groups[0], param, StateMemory())
     assert list(state) == list(expected)
     for key, value in expected.items():
         made = state[key]
@@ -67,7 +68,7 @@ def test_steps_are_counted_in_torchs_dtype(default: torch.dtype) -> None:
         param = nn.Parameter(torch.ones(3))
         expected = _state_of_torch("adam", param)["step"].dtype
         optimizer = torch.optim.Adam([param])
-        state = new_state(optimizer, optimizer.param_groups[0], param)
+        state = new_state(optimizer, optimizer.param_groups[0], param, StateMemory())
     finally:
         torch.set_default_dtype(previous)
     assert state["step"].dtype == expected
@@ -76,7 +77,7 @@ def test_steps_are_counted_in_torchs_dtype(default: torch.dtype) -> None:
 def test_entries_do_not_share_memory() -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([param], amsgrad=True)
-    state = new_state(optimizer, optimizer.param_groups[0], param)
+    state = new_state(optimizer, optimizer.param_groups[0], param, StateMemory())
     addresses = {value.data_ptr() for value in state.values()} | {param.data_ptr()}
     assert len(addresses) == 5
 
@@ -85,7 +86,7 @@ def test_another_optimizer_is_refused_by_name() -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.RMSprop([param])
     with pytest.raises(TypeError, match="RMSprop"):
-        new_state(optimizer, optimizer.param_groups[0], param)
+        new_state(optimizer, optimizer.param_groups[0], param, StateMemory())
 
 
 @pytest.mark.parametrize(

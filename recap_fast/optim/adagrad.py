@@ -57,6 +57,7 @@ class FusedAdagrad(FusedOptimizer, optim.Adagrad):
             eps,
             maximize=maximize,
         )
+        self._place_state()
         if capturable:  # no key of torch's param groups, which must stay loadable there
             self.defaults["capturable"] = True
             for group in self.param_groups:

@@ -11,6 +11,7 @@ from recap_fast._native import native
 from recap_fast.closure import evaluate
 from recap_fast.optim.observed import observed
 from recap_fast.optim.stepper import Stepper
+from recap_fast.state_memory import StateMemory
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -56,6 +57,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             # How the optimizer that wrote a checkpoint ran its step says nothing about this one.
             group["foreach"] = group["fused"] = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the state goes where a step reads it fast, which is a copy in any case."""
+        super().load_state_dict(state_dict)
+        self._place_state()
+
+    def _place_state(self) -> None:
+        memory = StateMemory()
+        for state in self.state.values():
+            memory.adopt(state)
 
     @observed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recap_fast._native import native
 from recap_fast.state import new_state
+from recap_fast.state_memory import StateMemory
 
 if TYPE_CHECKING:
     from recap_fast.device_rates import DeviceRates
@@ -119,7 +120,8 @@ class Stepper:
             for param in group["params"]
         ]
         first = self._plan.slots_without_state
-        made = [(slots[i][0].state, slots[i][2], new_state(*slots[i])) for i in first]
+        memory = StateMemory()
+        made = [(slots[i][0].state, slots[i][2], new_state(*slots[i], memory)) for i in first]
         before = [dict(states[param]) if param in states else None for states, param, _ in made]
         outcome = None
         try:

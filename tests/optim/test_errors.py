@@ -272,7 +272,7 @@ BAD_STATES: dict[str, tuple[str, Callable[[Tensor], Any], type[Exception]]] = {
     "a step of integers": ("step", lambda value: torch.tensor(1), RuntimeError),
     "a step of several numbers": ("step", lambda value: torch.ones(2), RuntimeError),
     "a step that is a number": ("step", lambda value: 1.0, TypeError),
-    "a wrapper": ("exp_avg", lambda value: TwoTensor(value, value.clone()), TypeError),
+    "a wrapper": ("exp_avg", lambda value: TwoTensor(value.clone(), value.clone()), TypeError),
 }
 
 

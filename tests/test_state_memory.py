@@ -1,0 +1,103 @@
+"""Where new state goes: separate, laid out like its parameter, and as ordinary as it can be."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recap_fast.optim import FusedAdagrad, FusedAdam
+from recap_fast.state_memory import StateMemory
+
+SHAPES = [(), (1,), (7,), (3, 5), (0, 4), (129, 128), (2, 3, 4, 5)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_states_are_like_their_parameters_and_share_no_memory(dtype: torch.dtype) -> None:
+    memory = StateMemory()
+    params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
+    params.append(nn.Parameter(torch.ones(8, 6, dtype=dtype).t()))
+    params.append(nn.Parameter(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)))
+    states = [memory.full_like(param, i, i) for param in params for i in range(3)]
+    for state, param in zip(states, [param for param in params for _ in range(3)], strict=True):
+        assert (state.shape, state.dtype) == (param.shape, param.dtype)
+        assert state.stride() == param.stride()
+        assert not state.requires_grad
+        assert not state._is_view()
+    for index, state in enumerate(states):
+        assert (state == index % 3).all()
+    extents = sorted(_extent(tensor) for tensor in [*states, *params] if tensor.numel())
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(extents))
+    assert all(begin % 64 == 0 for begin, _ in map(_extent, states) if begin)
+
+
+def test_a_parameter_with_gaps_gets_dense_state() -> None:
+    param = nn.Parameter(torch.ones(4, 6)[:, ::2])
+    state = StateMemory().empty_like(param, 0)
+    assert (state.shape, state.is_contiguous()) == ((4, 3), True)
+
+
+def test_small_states_are_packed() -> None:
+    memory = StateMemory()
+    params = [torch.ones(3) for _ in range(5)]
+    states = [memory.empty_like(param, 0) for param in params]
+    begins = [state.data_ptr() for state in states]
+    assert begins == [begins[0] + 64 * i for i in range(5)]
+    assert len({state.untyped_storage().data_ptr() for state in states}) == 1
+
+
+def test_blocks_that_are_full_are_followed_by_others() -> None:
+    memory = StateMemory()
+    states = [memory.empty_like(torch.empty(16_000), 0) for _ in range(40)]
+    assert len({state.untyped_storage().data_ptr() for state in states}) == 3
+
+
+def test_large_states_have_storage_of_their_own_at_offsets_of_their_own() -> None:
+    memory = StateMemory()
+    param = torch.empty(100_000)
+    states = [memory.empty_like(param, index) for index in range(3)]
+    for state in states:
+        assert state.untyped_storage().nbytes() <= param.numel() * 4 + 4096
+    offsets = {tensor.data_ptr() % 4096 // 64 for tensor in [param, *states]}
+    assert len(offsets) == 4
+
+
+def test_a_subclass_or_another_device_gets_torchs_memory() -> None:
+    param = torch.empty(3, device="meta")
+    assert StateMemory().empty_like(param, 0).device.type == "meta"
+
+
+@pytest.mark.parametrize("cls", [FusedAdam, FusedAdagrad])
+def test_optimizers_are_copied_saved_and_loaded(cls: type[torch.optim.Optimizer]) -> None:
+    params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(200, 200))]
+    for param in params:
+        param.grad = torch.full_like(param, 0.5)
+    optimizer = cls(params)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    loaded = cls(twins)
+    saved = torch.load(file, weights_only=True)
+    loaded.load_state_dict(saved)
+    copied = copy.deepcopy(optimizer)
+    for param, *others in zip(params, twins, copied.param_groups[0]["params"], strict=True):
+        for other in others:
+            other.grad = param.grad.clone()
+    for each in (optimizer, loaded, copied):
+        each.step()
+    for param, twin, other in zip(params, twins, copied.param_groups[0]["params"], strict=True):
+        assert torch.equal(param, twin)
+        assert torch.equal(param, other)
+    steps = [state["step"].item() for state in saved["state"].values()]
+    assert steps == [1, 1]  # what was loaded is the caller's, and stays so
