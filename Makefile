@@ -1,4 +1,4 @@
-# One obvious command each: demo, test, lint, bench, sanitize, clean.
+# One obvious command each: demo, test, lint, bench, sanitize, wheel, clean.
 PYTHON   ?= python3
 VENV     ?= .venv
 TORCH    ?= torch==2.13.0
@@ -10,7 +10,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 CSRC := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench bench-compare sanitize clean
+.PHONY: demo test lint format bench bench-compare sanitize wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/recap-fast demo
@@ -44,6 +44,10 @@ sanitize: $(VENV)/installed
 	cmake -S tests/csrc -B build/sanitize-thread -DRECAP_SANITIZE=thread
 	cmake --build build/sanitize-thread --parallel --target test_threads
 	ctest --test-dir build/sanitize-thread -R cpu/test_threads --output-on-failure --no-tests=error
+
+# Without torch's libraries, which it finds where it is installed; with the CUDA engine if there is nvcc.
+wheel: $(VENV)/installed
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) recap_fast_demo recap_fast/_C*.so recap_fast/_torch_version.py

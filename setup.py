@@ -39,6 +39,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         arguments = {
             "CMAKE_BUILD_TYPE": os.environ.get("RECAP_BUILD_TYPE", "Release"),
+            "RECAP_CUDA": os.environ.get("RECAP_CUDA", "AUTO"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(output),
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "PYBIND11_FINDPYTHON": "ON",
