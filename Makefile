@@ -10,13 +10,17 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 CSRC := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench bench-compare sanitize wheel clean
+.PHONY: demo test test-all lint format bench bench-compare sanitize wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/recap-fast demo
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -q
+
+# The tests of the benchmarks too, each workload run once.
+test-all: $(VENV)/built
+	$(BIN)/python -m pytest -q tests benchmarks
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -12,7 +12,6 @@ from torch import nn
 
 from benchmarks import ceiling
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
-from recap_fast.optim.combined import FusedCombinedOptimizer
 
 STATES: Final[Mapping[str, int]] = {"adam": 2, "adagrad": 1, "sgd": 0}
 """State tensors of an algorithm, as large as the parameter."""
@@ -66,6 +65,9 @@ def _keyed(combined: Callable[[list[Any]], Any], inner: type, groups: Groups) ->
 
 
 def _ours(groups: Groups, algorithm: str) -> Stepping:
+    # Not at the top of this file: it needs torchrec, which the other peers do without.
+    from recap_fast.optim.combined import FusedCombinedOptimizer
+
     return _keyed(FusedCombinedOptimizer, _OURS[algorithm], groups)
 
 

@@ -43,7 +43,12 @@ CudaPart::CudaPart(at::Device device, const std::vector<Slot>& slots) : device_(
 void CudaPart::run(const Step& step) { run_on(engine_->engine, step, current_stream(device_)); }
 
 void CudaPart::run(const cuda::DeviceStep& step) {
-  run_on(engine_->engine, step, current_stream(device_));
+  void* const stream = current_stream(device_);
+  if (stream != last_stream_ && !is_capturing(device_)) {
+    keep_for_current_stream(counts_);
+    last_stream_ = stream;
+  }
+  run_on(engine_->engine, step, stream);
 }
 
 #else  // devices.cpp sends no tensor here
@@ -84,11 +89,15 @@ void CudaPart::take_step_counts(std::vector<SlotTensors>& slots, const std::vect
     }
   }
   counts_ = host.to(device_);
+  last_stream_ = current_stream(device_);
   for (size_t i = 0; i < slots.size(); ++i) {
     const at::Tensor step = slots[i].step_count();
     if (!step.defined() || slots[i].param().device() != device_) continue;
     const at::Tensor count = counts_.select(0, static_cast<int64_t>(i));
-    if (!step.device().is_cpu()) count.copy_(step.reshape({}));
+    if (!step.device().is_cpu()) {
+      count.copy_(step.reshape({}));
+      keep_for_current_stream(step);
+    }
     slots[i].set_step_count(count);
   }
 }

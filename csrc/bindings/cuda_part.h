@@ -43,7 +43,8 @@ class CudaPart {
 
   at::Device device_;
   std::unique_ptr<EngineHolder> engine_;
-  at::Tensor counts_;  // float32, one per slot of the plan
+  at::Tensor counts_;            // float32, one per slot of the plan
+  void* last_stream_ = nullptr;  // that used them
   at::Tensor schedules_, rates_, epoch_;
   cuda::RateTable rate_table_;
 };

@@ -1,5 +1,7 @@
 #include "devices.h"
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #if defined(RECAP_WITH_CUDA)
 #include "../cuda/engine.h"
 #endif
@@ -28,6 +30,11 @@ void* current_stream(at::Device device) {
   static const py::handle get =
       py::object(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")).release();
   return reinterpret_cast<void*>(get(device_number(device)).cast<uintptr_t>());
+}
+
+void keep_for_current_stream(const at::Tensor& tensor) {
+  const at::Device device = tensor.device();
+  tensor.record_stream(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
 }
 
 bool is_capturing(at::Device device) {

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.optim import keyed
 
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
-from recap_fast.optim.combined import FusedCombinedOptimizer
+
+if TYPE_CHECKING:  # what needs torchrec is imported where it is used: the rest works without
+    from torchrec.optim import keyed
+
+    from recap_fast.optim.combined import FusedCombinedOptimizer
 
 FUSED: dict[str, type[FusedOptimizer]] = {
     "adam": FusedAdam,
@@ -152,11 +155,15 @@ def set_grads(params: Iterable[Tensor], seed: int) -> None:
 def wrapped(
     params: dict[str, nn.Parameter], algorithm: str = "adam", **options: Any
 ) -> keyed.KeyedOptimizerWrapper:
+    from torchrec.optim import keyed
+
     return keyed.KeyedOptimizerWrapper(params, lambda p: FUSED[algorithm](p, **options))
 
 
 def combined(params: Sequence[nn.Parameter]) -> FusedCombinedOptimizer:
     """The first parameter on Adam as `a.0`, the second on Adagrad as `b.1`, the rest on SGD."""
+    from recap_fast.optim.combined import FusedCombinedOptimizer
+
     return FusedCombinedOptimizer(
         [
             ("a", wrapped({"0": params[0]}, "adam", lr=0.1)),

@@ -21,6 +21,8 @@ void* current_stream(at::Device) {
   return nullptr;
 }
 
+void keep_for_current_stream(const at::Tensor&) {}
+
 // Set by tests: RECAP_EMULATED_CAPTURE=1.
 bool is_capturing(at::Device) {
   const char* capturing = std::getenv("RECAP_EMULATED_CAPTURE");

@@ -1,0 +1,142 @@
+// The part of a bound plan that CUDA devices step: with values from the host or computed there, and
+// what a CUDA graph may capture of it.
+#include <ATen/ops/full.h>
+
+#include <cmath>
+#include <sstream>
+
+#include "bound_plan.h"
+#include "devices.h"
+#include "scalar.h"
+
+namespace recap {
+
+bool BoundPlan::is_stepped_on_device(const SlotTensors& slot) const {
+  return device_values_ && !slot.is_inert() &&
+         engine_for(slot.param().device()) == EngineKind::cuda;
+}
+
+void BoundPlan::check_devices() const {
+  for (const Group& group : groups_) {
+    const at::Tensor& lr = group.reader.device_lr();
+    for (size_t i = group.begin; i < group.end; ++i) {
+      if (slots_[i].is_inert()) continue;
+      const at::Device device = slots_[i].param().device();
+      if (group.reader.capturable() && engine_for(device) != EngineKind::cuda) {
+        throw py::value_error(group.reader.name() + " has capturable=True, but its parameter " +
+                              slots_[i].name() + " is on " + device.str() +
+                              "; move it to a CUDA device or leave capturable off");
+      }
+      if (lr.defined() && lr.device() != device) {
+        throw py::value_error("the lr of " + group.reader.name() + " is a tensor on " +
+                              lr.device().str() + ", but its parameter " + slots_[i].name() +
+                              " is on " + device.str() +
+                              "; pass a number, or a group for each device");
+      }
+    }
+  }
+}
+
+// The address of a one-element float32 tensor on `device` with the value of `number`; null for
+// None. `kept` holds the tensor.
+const float* BoundPlan::on_device(const py::object& number, const char* name, at::Device device,
+                                  at::Tensor& kept) {
+  if (number.is_none()) return nullptr;
+  if (THPVariable_Check(number.ptr()) && THPVariable_Unpack(number.ptr()).numel() == 1) {
+    kept = THPVariable_Unpack(number.ptr()).detach().to(device, at::kFloat);
+  } else {
+    kept = at::full({}, scalar(number, name, 0.0), at::TensorOptions(device).dtype(at::kFloat));
+  }
+  return kept.const_data_ptr<float>();
+}
+
+void BoundPlan::run_cuda_parts(const py::object& grad_scale, const py::object& found_inf) {
+  if (!device_values_) {
+    for (CudaPart& part : cuda_parts_) part.run(step_);
+    return;
+  }
+  device_step_.grads = step_.grads;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const at::Tensor& lr = groups_[i].reader.device_lr();
+    cuda::DeviceGroup& group = device_step_.groups[i];
+    group = {groups_[i].reader.hyper(), nullptr, true};
+    if (scheduled_rates_[i]) {
+      group.lr = scheduled_rates_[i];
+    } else if (lr.defined()) {
+      group.lr = lr.const_data_ptr();
+      group.lr_is_double = lr.scalar_type() == at::kDouble;
+    }
+  }
+  for (CudaPart& part : cuda_parts_) {
+    at::Tensor scale, inf;
+    device_step_.grad_scale = on_device(grad_scale, "grad_scale", part.device(), scale);
+    device_step_.found_inf = on_device(found_inf, "found_inf", part.device(), inf);
+    device_step_.counts = part.step_counts();
+    device_step_.rates = part.rates();
+    part.run(device_step_);
+  }
+}
+
+void BoundPlan::set_schedules(const std::vector<size_t>& groups, const at::Tensor& schedules,
+                              const at::Tensor& rates, const at::Tensor& epoch) {
+  for (size_t i = 0; i < groups.size(); ++i) {
+    scheduled_rates_.at(groups[i]) = rates.const_data_ptr<double>() + i;
+  }
+  for (CudaPart& part : cuda_parts_) {
+    if (part.device() == rates.device()) part.set_schedules(schedules, rates, epoch);
+  }
+}
+
+bool BoundPlan::wants_device_values(const py::object& scalar) const {
+  return !device_values_ && THPVariable_Check(scalar.ptr()) &&
+         engine_for(THPVariable_Unpack(scalar.ptr()).device()) == EngineKind::cuda &&
+         !cuda_parts_.empty();
+}
+
+void BoundPlan::check_capture() {
+  for (const CudaPart& part : cuda_parts_) {
+    if (!is_capturing(part.device())) continue;
+    if (!device_values_) {
+      throw std::runtime_error(
+          "a CUDA graph would repeat the learning rates and step counts of this one step: create "
+          "the optimizer with capturable=True");
+    }
+    for (size_t slot = 0; slot < slots_.size(); ++slot) {
+      if (stepped_last_[slot] && !step_.grads[slot]) {
+        throw std::runtime_error(
+            "parameter " + slots_[slot].name() +
+            " has no gradient while a CUDA graph is captured, but had one in the step before: the "
+            "graph would never update it. Capture the backward pass too, or call "
+            "requires_grad_(False) and take a step first");
+      }
+    }
+    captured_rates_ = rates();
+    return;
+  }
+}
+
+std::vector<double> BoundPlan::rates() const {
+  std::vector<double> rates;
+  for (const Group& group : groups_) rates.push_back(group.reader.hyper().lr());
+  return rates;
+}
+
+void BoundPlan::check_captured_rates() {
+  if (captured_rates_.empty()) return;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    GroupReader& reader = groups_[i].reader;
+    reader.refresh();
+    const double captured = captured_rates_[i];
+    if (scheduled_rates_[i] || reader.device_lr().defined() || std::isnan(captured) ||
+        reader.hyper().lr() == captured)
+      continue;
+    std::ostringstream text;
+    text << "the lr of " << reader.name() << " changed from " << captured << " to "
+         << reader.hyper().lr()
+         << " after a CUDA graph was captured, which goes on with the former; set a tensor on the "
+            "device as lr and change its value, or create RecapLRShim with device_schedule=True";
+    throw std::runtime_error(text.str());
+  }
+}
+
+}  // namespace recap

@@ -1,0 +1,128 @@
+"""torch.amp.GradScaler without a host that waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from recap_fast.optim import FusedAdam, FusedSGD
+from tests.gpu.helpers import assert_same_bits, everything, spin
+from tests.optim.helpers import FUSED, UPDATES, parameters, set_grads
+
+SCALE = 2.0**10
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device is an error, as far as it goes through torch."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode(before)
+
+
+def _scaler(device: torch.device | str) -> torch.amp.GradScaler:
+    kind = torch.device(device).type
+    scaler = torch.amp.GradScaler(kind, init_scale=SCALE, growth_interval=10_000)
+    scaler.scale(torch.ones((), device=device))  # makes the scale's tensor
+    return scaler
+
+
+def _set_scaled_grads(params: list[torch.nn.Parameter], seed: int) -> None:
+    set_grads(params, seed)
+    for param in params:
+        param.grad.mul_(SCALE)
+
+
+def test_the_check_notices_waiting(device: torch.device, no_waiting: None) -> None:
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        torch.ones((), device=device).item()
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
+@pytest.mark.parametrize("algorithm", ["adam", "adagrad", "sgd"])
+def test_a_scaled_step_does_not_wait(
+    algorithm: str, capturable: bool, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    params = parameters(6, device=device)
+    options = {"momentum": 0.9} if algorithm == "sgd" else {}
+    optimizer = FUSED[algorithm](params, capturable=capturable, **options)
+    scaler = _scaler(device)
+    for _ in range(2):  # the first builds the plan, with values from the device
+        _set_scaled_grads(params, 0)
+        scaler.step(optimizer)
+        scaler.update()
+    torch.cuda.synchronize()
+    request.getfixturevalue("no_waiting")
+    for _ in range(3):
+        spin()
+        spun = torch.cuda.Event()
+        spun.record()
+        scaler.step(optimizer)
+        scaler.update()
+        assert not spun.query(), "the host waited for the device"
+    torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.state[params[0]].get("step", torch.tensor(5)).item() == 5
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
+def test_a_step_does_not_wait(
+    capturable: bool, scaled: bool, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    params = parameters(6, device=device)
+    optimizer = FusedAdam(params, capturable=capturable)
+    if scaled:
+        optimizer.grad_scale = torch.tensor(SCALE, device=device)
+        optimizer.found_inf = torch.zeros((), device=device)
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.synchronize()
+    request.getfixturevalue("no_waiting")
+    spin()
+    spun = torch.cuda.Event()
+    spun.record()
+    for step in range(5):
+        if not capturable:
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        optimizer.step()
+    assert not spun.query(), "the host waited for the device"
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_scaled_steps_have_the_bits_of_the_cpu(update: str, device: torch.device) -> None:
+    """The third of them is skipped: on the device nobody but the kernel knows."""
+    algorithm, options = UPDATES[update]
+    results = []
+    for where in (device, "cpu"):
+        params = parameters(4, device=where)
+        optimizer, scaler = FUSED[algorithm](params, lr=0.1, **options), _scaler(where)
+        for step in range(5):
+            _set_scaled_grads(params, step)
+            if step == 2:
+                params[3].grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            if step == 2:
+                scaler.update(SCALE)
+        assert scaler.get_scale() == SCALE
+        results.append(everything(optimizer, params))
+    assert_same_bits(*results)
+
+
+def test_a_skipped_first_step_leaves_the_next_one_the_first(device: torch.device) -> None:
+    params = parameters(2, device=device)
+    optimizer = FusedSGD(params, lr=1.0, momentum=0.9, dampening=0.5)
+    scaler = _scaler(device)
+    _set_scaled_grads(params, 0)
+    params[0].grad[0, 0] = float("nan")
+    before = [param.detach().clone() for param in params]
+    scaler.step(optimizer)
+    assert_same_bits([param.detach() for param in params], before)
+    scaler.update(SCALE)
+    _set_scaled_grads(params, 1)
+    scaler.step(optimizer)
+    expected = params[0].grad / SCALE
+    assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], expected)
