@@ -225,6 +225,29 @@ def test_fused_rates_are_synced_after_every_change() -> None:
 # Resuming
 
 
+def test_a_step_does_not_search_for_the_optimizers_inside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would take longer than all else for an optimizer of many groups."""
+    params = {str(i): nn.Parameter(torch.ones(2)) for i in range(3)}
+    parts = [
+        (name, keyed.KeyedOptimizerWrapper({name: param}, partial(torch.optim.SGD, lr=1.0)))
+        for name, param in params.items()
+    ]
+    optimizer = CombinedOptimizer(parts)
+    rate = LearningRate(
+        piecewise_constant=PiecewiseConstant(
+            learning_rate_boundaries=[1], learning_rate_values=[0.5, 0.25]
+        )
+    )
+    scheduler = RecapLRShim(optimizer, dict.fromkeys(params, rate))
+    monkeypatch.setattr("recap_fast.keyed._walk", None)
+    optimizer.zero_grad()
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25] * 3
+
+
 @pytest.mark.parametrize("step", range(NUM_STEPS))
 def test_resume_continues_the_schedules(step: int) -> None:
     optimizer = two_towers_and_tables()

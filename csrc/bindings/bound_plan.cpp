@@ -25,8 +25,12 @@ Algorithm algorithm_named(const std::string& name) {
 // How many slots ahead a step reads, to hide the latency of memory that backward has evicted.
 constexpr size_t kPrefetch = 8;
 
+// What is neither true nor false, the group's reader refuses by name.
 bool is_capturable(const py::dict& group) {
-  return group.contains("capturable") && PyObject_IsTrue(group["capturable"].ptr()) == 1;
+  if (!group.contains("capturable")) return false;
+  const int truth = PyObject_IsTrue(group["capturable"].ptr());
+  if (truth < 0) PyErr_Clear();
+  return truth == 1;
 }
 
 struct DeviceOrder {

@@ -58,7 +58,5 @@ class FusedAdagrad(FusedOptimizer, optim.Adagrad):
             maximize=maximize,
         )
         self._place_state()
-        if capturable:  # no key of torch's param groups, which must stay loadable there
-            self.defaults["capturable"] = True
-            for group in self.param_groups:
-                group.setdefault("capturable", True)
+        if capturable:
+            self._mark_capturable()

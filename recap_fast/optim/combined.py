@@ -50,7 +50,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
     def __init__(
         self, optims: Sequence[keyed.KeyedOptimizer | tuple[str, keyed.KeyedOptimizer]]
     ) -> None:
-        super().__init__(list(optims))
+        super().__init__(optims)
         self._device_rates: Sequence[DeviceRates] = ()
         self._prepare()
 

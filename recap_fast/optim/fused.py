@@ -58,6 +58,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             # How the optimizer that wrote a checkpoint ran its step says nothing about this one.
             group["foreach"] = group["fused"] = None
 
+    def _mark_capturable(self) -> None:
+        """For a class of torch's that has no such option, and must go on loading what we save."""
+        self.defaults["capturable"] = True
+        for group in self.param_groups:
+            group.setdefault("capturable", True)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the state goes where a step reads it fast, which is a copy in any case."""
         super().load_state_dict(state_dict)

@@ -49,7 +49,5 @@ class FusedSGD(FusedOptimizer, optim.SGD):
     ) -> None:
         self._check_execution(foreach, fused, differentiable, capturable)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
-        if capturable:  # no key of torch's param groups, which must stay loadable there
-            self.defaults["capturable"] = True
-            for group in self.param_groups:
-                group.setdefault("capturable", True)
+        if capturable:
+            self._mark_capturable()

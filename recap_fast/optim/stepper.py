@@ -72,7 +72,7 @@ class Stepper:
     def move_with(self, device_rates: Sequence[DeviceRates]) -> None:
         """From now on, every step uses ``device_rates``, and moves them on."""
         self._device_rates = device_rates
-        self._plan = None
+        self._drop_plan()
 
     def check_captured_rates(self) -> None:
         """Raises RuntimeError if a rate on the host differs from that in a captured CUDA graph."""
@@ -88,10 +88,13 @@ class Stepper:
     def _optimizers(self) -> list[FusedOptimizer]:
         return [reference() for reference in self._references]
 
-    def _build(self, first: Sequence[int] = ()) -> None:
+    def _drop_plan(self) -> None:
         if self._plan is not None and self._plan.is_captured:
             self._captured.append(self._plan)  # the graph goes on reading its memory
         self._plan = None
+
+    def _build(self, first: Sequence[int] = ()) -> None:
+        self._drop_plan()
         sources = []
         optimizers = self._optimizers()
         for number, (optimizer, names_of) in enumerate(zip(optimizers, self._names, strict=True)):
@@ -131,7 +134,7 @@ class Stepper:
             outcome = self._plan.step(grad_scale, found_inf)
         finally:
             if outcome != native.STEPPED:
-                self._plan = None
+                self._drop_plan()
                 for (states, param, _), entries in zip(made, before, strict=True):
                     if entries is None:
                         states.pop(param, None)

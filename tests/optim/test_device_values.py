@@ -374,3 +374,24 @@ def test_a_device_schedule_goes_on_after_capture(
     scheduler.step()
     optimizer.step()
     scheduler.step()
+
+
+def test_a_captured_plan_is_kept_when_another_takes_its_place(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph goes on reading its memory."""
+    optimizer, _, params = _scheduled(device, device_schedule=True)
+    optimizer.step()
+    with _capturing(monkeypatch):
+        optimizer.step()
+    stepper = optimizer._stepper
+    captured = [stepper._plan]
+    RecapLRShim(optimizer, SCHEDULES, device_schedule=True)
+    optimizer.step()
+    assert stepper._captured == captured
+    with _capturing(monkeypatch):
+        optimizer.step()
+    captured.append(stepper._plan)
+    params[0].data = params[0].data.clone()  # moved
+    optimizer.step()
+    assert stepper._captured == captured

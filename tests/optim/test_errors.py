@@ -359,6 +359,7 @@ WRONG = [
     ("adam", {"eps": [1e-8]}, TypeError),
     ("adam", {"weight_decay": {}}, TypeError),
     ("adamw", {"amsgrad": torch.ones(2)}, TypeError),
+    ("adam", {"capturable": torch.ones(2)}, TypeError),
     ("adagrad", {"lr_decay": "x"}, TypeError),
     ("sgd", {"momentum": "x"}, TypeError),
     ("sgd", {"dampening": None}, TypeError),
