@@ -105,20 +105,8 @@ TEST(device_values_for_every_update_and_dtype) {
 TEST(device_values_for_random_layouts) {
   std::mt19937 random(7);
   for (uint32_t seed = 0; seed < 6; ++seed) {
-    std::vector<Tensor> tensors;
-    for (int i = 0; i < 40; ++i) {
-      Tensor tensor;
-      tensor.update = all_updates()[random() % recap::kUpdates];
-      tensor.dtype = all_dtypes()[random() % recap::kDtypes];
-      tensor.size = i % 10 ? random() % 700 : random() % (3 * kTileSize);
-      tensor.has_grad = random() % 5 != 0;
-      tensor.step = 1 + static_cast<int>(random() % 3 ? random() % 4 : random() % 1000000);
-      if (random() % 2) {
-        for (int& shift : tensor.shift) shift = random() % 4;
-      }
-      tensors.push_back(tensor);
-    }
-    DeviceTwin device(tensors, seed);
+    const auto step = [&] { return 1 + (random() % 3 ? random() % 4 : random() % 1000000); };
+    DeviceTwin device(random_tensors(random, step), seed);
     check_steps(device, 2);
   }
 }

@@ -88,20 +88,7 @@ TEST(every_update_and_dtype_at_every_size_and_alignment) {
 TEST(random_layouts) {
   std::mt19937 random(7);
   for (uint32_t seed = 0; seed < 8; ++seed) {
-    std::vector<Tensor> tensors;
-    for (int i = 0; i < 40; ++i) {
-      Tensor tensor;
-      tensor.update = all_updates()[random() % recap::kUpdates];
-      tensor.dtype = all_dtypes()[random() % recap::kDtypes];
-      tensor.size = i % 10 ? random() % 700 : random() % (3 * kTileSize);
-      tensor.has_grad = random() % 5 != 0;
-      tensor.step = 1 + random() % 4;
-      if (random() % 2) {
-        for (int& shift : tensor.shift) shift = random() % 4;
-      }
-      tensors.push_back(tensor);
-    }
-    Twin twin(tensors, seed);
+    Twin twin(random_tensors(random, [&] { return 1 + random() % 4; }), seed);
     check_step(twin);
   }
 }

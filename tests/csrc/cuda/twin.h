@@ -39,6 +39,25 @@ struct Tensor {
   int step = 3;  // tensors with the same update and step share their values
 };
 
+// 40 tensors of any update, dtype, alignment and size, with steps from `step()`.
+template <typename Step>
+std::vector<Tensor> random_tensors(std::mt19937& random, Step&& step) {
+  std::vector<Tensor> tensors;
+  for (int i = 0; i < 40; ++i) {
+    Tensor tensor;
+    tensor.update = all_updates()[random() % recap::kUpdates];
+    tensor.dtype = all_dtypes()[random() % recap::kDtypes];
+    tensor.size = i % 10 ? random() % 700 : random() % (3 * recap::cuda::kTileSize);
+    tensor.has_grad = random() % 5 != 0;
+    tensor.step = static_cast<int>(step());
+    if (random() % 2) {
+      for (int& shift : tensor.shift) shift = random() % 4;
+    }
+    tensors.push_back(tensor);
+  }
+  return tensors;
+}
+
 class Twin {
  public:
   struct Side {
