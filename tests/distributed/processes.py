@@ -1,0 +1,94 @@
+"""Runs a function on several processes that are joined in a gloo process group."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(seconds=60)  # of one collective
+
+
+def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list:
+    """Calls ``function(*args)`` on each rank, with one thread; returns the results by rank.
+
+    Args:
+        world_size: how many processes.
+        function: importable by name; finds its rank with `torch.distributed.get_rank`.
+        args: pickled.
+        timeout: seconds for all of it.
+
+    Raises:
+        RuntimeError: with the tracebacks, if a process failed or did not end in time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # Imported once, in the server, from which every process is forked.
+    context.set_forkserver_preload(["torchrec", "torchrec.distributed", "recap_fast"])
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_main, args=(rank, world_size, folder, function, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        _wait(processes, time.monotonic() + timeout)
+        failures, results = [], []
+        for rank, process in enumerate(processes):
+            outcome = Path(folder, f"outcome{rank}")
+            if process.exitcode != 0 or not outcome.exists():
+                said = Path(folder, f"failure{rank}")
+                failures.append(
+                    f"rank {rank} ended with {process.exitcode}:\n"
+                    + (said.read_text() if said.exists() else "without a word")
+                )
+            else:
+                results.append(pickle.loads(outcome.read_bytes()))
+        if failures:
+            raise RuntimeError("\n".join(failures))
+        return results
+
+
+def _wait(processes: list, deadline: float) -> None:
+    """Until all have ended; if one fails or time is up, the others get a moment, then are killed."""
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode not in (None, 0) for process in processes):
+            deadline = min(deadline, time.monotonic() + 5)
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        for process in processes:
+            process.join(timeout=0.02)
+
+
+def _main(rank: int, world_size: int, folder: str, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    # What torchrun sets, and torchrec reads.
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+    )
+    try:
+        store = dist.FileStore(f"{folder}/store", world_size)
+        dist.init_process_group(
+            "gloo", rank=rank, world_size=world_size, store=store, timeout=TIMEOUT
+        )
+        result = function(*args)
+        Path(folder, f"outcome{rank}").write_bytes(pickle.dumps(result))
+        dist.barrier()  # or a peer's connection is closed while it still works
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"failure{rank}").write_text(traceback.format_exc())
+        sys.exit(1)
