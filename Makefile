@@ -18,9 +18,9 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/python -m pytest -q
 
-# The tests of the benchmarks too, each workload run once.
+# The long tests too (many processes, kills), and those of the benchmarks, each workload run once.
 test-all: $(VENV)/built
-	$(BIN)/python -m pytest -q tests benchmarks
+	$(BIN)/python -m pytest -q -m "" tests benchmarks
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

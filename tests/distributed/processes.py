@@ -60,7 +60,7 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: floa
 
 
 def _wait(processes: list, deadline: float) -> None:
-    """Until all have ended; if one fails or time is up, the others get a moment, then are killed."""
+    """Until all have ended; once one fails, the others get a moment before they are killed."""
     while any(process.is_alive() for process in processes):
         if any(process.exitcode not in (None, 0) for process in processes):
             deadline = min(deadline, time.monotonic() + 5)
