@@ -11,17 +11,12 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include "../algorithms/updates.h"
+#include "local_tensor.h"
 #include "python.h"
 
 namespace recap {
 
 constexpr int kMaxProbed = kMaxStates + 1;  // the states and the step count
-
-// A tensor with one of these is not what its memory says: a subclass without memory of its own, or
-// a lazily negated or zeroed view.
-constexpr c10::DispatchKeySet kWrapperKeys{c10::DispatchKey::Python,
-                                           c10::DispatchKey::PythonTLSSnapshot};
-constexpr c10::DispatchKeySet kLazyKeys{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor};
 
 // The gradient, without the warning that Tensor::grad() gives of tensors that are no leaves.
 inline const at::Tensor& gradient_of(const c10::TensorImpl* impl) {
@@ -34,13 +29,16 @@ class Probe {
  public:
   // Of an inert slot: sees whether the parameter is the same and has no gradient still.
   explicit Probe(PyObject* param)
-      : object_(param), impl_(THPVariable_Unpack(param).unsafeGetTensorImpl()), inert_(true) {}
+      : object_(param), leaf_(THPVariable_Unpack(param).unsafeGetTensorImpl()), inert_(true) {}
 
-  // `states` are the tensors that the plan holds addresses of. The caller keeps all objects alive.
-  Probe(PyObject* param, const std::vector<at::Tensor>& states, PyObject* state_dict)
-      : object_(param), state_dict_(state_dict) {
-    const at::Tensor& tensor = THPVariable_Unpack(param);
-    impl_ = tensor.unsafeGetTensorImpl();
+  // `states` are the tensors that the plan holds addresses of. `shard` is the local one of a
+  // parameter that is a DTensor, else null. The caller keeps all objects alive.
+  Probe(PyObject* param, PyObject* shard, const std::vector<at::Tensor>& states,
+        PyObject* state_dict)
+      : object_(param), shard_(shard), state_dict_(state_dict) {
+    leaf_ = THPVariable_Unpack(param).unsafeGetTensorImpl();
+    impl_ = shard ? THPVariable_Unpack(shard).unsafeGetTensorImpl() : leaf_;
+    if (shard) spec_ = spec_of(param);
     storage_ = impl_->unsafe_storage().unsafeGetStorageImpl();
     data_ = address(impl_);
     size_ = impl_->numel();
@@ -63,11 +61,14 @@ class Probe {
   // Whether `unchanged` sees all there is to see; otherwise SlotTensors::unchanged sees the rest.
   bool usual() const { return usual_; }
 
-  void bump_version() const { impl_->bump_version(); }
+  void bump_version() const {
+    leaf_->bump_version();
+    if (shard_) impl_->bump_version();
+  }
 
   void prefetch() const {
     __builtin_prefetch(object_);
-    prefetch_all(impl_);
+    prefetch_all(leaf_);
     prefetch_all(storage_);
     prefetch_all(static_cast<const torch::autograd::AutogradMeta*>(meta_));
     prefetch_all(last_grad_);
@@ -81,8 +82,9 @@ class Probe {
 
   // Whether the parameter and its states are the tensors of the plan, at the same addresses.
   bool unchanged() const {
-    if (THPVariable_Unpack(object_).unsafeGetTensorImpl() != impl_) return false;
-    if (inert_) return !gradient_of(impl_).defined();
+    if (THPVariable_Unpack(object_).unsafeGetTensorImpl() != leaf_) return false;
+    if (inert_) return !gradient_of(leaf_).defined();
+    if (shard_ && !shard_unchanged()) return false;
     if (impl_->dtype() != dtype_ || impl_->numel() != size_ ||
         impl_->is_contiguous() != contiguous_ || address(impl_) != data_) {
       return false;
@@ -104,13 +106,29 @@ class Probe {
   }
 
   const at::Tensor& grad() {
-    meta_ = impl_->autograd_meta();
-    return gradient_of(impl_);
+    meta_ = leaf_->autograd_meta();
+    return gradient_of(leaf_);
   }
 
   // The address of `grad` if it can be read as it is: dense, of the parameter's dtype, device and
-  // shape, and both contiguous. Else null.
+  // shape, and both contiguous; of a DTensor's local shard, if the other is sharded by the same
+  // spec. Else null.
   const void* plain(const at::Tensor& grad) {
+    if (!shard_) return plain_memory(grad);
+    // Made in Python, it has an object there.
+    const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
+    PyObject* const local = local_shard(object.ptr());
+    if (!local || spec_of(object.ptr()) != spec_) return nullptr;
+    return plain_memory(THPVariable_Unpack(local));
+  }
+
+ private:
+  bool shard_unchanged() const {
+    return local_shard(object_) == shard_ &&
+           THPVariable_Unpack(shard_).unsafeGetTensorImpl() == impl_ && spec_of(object_) == spec_;
+  }
+
+  const void* plain_memory(const at::Tensor& grad) {
     const c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
     if (!contiguous_ || impl->layout() != at::kStrided || impl->dtype() != dtype_ ||
         impl->device() != device_ || !impl->is_contiguous() || impl->numel() != size_ ||
@@ -127,7 +145,6 @@ class Probe {
     return address(impl);
   }
 
- private:
   struct State {
     const c10::TensorImpl* impl;
     c10::StorageImpl* storage;
@@ -148,7 +165,10 @@ class Probe {
   }
 
   PyObject* object_;
-  c10::TensorImpl* impl_;
+  PyObject* shard_ = nullptr;
+  PyObject* spec_ = nullptr;
+  c10::TensorImpl* leaf_;            // the parameter, which has the gradient
+  c10::TensorImpl* impl_ = nullptr;  // that with the memory: the parameter or its local shard
   c10::StorageImpl* storage_ = nullptr;
   void* data_ = nullptr;
   int64_t size_ = 0;

@@ -30,17 +30,15 @@ std::optional<Dtype> dtype_of(const at::Tensor& tensor) {
   }
 }
 
-bool is_wrapper_subclass(const at::Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->key_set().has_any(kWrapperKeys);
-}
-
-bool is_lazy(const at::Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->key_set().has_any(kLazyKeys);
-}
-
 // A dense tensor of `like`'s shape: its own strides if it is dense, else those torch would choose.
 at::Tensor dense_like(const at::Tensor& like) {
   return at::zeros_like(like.detach(), like.options(), at::MemoryFormat::Preserve);
+}
+
+bool sharded_alike(const py::object& a, const py::object& b) {
+  const py::handle first = spec_of(a.ptr()), second = spec_of(b.ptr());
+  return first.is(second) || (first.attr("placements").equal(second.attr("placements")) &&
+                              first.attr("mesh").equal(second.attr("mesh")));
 }
 
 bool same_layout(const at::Tensor& a, const at::Tensor& b) {
@@ -68,8 +66,9 @@ SlotTensors::SlotTensors(std::string name, py::object object, py::dict state, co
   if (!THPVariable_Check(object_.ptr())) {
     throw py::type_error(text("parameter ", name_, " is not a tensor"));
   }
+  shard_ = py::reinterpret_borrow<py::object>(local_shard(object_.ptr()));
   if (const auto refused = refusal()) {
-    if (gradient_of(param().unsafeGetTensorImpl()).defined()) {
+    if (gradient_of(THPVariable_Unpack(object_.ptr()).unsafeGetTensorImpl()).defined()) {
       if (refused->is_type_error) throw py::type_error(refused->message);
       throw std::runtime_error(refused->message);
     }
@@ -94,7 +93,7 @@ std::optional<SlotTensors::Refusal> SlotTensors::refusal() const {
   };
   if (is_wrapper_subclass(param())) {
     return type_error(" is a ", std::string(py::str(py::type::of(object_).attr("__name__"))),
-                      ", whose memory the fused step cannot reach; pass plain tensors");
+                      ", whose memory the fused step cannot reach; pass plain tensors or DTensors");
   }
   if (param().layout() != at::kStrided) {
     return runtime_error(" is ", param().layout(),
@@ -133,7 +132,7 @@ void SlotTensors::take_state(const Hyper& hyper) {
       (!state_dict_.contains("momentum_buffer") || state_dict_["momentum_buffer"].is_none())) {
     return;
   }
-  const auto entry = [&](const char* key) -> const at::Tensor& {
+  const auto entry = [&](const char* key) -> py::object {
     if (!state_dict_.contains(key)) {
       throw py::key_error(
           text("the state of parameter ", name_, " has no '", key,
@@ -143,11 +142,12 @@ void SlotTensors::take_state(const Hyper& hyper) {
     if (!THPVariable_Check(value.ptr())) {
       throw py::type_error(text("the state '", key, "' of parameter ", name_, " is not a tensor"));
     }
-    return THPVariable_Unpack(value.ptr());
+    return value;
   };
   const at::Tensor layout = dense_param_.defined() ? dense_param_ : param();
   for (const char* key : names) {
-    at::Tensor state = entry(key);
+    const py::object object = entry(key);
+    at::Tensor state = local(object, text("the state '", key, "'"));
     if (is_wrapper_subclass(state)) {
       throw py::type_error(text("the state '", key, "' of parameter ", name_,
                                 " is a tensor subclass whose memory the fused step cannot reach"));
@@ -160,13 +160,18 @@ void SlotTensors::take_state(const Hyper& hyper) {
                                     " on ", param().device(), "; they must agree"));
     }
     if (!same_layout(state, layout)) {  // as after loading a checkpoint of a contiguous copy
+      if (local_shard(object.ptr())) {
+        throw std::runtime_error(text("the local shard of the state '", key, "' of parameter ",
+                                      name_, " has the strides ", state.strides(),
+                                      ", the parameter's ", layout.strides(), "; they must agree"));
+      }
       state = dense_like(layout).copy_(state);
       state_dict_[key] = py::reinterpret_steal<py::object>(THPVariable_Wrap(state));
     }
     states_.push_back(state);
   }
   if (hyper.algorithm != Algorithm::sgd) {
-    step_ = entry("step");
+    step_ = THPVariable_Unpack(entry("step").ptr());
     if (step_.numel() == 1 && step_.device().is_cpu()) {
       const double count = step_.item().toDouble();
       if (!(count >= 0.0) || count != std::floor(count)) {
@@ -204,14 +209,46 @@ Probe SlotTensors::probe() const {
   if (inert_) return Probe(object_.ptr());
   std::vector<at::Tensor> fixed = states_;
   if (step_.defined()) fixed.push_back(step_);
-  return Probe(object_.ptr(), fixed, state_dict_.ptr());
+  return Probe(object_.ptr(), shard_.ptr(), fixed, state_dict_.ptr());
 }
 
 bool SlotTensors::unchanged() const {
   return state_items_.unchanged() && param().strides() == at::IntArrayRef(strides_);
 }
 
-const void* SlotTensors::gradient(const at::Tensor& grad, bool& needs_copy) {
+const at::Tensor& SlotTensors::local(const py::object& tensor, const std::string& what) const {
+  const py::handle shard = local_shard(tensor.ptr());
+  if (!shard && !shard_) return THPVariable_Unpack(tensor.ptr());
+  if (!shard || !shard_) {
+    throw py::type_error(text(what, " of parameter ", name_, shard ? " is" : " is not",
+                              " a DTensor, the parameter", shard_ ? " is" : " is not",
+                              "; they must agree"));
+  }
+  if (!sharded_alike(object_, tensor)) {
+    throw std::runtime_error(
+        text(what, " of parameter ", name_, " is sharded as ",
+             std::string(py::str(spec_of(tensor.ptr()))), ", the parameter as ",
+             std::string(py::str(spec_of(object_.ptr()))), "; they must agree: redistribute it"));
+  }
+  return THPVariable_Unpack(shard.ptr());
+}
+
+at::Tensor SlotTensors::grad() const {
+  if (redistributed_grad_) return THPVariable_Unpack(local_shard(redistributed_grad_.ptr()));
+  const at::Tensor& grad = gradient_of(THPVariable_Unpack(object_.ptr()).unsafeGetTensorImpl());
+  if (!shard_) return grad;
+  const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
+  return THPVariable_Unpack(local_shard(object.ptr()));
+}
+
+const void* SlotTensors::gradient(const at::Tensor& whole, bool& needs_copy) {
+  auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(whole));
+  redistributed_grad_ = py::object();
+  if (shard_ && local_shard(object.ptr()) && !sharded_alike(object_, object)) {
+    object = object.attr("redistribute")(object_.attr("device_mesh"), object_.attr("placements"));
+    redistributed_grad_ = object;
+  }
+  const at::Tensor& grad = local(object, "the gradient");
   if (grad.layout() != at::kStrided) {
     throw std::runtime_error(
         text("parameter ", name_, " has a ", grad.layout(),
@@ -243,7 +280,7 @@ const void* SlotTensors::gradient(const at::Tensor& grad, bool& needs_copy) {
 
 void SlotTensors::copy_in() {
   if (dense_param_.defined()) dense_param_.copy_(param().detach());
-  if (dense_grad_.defined()) dense_grad_.copy_(param().grad().detach());
+  if (dense_grad_.defined()) dense_grad_.copy_(grad().detach());
 }
 
 void SlotTensors::copy_out() {

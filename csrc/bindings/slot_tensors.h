@@ -24,7 +24,8 @@ class SlotTensors {
   SlotTensors(std::string name, py::object param, py::dict state, const Hyper& hyper);
 
   const std::string& name() const { return name_; }
-  const at::Tensor& param() const { return THPVariable_Unpack(object_.ptr()); }
+  // What this process holds of the parameter.
+  const at::Tensor& param() const { return THPVariable_Unpack((shard_ ? shard_ : object_).ptr()); }
   // Whether no engine can step the parameter, which without a gradient does no harm.
   bool is_inert() const { return inert_; }
   bool has_state() const { return has_state_; }
@@ -43,8 +44,12 @@ class SlotTensors {
 
   // The address of a gradient that is not plain, in the parameter's memory order. Raises an error
   // naming the parameter if the gradient does not fit it. `needs_copy` is set if the address is
-  // that of a buffer which `copy_in` fills.
+  // that of a buffer which `copy_in` fills. A DTensor that is sharded otherwise than the parameter
+  // is redistributed, as torch does.
   const void* gradient(const at::Tensor& grad, bool& needs_copy);
+
+  // What this process holds of the gradient, which `gradient` has accepted.
+  at::Tensor grad() const;
 
   // For a parameter with gaps in memory, or a gradient laid out otherwise than its parameter: fill
   // the dense copies before the engine runs, and write the parameter back after it.
@@ -58,11 +63,15 @@ class SlotTensors {
   };
   std::optional<Refusal> refusal() const;  // why no engine can step the parameter
   void take_state(const Hyper& hyper);
+  // The local shard of a DTensor that is sharded like the parameter, or a tensor that is none, like
+  // the parameter.
+  const at::Tensor& local(const py::object& tensor, const std::string& what) const;
 
   std::string name_;
   // The parameter is held as a Python object alone: torch.utils.swap_tensors, and with it
   // Module.to(), insists on the only reference to the tensor behind it.
   py::object object_;
+  py::object shard_;  // the local one, if the parameter is a DTensor
   bool inert_ = false;
   Dtype dtype_ = Dtype::float32;
   std::vector<int64_t> strides_;
@@ -75,6 +84,7 @@ class SlotTensors {
 
   at::Tensor dense_param_;  // defined only for a parameter with gaps
   at::Tensor dense_grad_;   // made when first needed
+  py::object redistributed_grad_;
 };
 
 }  // namespace recap

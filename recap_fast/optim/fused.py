@@ -30,8 +30,8 @@ class FusedOptimizer(torch.optim.Optimizer):
       learning rate may be a tensor there, and no step waits for the device.
     * With `torch.amp.GradScaler` gradients are divided by the scale on the fly; ``.grad`` keeps its
       scaled values.
-    * Sparse gradients, complex parameters and tensor subclasses without memory of their own are
-      refused by name.
+    * Of a DTensor the local shard is stepped. Sparse gradients, complex parameters and other tensor
+      subclasses without memory of their own are refused by name.
     """
 
     algorithm: ClassVar[str]

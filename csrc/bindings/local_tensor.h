@@ -1,0 +1,52 @@
+// What this process holds of a tensor: the local shard of a DTensor (torch.distributed.tensor), and
+// any other tensor itself.
+#pragma once
+
+#include <torch/csrc/autograd/variable.h>
+
+#include "python.h"
+
+namespace recap {
+
+// A tensor with one of these is not what its memory says: a subclass without memory of its own, or
+// a lazily negated or zeroed view.
+constexpr c10::DispatchKeySet kWrapperKeys{c10::DispatchKey::Python,
+                                           c10::DispatchKey::PythonTLSSnapshot};
+constexpr c10::DispatchKeySet kLazyKeys{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor};
+
+inline bool is_wrapper_subclass(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->key_set().has_any(kWrapperKeys);
+}
+
+inline bool is_lazy(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->key_set().has_any(kLazyKeys);
+}
+
+// An attribute that the object goes on holding, and so a borrowed reference; null if it has none.
+inline PyObject* held_attribute(PyObject* object, PyObject* name) {
+  PyObject* const value = PyObject_GetAttr(object, name);
+  if (value) {
+    Py_DECREF(value);
+  } else {
+    PyErr_Clear();
+  }
+  return value;
+}
+
+// The local shard of a DTensor; null for any other object.
+inline PyObject* local_shard(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
+  if (!THPVariable_Check(tensor) || !is_wrapper_subclass(THPVariable_Unpack(tensor))) {
+    return nullptr;
+  }
+  PyObject* const local = held_attribute(tensor, name);
+  return local && THPVariable_Check(local) ? local : nullptr;
+}
+
+// The mesh and the placements of a DTensor.
+inline PyObject* spec_of(PyObject* dtensor) {
+  static PyObject* const name = PyUnicode_InternFromString("_spec");
+  return held_attribute(dtensor, name);
+}
+
+}  // namespace recap

@@ -1,0 +1,188 @@
+"""The native step on parameters that are DTensors: the local shards step in the one call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedSGD
+from tests.distributed.processes import run
+
+CASES = {
+    "adam": (FusedAdam, torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "amsgrad": True}),
+    "adamw": (FusedAdamW, torch.optim.AdamW, {"lr": 0.02}),
+    "adagrad": (FusedAdagrad, torch.optim.Adagrad, {"lr": 0.05}),
+    "sgd": (FusedSGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+    "plain sgd": (FusedSGD, torch.optim.SGD, {"lr": 0.05}),
+}
+
+
+def make_model():
+    """Layers that two ranks cannot share evenly; of the last one, the second rank gets nothing."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3), nn.SiLU(), nn.Linear(3, 1))
+
+
+def backward(model, step):
+    inputs = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+    model(inputs).square().mean().backward()
+
+
+def full_values(model):
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+def compare_with_torch(case):
+    """Both on sharded models with equal gradients; every rank has the whole batch."""
+    fused, oracle, options = CASES[case]
+    models = [make_model() for _ in range(2)]
+    for model in models:
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+    ours = fused(models[0].parameters(), **options)
+    theirs = oracle(models[1].parameters(), foreach=False, **options)
+    shard_sizes = [p.to_local().numel() for p in models[0].parameters()]
+    for step in range(6):
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            backward(model, step)
+        for first, second in zip(*(model.parameters() for model in models), strict=True):
+            first.grad.to_local().copy_(second.grad.to_local())
+        ours.step()
+        theirs.step()
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        # A few roundings of float32 per step, of values around one.
+        torch.testing.assert_close(first.to_local(), second.to_local(), rtol=2e-6, atol=5e-7)
+        for key, value in theirs.state[second].items():
+            state = ours.state[first][key]
+            assert type(state) is type(value), key
+            if isinstance(value, DTensor):
+                assert state.placements == value.placements, key
+                torch.testing.assert_close(state.to_local(), value.to_local(), rtol=2e-6, atol=1e-7)
+            else:
+                assert state.item() == value.item() == 6
+    return shard_sizes
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fully_sharded_params_step_as_with_torch(case):
+    sizes = run(2, compare_with_torch, case)
+    assert min(sizes[1]) == 0 < min(sizes[0])  # an empty shard was among them
+
+
+def count_native_calls():
+    model = fully_shard(make_model())
+    optimizer = FusedAdam(model.parameters())
+    for step in range(2):  # state, then the plan
+        backward(model, step)
+        optimizer.step()
+    plan = optimizer._stepper._plan
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    return optimizer._stepper._plan is plan
+
+
+def test_the_plan_outlives_new_gradients():
+    assert run(2, count_native_calls) == [True, True]
+
+
+def sharded(tensor, placement):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return distribute_tensor(tensor, mesh, [placement])
+
+
+def step_with(make_gradient):
+    """A step with another gradient than one's own kind; returns what came of it, or the error."""
+    param = nn.Parameter(sharded(torch.ones(4, 4), Shard(0)))
+    other = nn.Parameter(torch.ones(3))
+    optimizer = FusedSGD([other, param], lr=1.0)
+    other.grad = torch.ones(3)
+    param.grad = make_gradient()
+    try:
+        optimizer.step()
+    except TypeError as error:
+        assert torch.equal(other, torch.ones(3))
+        return str(error)
+    return param.full_tensor().tolist()
+
+
+def rows():
+    return torch.arange(16.0).reshape(4, 4)
+
+
+def replicated_gradient():
+    return sharded(rows(), Replicate())
+
+
+def gradient_of_other_rows():
+    return sharded(rows(), Shard(1))
+
+
+@pytest.mark.parametrize("make_gradient", [replicated_gradient, gradient_of_other_rows])
+def test_a_gradient_that_is_sharded_otherwise_is_redistributed(make_gradient):
+    """As with torch: the backward of a sum gives a replicated one, for example."""
+    assert run(2, step_with, make_gradient) == [(1.0 - rows()).tolist()] * 2
+
+
+def step_with_plain_state():
+    param = nn.Parameter(sharded(torch.ones(4), Shard(0)))
+    optimizer = FusedAdam([param])
+    param.sum().backward()
+    optimizer.step()
+    before = param.to_local().clone(), optimizer.state[param]["step"].clone()
+    optimizer.state[param]["exp_avg"] = torch.zeros(2)
+    message = ""
+    try:
+        optimizer.step()
+    except TypeError as error:
+        message = str(error)
+    assert torch.equal(param.to_local(), before[0])
+    assert torch.equal(optimizer.state[param]["step"], before[1])
+    return message
+
+
+def test_a_plain_state_of_a_sharded_param_is_refused_by_name():
+    for message in run(2, step_with_plain_state):
+        assert "'exp_avg' of parameter 0 of param group 0 is not a DTensor" in message
+
+
+def swap_shard():
+    """A shard replaced, as `model.to()` and `load_state_dict(assign=True)` do, is a new plan."""
+    param = nn.Parameter(sharded(torch.ones(4), Shard(0)))
+    optimizer = FusedSGD([param], lr=1.0)
+    param.grad = sharded(torch.ones(4), Shard(0))
+    optimizer.step()
+    param._local_tensor = torch.full((2,), 5.0)
+    optimizer.step()
+    return param.to_local().tolist()
+
+
+def test_a_replaced_shard_is_noticed():
+    assert run(2, swap_shard) == [[4.0, 4.0]] * 2
+
+
+def replicated_beside_plain():
+    """Two DTensors of one plan, one of them replicated, and a plain tensor."""
+    params = [
+        nn.Parameter(sharded(torch.arange(6.0), Shard(0))),
+        nn.Parameter(sharded(torch.arange(6.0), Replicate())),
+        nn.Parameter(torch.arange(6.0)),
+    ]
+    optimizer = FusedSGD([{"params": params[:1]}, {"params": params[1:]}], lr=1.0)
+    for param in params:
+        param.sum().backward()
+    optimizer.step()
+    return [p.full_tensor().tolist() if isinstance(p, DTensor) else p.tolist() for p in params]
+
+
+def test_shards_replicas_and_plain_tensors_step_together():
+    expected = [[i - 1.0 for i in range(6)]] * 3
+    assert run(2, replicated_beside_plain) == [expected] * 2
