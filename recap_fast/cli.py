@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--batch-size",
-        type=_at_least(2),
+        type=_at_least(1),
         default=512,
         metavar="B",
         help="ratings per step (default: %(default)s)",

@@ -26,7 +26,7 @@ def test_help_names_every_option_and_the_data(capsys: pytest.CaptureFixture[str]
     [
         (["--steps", "0"], "argument --steps: '0' is not a whole number >= 1"),
         (["--steps", "many"], "argument --steps: 'many' is not a whole number >= 1"),
-        (["--batch-size", "1"], "argument --batch-size: '1' is not a whole number >= 2"),
+        (["--batch-size", "0"], "argument --batch-size: '0' is not a whole number >= 1"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number >= 0"),
         (["--threads", "0.5"], "argument --threads: '0.5' is not a whole number >= 1"),
         (["--stepz", "1"], "unrecognized arguments: --stepz 1"),

@@ -1,8 +1,11 @@
 """The demo's ranker: embeddings, a MaskNet backbone, one tower per task; and its schedules.
 
 The shape is that of the recap ranking model: parallel MaskNet blocks (Wang et al.,
-https://arxiv.org/abs/2102.07619) whose joined outputs pass one wide layer, then an MLP with batch
-normalisation per task. Every parameter of a task has `.{task}.` in its name, with `__` for `.`.
+https://arxiv.org/abs/2102.07619) whose joined outputs pass one wide layer, then an MLP per task.
+Every parameter of a task has `.{task}.` in its name, with `__` for `.`.
+
+Normalisation is by layer, not by batch: a rating's logits do not depend on the rest of the batch,
+so it does not matter how a batch is split over processes.
 
 The activation is SiLU, not ReLU: at a kink, rounding errors decide between two gradients, and any
 two optimizers that round differently would soon part ways, however correct both are.
@@ -79,16 +82,12 @@ class MaskNet(nn.Module):
 
 
 def _tower(in_features: int, hidden_features: tuple[int, ...]) -> nn.Sequential:
-    """An MLP with batch normalisation and one output, the logit.
-
-    A bias before batch normalisation would have no effect, and a gradient of rounding errors only,
-    which Adam would scale up to full steps.
-    """
+    """An MLP with layer normalisation and one output, the logit."""
     layers: list[nn.Module] = []
     for features in hidden_features:
         layers += [
             nn.Linear(in_features, features, bias=False),
-            nn.BatchNorm1d(features, affine=False),
+            nn.LayerNorm(features, elementwise_affine=False),
             nn.SiLU(),
         ]
         in_features = features

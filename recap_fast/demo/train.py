@@ -70,8 +70,7 @@ def train(
         dataset: what to train and test on.
         builders: names of the runs and their `build_optimizer`.
         steps: number of batches, at least 1; the schedules stretch to it.
-        batch_size: ratings per batch, at least 2 (batch normalisation) and at most the training
-            split.
+        batch_size: ratings per batch, at least 1 and at most the training split.
         seed: of the weights and of the order of the batches.
         make_model: called as `make_model(seed, table_sizes=...)`; gives a model whose embeddings
             are not fused yet.
@@ -85,8 +84,6 @@ def train(
     """
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
-    if batch_size < 2:
-        raise ValueError(f"batch_size={batch_size} must be at least 2, for batch normalisation")
     batches = dataset.batches(batch_size, seed)
     runs = {
         name: _prepare(make_model(seed, table_sizes=dataset.table_sizes), build, steps)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 
 from recap_fast.config import LearningRate
@@ -36,6 +38,15 @@ def test_a_tower_sees_only_its_own_parameters() -> None:
     touched = {name for name, p in model.towers.named_parameters() if p.grad.any()}
     assert touched
     assert all(name.startswith("recap__engagement__is_loved.") for name in touched)
+
+
+def test_logits_do_not_depend_on_the_rest_of_the_batch() -> None:
+    dataset = data.synthetic(300, seed=0)
+    model = build_model(0, table_sizes=dataset.table_sizes, **SMALL)
+    whole = next(dataset.test_batches(20))
+    alone = [model(rating) for rating in islice(dataset.test_batches(1), 20)]
+    # Rounding of the matrix products only: a sum's order depends on the batch's size.
+    torch.testing.assert_close(torch.cat(alone), model(whole), rtol=0, atol=1e-6)
 
 
 def test_equal_seeds_give_equal_weights_and_leave_the_random_state() -> None:
