@@ -343,3 +343,6 @@ def _list_tables_without_state(collection: FusedEmbeddingBagCollection) -> None:
                 optimizer.params[f"{name}.weight"] = weight
                 optimizer.state[weight] = {}
                 optimizer.param_groups[0]["params"].append(weight)
+
+
+from recap_fast.embeddings.sharded import set_table_optimizers  # noqa: E402

@@ -1,0 +1,243 @@
+"""Optimizers and learning rates of embedding tables: those of FBGEMM's table-batched kernels.
+
+Every hyperparameter here is one that FBGEMM's CUDA kernel of that algorithm honours; defaults are
+FBGEMM's. What the CPU lacks is refused when the tables are made, where device and dtype are known.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from recap_fast.config.base import (
+    BaseConfig,
+    Fraction,
+    NonNegative,
+    NumSteps,
+    Positive,
+    Share,
+    Step,
+)
+from recap_fast.config.rates import LearningRate
+
+
+class EmbeddingSgdConfig(BaseConfig):
+    """SGD; it takes nothing but a learning rate."""
+
+
+class EmbeddingAdagradConfig(BaseConfig):
+    """Adagrad with one accumulator per element.
+
+    Attributes:
+        eps: Added to the denominator.
+    """
+
+    eps: NonNegative = 1e-8
+
+
+class EmbeddingRowwiseAdagradConfig(BaseConfig):
+    """Adagrad with one accumulator per table row: the mean of the squared gradients of the row.
+
+    Attributes:
+        eps: Added to the denominator.
+        weight_decay: Strength of the decay; needs `weight_decay_mode`, else FBGEMM would ignore it.
+        weight_decay_mode: `l2` adds the decay to the gradient, `decouple` to the update. Only rows
+            that get a gradient decay.
+        max_norm: After an update, rows with a greater Euclidean norm are scaled down to this one.
+    """
+
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.0
+    weight_decay_mode: Literal["l2", "decouple"] | None = None
+    max_norm: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check_weight_decay(self) -> EmbeddingRowwiseAdagradConfig:
+        if self.weight_decay > 0 and self.weight_decay_mode is None:
+            raise ValueError("weight_decay needs a weight_decay_mode: l2 or decouple")
+        return self
+
+
+class EmbeddingEmaRowwiseAdagradConfig(EmbeddingRowwiseAdagradConfig):
+    """Row-wise Adagrad whose rows have a fast first half and a slow second half.
+
+    Every `step_ema` forward passes, all of a table's second half moves towards the first:
+    slow += step_ema_coef * (fast - slow). FBGEMM counts the passes of evaluation too, but moves
+    nothing then.
+
+    Attributes:
+        step_ema: How many forward passes from one move to the next.
+        step_start: The first forward pass, counted from 1, that may move.
+        step_ema_coef: How much of the way to move, 0 to 1.
+    """
+
+    step_ema: NumSteps = 10
+    step_start: Step = 0
+    step_ema_coef: Share = 0.6
+
+
+class EmbeddingEnsembleRowwiseAdagradConfig(EmbeddingRowwiseAdagradConfig):
+    """Row-wise Adagrad with an average of each table, with which the table is replaced at times.
+
+    Attributes:
+        step_ema: Every how many forward passes the average moves towards the table.
+        step_swap: Every how many forward passes the table becomes the average.
+        step_start: Up to this forward pass, the average becomes the table where it would move.
+        step_ema_coef: How much of the average stays when it moves, 0 to 1.
+        step_mode: `use_iter` keeps the average, `none` sets it to zero after each move.
+    """
+
+    step_ema: NumSteps = 10000
+    step_swap: NumSteps = 10000
+    step_start: Step = 0
+    step_ema_coef: Share = 0.6
+    step_mode: Literal["use_iter", "none"] = "use_iter"
+
+
+class EmbeddingPartialRowwiseAdamConfig(BaseConfig):
+    """Adam with one second moment per row, and decoupled weight decay.
+
+    Attributes:
+        beta_1, beta_2: Decay of the first and the second moment.
+        eps: Added to the denominator.
+        weight_decay: Strength of the decay; only rows that get a gradient decay.
+    """
+
+    beta_1: Fraction = 0.9
+    beta_2: Fraction = 0.999
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.0
+
+
+class EmbeddingAdamConfig(EmbeddingPartialRowwiseAdamConfig):
+    """Adam with decoupled weight decay; moments of rows without a gradient stay as they are.
+
+    Attributes:
+        rowwise_bias_correction: Correct the bias by the number of updates of each row, not by the
+            number of forward passes.
+    """
+
+    rowwise_bias_correction: Annotated[bool, Field(strict=True)] = False
+
+
+class EmbeddingLambConfig(EmbeddingPartialRowwiseAdamConfig):
+    """LAMB: Adam's step, scaled by the ratio of a row's norm to that of its step; full or with one
+    second moment per row. The decay is part of the step that is scaled.
+    """
+
+
+class EmbeddingLarsSgdConfig(BaseConfig):
+    """SGD whose step is scaled by the ratio of a row's norm to that of its gradient.
+
+    Attributes:
+        momentum: Momentum of the scaled step.
+        weight_decay: Added to the gradient, in proportion to the weight.
+        eta: Trust coefficient: the factor of the norms' ratio.
+    """
+
+    momentum: NonNegative = 0.9
+    weight_decay: NonNegative = 0.0
+    eta: NonNegative = 0.001
+
+
+EmbeddingSection = (
+    EmbeddingSgdConfig
+    | EmbeddingAdagradConfig
+    | EmbeddingRowwiseAdagradConfig
+    | EmbeddingEmaRowwiseAdagradConfig
+    | EmbeddingEnsembleRowwiseAdagradConfig
+    | EmbeddingAdamConfig
+    | EmbeddingPartialRowwiseAdamConfig
+    | EmbeddingLambConfig
+    | EmbeddingLarsSgdConfig
+)
+
+_ALGORITHMS = (
+    "sgd",
+    "adagrad",
+    "rowwise_adagrad",
+    "ema_rowwise_adagrad",
+    "ensemble_rowwise_adagrad",
+    "adam",
+    "partial_rowwise_adam",
+    "lamb",
+    "partial_rowwise_lamb",
+    "lars_sgd",
+)
+
+
+class TableOptimizerConfig(BaseConfig):
+    """What is different about one embedding table; what is not given is as for the others.
+
+    Attributes:
+        learning_rate: The schedule.
+        gradient_clipping: Gradients with respect to the table's pooled output are clamped, element
+            by element, to this magnitude.
+        stochastic_rounding: Whether updates of float16 tables are rounded up or down at random; by
+            default where the device can, which the CPU cannot.
+        sgd, ...: The algorithm, at most one of them; its hyperparameters replace all others. Not
+            every device has every algorithm; that is checked when the tables are made.
+    """
+
+    at_most_one_of = (_ALGORITHMS,)
+
+    learning_rate: LearningRate | None = None
+    gradient_clipping: Positive | None = None
+    stochastic_rounding: Annotated[bool, Field(strict=True)] | None = None
+    sgd: EmbeddingSgdConfig | None = None
+    adagrad: EmbeddingAdagradConfig | None = None
+    rowwise_adagrad: EmbeddingRowwiseAdagradConfig | None = None
+    ema_rowwise_adagrad: EmbeddingEmaRowwiseAdagradConfig | None = None
+    ensemble_rowwise_adagrad: EmbeddingEnsembleRowwiseAdagradConfig | None = None
+    adam: EmbeddingAdamConfig | None = None
+    partial_rowwise_adam: EmbeddingPartialRowwiseAdamConfig | None = None
+    lamb: EmbeddingLambConfig | None = None
+    partial_rowwise_lamb: EmbeddingLambConfig | None = None
+    lars_sgd: EmbeddingLarsSgdConfig | None = None
+
+
+class EmbeddingOptimizerConfig(TableOptimizerConfig):
+    """The optimizer of the embedding tables.
+
+    Attributes:
+        learning_rate: The schedule of the tables.
+        init_learning_rate: The rate with which the tables are made, before a schedule sets it.
+        tables: By table name, what is different for some of them; a name is that of an
+            `EmbeddingBagConfig`, in whichever collection.
+        gradient_clipping, stochastic_rounding, sgd, ...: As in `TableOptimizerConfig`; no algorithm
+            means sgd.
+    """
+
+    init_learning_rate: NonNegative | None = None
+    tables: dict[Annotated[str, Field(min_length=1)], TableOptimizerConfig] = Field(
+        default_factory=dict
+    )
+
+    @property
+    def algorithm(self) -> tuple[str, EmbeddingSection]:
+        """The name of the chosen algorithm and its section; sgd if none was chosen."""
+        for name in self._given(_ALGORITHMS):
+            return name, getattr(self, name)
+        return "sgd", EmbeddingSgdConfig()
+
+    @property
+    def table_learning_rates(self) -> dict[str, LearningRate]:
+        """The schedules of the tables that have their own."""
+        return {
+            name: table.learning_rate
+            for name, table in self.tables.items()
+            if table.learning_rate is not None
+        }
+
+    def for_table(self, name: str) -> EmbeddingOptimizerConfig:
+        """Returns what holds for a table: no `tables`, and what is different in their place."""
+        own = self.tables.get(name, TableOptimizerConfig())
+        changes = {
+            field: value
+            for field in TableOptimizerConfig.model_fields
+            if (value := getattr(own, field)) is not None
+        }
+        if own._given(_ALGORITHMS):
+            changes = {**dict.fromkeys(_ALGORITHMS), **changes}
+        return self.model_copy(update={**changes, "tables": {}})

@@ -1,0 +1,147 @@
+"""What FBGEMM's table-batched kernels have, and their arguments for a configured table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fbgemm_gpu.config import FeatureGateName
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from fbgemm_gpu.tbe.config.optimizer_config import (
+    EmainplaceModeDefinition,
+    EnsembleModeDefinition,
+    StepMode,
+    UserEnabledConfigDefinition,
+)
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
+
+from recap_fast.config import EmbeddingOptimizerConfig
+from recap_fast.schedules import compute_lr
+
+OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "ema_rowwise_adagrad": EmbOptimType.EMAINPLACE_ROWWISE_ADAGRAD,
+    "ensemble_rowwise_adagrad": EmbOptimType.ENSEMBLE_ROWWISE_ADAGRAD,
+    "adam": EmbOptimType.ADAM,
+    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
+    "lamb": EmbOptimType.LAMB,
+    "partial_rowwise_lamb": EmbOptimType.PARTIAL_ROWWISE_LAMB,
+    "lars_sgd": EmbOptimType.LARS_SGD,
+}
+# fbgemm_gpu/split_table_batched_embeddings_ops_training.py, "is not supported in CPU mode".
+ON_CPU = ("sgd", "adagrad", "rowwise_adagrad", "ema_rowwise_adagrad")
+
+# FBGEMM's names where they are not ours.
+_RENAMED = {"beta_1": "beta1", "beta_2": "beta2"}
+_WEIGHT_DECAY_MODES = {"l2": WeightDecayMode.L2, "decouple": WeightDecayMode.DECOUPLE}
+_STEP_MODES = {"use_iter": StepMode.USE_ITER, "none": StepMode.NONE}
+_EMA_FIELDS = ("step_ema", "step_start", "step_ema_coef")
+_ENSEMBLE_FIELDS = (*_EMA_FIELDS, "step_swap", "step_mode")
+
+
+@dataclass(frozen=True)
+class TableKernel:
+    """How FBGEMM trains a table. Tables that are equal in this may share a table-batched module.
+
+    Attributes:
+        arguments: Keyword arguments of `SplitTableBatchedEmbeddingBagsCodegen`, hashable ones.
+        schedule: The table's schedule, as text; empty without one.
+    """
+
+    arguments: tuple[tuple[str, Any], ...]
+    schedule: str
+
+
+def table_kernel(
+    emb_optimizer_config: EmbeddingOptimizerConfig,
+    table: BaseEmbeddingConfig,
+    device: torch.device,
+) -> TableKernel:
+    """Returns how FBGEMM is to train a table.
+
+    Raises:
+        ValueError: The device lacks or ignores something that is configured; the message names it.
+    """
+    config = emb_optimizer_config.for_table(table.name)
+    algorithm, section = config.algorithm
+    given = section.model_dump(exclude_none=True)
+    _check_algorithm(algorithm, table.name, device)
+    if device.type == "cpu":
+        _check_honoured_on_cpu(config, table)
+
+    arguments: dict[str, Any] = {"optimizer": OPTIMIZERS[algorithm]}
+    if algorithm == "ema_rowwise_adagrad":
+        mode = {name: given.pop(name) for name in _EMA_FIELDS}
+        arguments["emainplace_mode"] = EmainplaceModeDefinition(**mode)
+    if algorithm == "ensemble_rowwise_adagrad":
+        mode = {name: given.pop(name) for name in _ENSEMBLE_FIELDS}
+        mode["step_mode"] = _STEP_MODES[mode["step_mode"]]
+        arguments["ensemble_mode"] = EnsembleModeDefinition(**mode)
+    if given.pop("rowwise_bias_correction", False):
+        arguments["extra_optimizer_config"] = UserEnabledConfigDefinition(
+            use_rowwise_bias_correction=True
+        )
+    if "weight_decay_mode" in given:
+        given["weight_decay_mode"] = _WEIGHT_DECAY_MODES[given["weight_decay_mode"]]
+    arguments |= {_RENAMED.get(name, name): value for name, value in given.items()}
+    if config.gradient_clipping is not None:
+        arguments |= {"gradient_clipping": True, "max_gradient": config.gradient_clipping}
+    if config.stochastic_rounding is not None:
+        arguments["stochastic_rounding"] = config.stochastic_rounding
+    arguments["learning_rate"] = _first_rate(config, table.name)
+
+    rate = config.learning_rate
+    schedule = "" if rate is None else rate.model_dump_json(exclude_none=True)
+    return TableKernel(tuple(sorted(arguments.items())), schedule)
+
+
+def _first_rate(config: EmbeddingOptimizerConfig, name: str) -> float:
+    if config.init_learning_rate is not None:
+        return config.init_learning_rate
+    if config.learning_rate is not None:
+        return compute_lr(config.learning_rate, 0)
+    raise ValueError(
+        f"emb_optimizer_config has no rate for the table {name}: set learning_rate or "
+        "init_learning_rate"
+    )
+
+
+def _check_algorithm(algorithm: str, name: str, device: torch.device) -> None:
+    if device.type == "cpu" and algorithm not in ON_CPU:
+        raise ValueError(
+            f"emb_optimizer_config chooses {algorithm} for the table {name}: FBGEMM has no "
+            f"{algorithm} on the CPU, only {', '.join(ON_CPU)}"
+        )
+    gate = FeatureGateName.TBE_ENSEMBLE_ROWWISE_ADAGRAD
+    if algorithm == "ensemble_rowwise_adagrad" and not gate.is_enabled():
+        raise ValueError(
+            f"emb_optimizer_config chooses {algorithm} for the table {name}, which FBGEMM has only "
+            f"where the environment variable FBGEMM_{gate.name} is 1"
+        )
+
+
+def _check_honoured_on_cpu(config: EmbeddingOptimizerConfig, table: BaseEmbeddingConfig) -> None:
+    """Raises if FBGEMM's CPU kernels would ignore something that is configured."""
+    algorithm, section = config.algorithm
+    on_cpu = f"for the table {table.name}, but FBGEMM ignores it on the CPU"
+    if getattr(section, "max_norm", None) is not None:
+        raise ValueError(
+            f"emb_optimizer_config: {algorithm}.max_norm is {section.max_norm} {on_cpu}: leave it "
+            "out"
+        )
+    # Row-wise Adagrad has a second CPU kernel, for float32 tables of one feature, without decay.
+    decays = table.data_type != DataType.FP32 or len(table.feature_names) > 1
+    if getattr(section, "weight_decay", 0) > 0 and not decays:
+        raise ValueError(
+            f"emb_optimizer_config: {algorithm}.weight_decay is {section.weight_decay} {on_cpu}, "
+            "except for float16 tables and tables of several features: set it to 0"
+        )
+    if config.stochastic_rounding:
+        raise ValueError(
+            f"emb_optimizer_config: stochastic_rounding is true {on_cpu}, where float16 tables "
+            "round to nearest: leave it out"
+        )
