@@ -129,8 +129,10 @@ class MultiTaskRanker(nn.Module):
         )
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        embedded = self.embedding_norm(self.embeddings(batch.sparse).values())
-        shared = self.backbone(torch.cat([embedded, batch.dense], dim=1))
+        pooled = self.embeddings(batch.sparse)
+        # By name: tables that are sharded over processes come in the order of the processes.
+        embedded = torch.cat([pooled[feature] for feature in SPARSE_FEATURES], dim=1)
+        shared = self.backbone(torch.cat([self.embedding_norm(embedded), batch.dense], dim=1))
         return torch.cat([tower(shared) for tower in self.towers.values()], dim=1)
 
 
