@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch import nn
 
+from recap_fast.clipping import check_norm_is_global
 from recap_fast.config import (
     BaseConfig,
     EmbeddingOptimizerConfig,
@@ -18,6 +19,7 @@ from recap_fast.config import (
     RecapOptimizerConfig,
 )
 from recap_fast.embeddings import find_fused_optimizer  # first: says so if torchrec is missing
+from recap_fast.embeddings.built import check_built_kernels
 from recap_fast.grouping import group_parameters
 from recap_fast.shim import RecapLRShim
 
@@ -45,6 +47,7 @@ def assemble(
     emb_optimizer_config: EmbeddingOptimizerConfig | None,
     classes: OptimizerClasses,
     device_schedule: bool = False,
+    clip_grad_norm: float | None = None,
 ) -> tuple[Any, RecapLRShim]:
     """Makes optimizer and scheduler of the given classes; the rest is as in `build_optimizer`."""
     from torchrec.optim import keyed
@@ -52,6 +55,9 @@ def assemble(
     fused = find_fused_optimizer(model)
     fused_params = None if fused is None else fused.params
     groups = group_parameters(model, optimizer_config, emb_optimizer_config, fused_params)
+
+    if clip_grad_norm is not None:
+        check_norm_is_global(model)
 
     optimizers: list[keyed.KeyedOptimizer] = []
     for group in groups:
@@ -65,16 +71,24 @@ def assemble(
         optimizers.append(keyed.KeyedOptimizerWrapper(group.params, factory))
         _log_group(group.name, group.params, algorithm)
 
-    emb_learning_rate = None
+    emb_learning_rate, table_learning_rates = None, {}
     # A fused optimizer for which there is no rate has no tables: group_parameters has checked.
     if fused is not None and emb_optimizer_config is not None:
+        check_built_kernels(model, fused, emb_optimizer_config)
         optimizers.append(fused)
         emb_learning_rate = emb_optimizer_config.learning_rate
+        table_learning_rates = emb_optimizer_config.table_learning_rates
         _log_group("fused embeddings", fused.params, "updated in the backward pass")
 
-    optimizer = classes.combined(optimizers)
+    optimizer = classes.combined(optimizers, clip_grad_norm)
     lr_dict = {group.name: group.learning_rate for group in groups}
-    scheduler = RecapLRShim(optimizer, lr_dict, emb_learning_rate, device_schedule=device_schedule)
+    scheduler = RecapLRShim(
+        optimizer,
+        lr_dict,
+        emb_learning_rate,
+        device_schedule=device_schedule,
+        table_learning_rates=table_learning_rates,
+    )
     return optimizer, scheduler
 
 

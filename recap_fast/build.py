@@ -26,6 +26,7 @@ def build_optimizer(
     *,
     capturable: bool = False,
     device_schedule: bool = False,
+    clip_grad_norm: float | None = None,
 ) -> tuple[FusedCombinedOptimizer, RecapLRShim]:
     """Makes the optimizer of a model and its learning-rate scheduler.
 
@@ -42,6 +43,9 @@ def build_optimizer(
         capturable: Makes a step safe in CUDA graphs; all dense parameters must be on CUDA devices.
         device_schedule: Has the step itself move the dense rates on, so that a captured graph
             follows the schedules (see `RecapLRShim`); implies `capturable`.
+        clip_grad_norm: Scales the gradients of all dense groups down so that their global norm is
+            at most this, within the call; see `FusedCombinedOptimizer`. Fused tables, which have no
+            gradients, are clipped by `emb_optimizer_config` alone.
 
     Returns:
         The optimizer, with a param group for each group in the order of `group_parameters` and then
@@ -58,4 +62,11 @@ def build_optimizer(
             sgd=functools.partial(FusedSGD, capturable=True),
             combined=FusedCombinedOptimizer,
         )
-    return assemble(model, optimizer_config, emb_optimizer_config, classes, device_schedule)
+    return assemble(
+        model,
+        optimizer_config,
+        emb_optimizer_config,
+        classes,
+        device_schedule=device_schedule,
+        clip_grad_norm=clip_grad_norm,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,9 +14,12 @@ from torchrec.optim import keyed
 from torchrec.optim.fused import FusedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer
 
+from recap_fast.clipping import check_max_norm, clip_grad_norm_
 from recap_fast.closure import evaluate
 from recap_fast.state import has_state, new_state
 from recap_fast.state_memory import StateMemory
+
+logger = logging.getLogger("recap_fast")
 
 _WRAPPERS = (keyed.KeyedOptimizerWrapper, keyed.OptimizerWrapper)
 
@@ -74,13 +79,28 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
     * `load_state_dict` checks names, entries and shapes before it changes anything, and makes the
       state that it is about to load into;
     * `state` and `param_groups` are those in use, where a wrapper still has earlier ones;
-    * it can be pickled and deep-copied while a scheduler is attached.
+    * it can be pickled and deep-copied while a scheduler is attached;
+    * it can clip gradients by their global norm.
+
+    Args:
+        optims: keyed optimizers, or pairs of a key and one.
+        clip_grad_norm: before a step, the gradients of all dense parameters are scaled down so that
+            their global 2-norm is at most this, as `torch.nn.utils.clip_grad_norm_` does, over the
+            shards of DTensors on all processes too. If it is not finite, the step is skipped and
+            a warning logged; infinity only does that. None: no norm is computed.
+
+    Raises:
+        ValueError: `clip_grad_norm` is not greater than 0.
     """
 
     def __init__(
-        self, optims: Sequence[keyed.KeyedOptimizer | tuple[str, keyed.KeyedOptimizer]]
+        self,
+        optims: Sequence[keyed.KeyedOptimizer | tuple[str, keyed.KeyedOptimizer]],
+        clip_grad_norm: float | None = None,
     ) -> None:
         super().__init__(list(optims))
+        self.clip_grad_norm = None if clip_grad_norm is None else check_max_norm(clip_grad_norm)
+        self._grad_norm: float | None = None
         # Which optimizers are inside does not change, while their groups and state may be replaced.
         # A scheduler asks for them at every step, and a walk takes microseconds for each.
         self._leaves = list(leaves(self))
@@ -105,9 +125,24 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every dense parameter that has a gradient; returns what `closure` returned."""
         loss = evaluate(closure)
+        if self.clip_grad_norm is not None:
+            dense = [leaf for leaf in self._leaves if is_dense(leaf)]
+            groups = [group for leaf in dense for group in leaf.param_groups]
+            params = [param for group in groups for param in group["params"]]
+            self._grad_norm = clip_grad_norm_(params, self.clip_grad_norm)
+            if not math.isfinite(self._grad_norm):
+                logger.warning(
+                    "the norm of the gradients is %s: no parameter was updated", self._grad_norm
+                )
+                return loss
         for _, part in self._optims:
             part.step()
         return loss
+
+    @property
+    def grad_norm(self) -> Any:
+        """The global norm that the last step found, before clipping; None if there was none."""
+        return self._grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients: to None, or with `set_to_none=False` to zero."""

@@ -27,14 +27,19 @@ def build_optimizer(
     model: nn.Module,
     optimizer_config: RecapOptimizerConfig | OptimizerConfig,
     emb_optimizer_config: EmbeddingOptimizerConfig | None = None,
+    *,
+    clip_grad_norm: float | None = None,
 ) -> tuple[CombinedOptimizer, RecapLRShim]:
     """Makes the optimizer of a model and its learning-rate scheduler.
 
-    Arguments, results and errors are those of `recap_fast.build_optimizer`:
+    Arguments, results and errors are those of `recap_fast.build_optimizer`, but that clipping
+    rewrites the gradients:
 
     1. `recap_fast.grouping.group_parameters` sorts the parameters into groups;
     2. each group gets an optimizer of the configured algorithm, dense embeddings plain SGD;
     3. a `CombinedOptimizer` holds these and the model's fused optimizer, if it has one;
     4. a `RecapLRShim` sets the rate of every param group, at step 0 and after each step.
     """
-    return assemble(model, optimizer_config, emb_optimizer_config, _CLASSES)
+    return assemble(
+        model, optimizer_config, emb_optimizer_config, _CLASSES, clip_grad_norm=clip_grad_norm
+    )

@@ -4,6 +4,8 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <map>
 #include <set>
 
@@ -237,7 +239,38 @@ double BoundPlan::Counter::add(double difference) const {
                    : *static_cast<float*>(data) += static_cast<float>(difference);
 }
 
-void BoundPlan::fill_values(double grad_scale) {
+void BoundPlan::set_clipping(double max_norm, std::vector<uint32_t> part_of_slot, size_t parts,
+                             py::object total) {
+  clipping_.max_norm = max_norm;
+  clipping_.part_of_slot = std::move(part_of_slot);
+  clipping_.parts = parts;
+  clipping_.total = std::move(total);
+}
+
+// What to multiply gradients by; NaN: no process is to take the step.
+double BoundPlan::clip(double grad_scale, bool found_inf) {
+  const std::vector<double>& sums = [&]() -> const std::vector<double>& {
+    py::gil_scoped_release release;
+    return clipping_.sums.sums_of_squares(cpu_plan_, step_, clipping_.part_of_slot, clipping_.parts,
+                                          torch_thread_pool());
+  }();
+  double total = 0.0;
+  if (clipping_.total.is_none()) {
+    for (const double sum : sums) total += sum;
+  } else {
+    // Also with found_inf, which the others may not have seen: they wait for this one.
+    py::list parts;
+    for (const double sum : sums) {
+      parts.append(found_inf ? std::numeric_limits<double>::infinity() : sum);
+    }
+    total = clipping_.total(parts).cast<double>();
+  }
+  clipping_.norm = std::sqrt(total) / grad_scale;
+  if (found_inf || !std::isfinite(clipping_.norm)) return std::numeric_limits<double>::quiet_NaN();
+  return std::min(1.0, clipping_.max_norm / (clipping_.norm + 1e-6));
+}
+
+void BoundPlan::fill_values(double grad_scale, double clip) {
   step_.values.clear();
   for (const Group& group : groups_) {
     entries_.clear();
@@ -252,7 +285,7 @@ void BoundPlan::fill_values(double grad_scale) {
         entries_.push_back(entry);
         index = entries_.size();
         step_.values.push_back(
-            values_maker_.make(group.reader.hyper(), entry.step, entry.first, grad_scale));
+            values_maker_.make(group.reader.hyper(), entry.step, entry.first, grad_scale, clip));
       }
       step_.values_of_slot[slot] = static_cast<uint32_t>(base + index - 1);
       probes_[slot].bump_version();
@@ -270,12 +303,16 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
   if (!groups_unchanged() || !read_slots()) return Outcome::stale;
   check_captured_rates();
   const double scale = has_host_values_ ? scalar(grad_scale, "grad_scale", 1.0) : 1.0;
-  if (has_host_values_ && scalar(found_inf, "found_inf", 0.0) != 0.0) return Outcome::skipped;
-  if (!slots_without_state_.empty()) return Outcome::needs_state;
+  const bool skip = has_host_values_ && scalar(found_inf, "found_inf", 0.0) != 0.0;
+  const bool clips = clipping_.max_norm > 0.0;
+  if (skip && !clips) return Outcome::skipped;
+  if (!slots_without_state_.empty() && !skip) return Outcome::needs_state;
   if (!cuda_parts_.empty()) check_capture();
 
   for (const uint32_t slot : copied_) slots_[slot].copy_in();
-  fill_values(scale);
+  const double factor = clips ? clip(scale, skip) : 1.0;
+  if (std::isnan(factor)) return Outcome::skipped;
+  fill_values(scale, factor);
   try {
     run_cuda_parts(grad_scale, found_inf);
   } catch (...) {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/grad_norm.h"
 #include "../plan/plan.h"
 #include "../plan/step.h"
 #include "cuda_part.h"
@@ -18,7 +19,7 @@ namespace recap {
 
 enum class Outcome {
   stepped,
-  skipped,      // found_inf was set: nothing was written
+  skipped,      // found_inf was set or the norm to clip is not finite: nothing was written
   stale,        // something changed since the plan was built: build another
   needs_state,  // slots without state have a gradient: make their state and build another
 };
@@ -49,6 +50,22 @@ class BoundPlan {
   // every step moves on by `schedules`; see CudaPart::set_schedules.
   void set_schedules(const std::vector<size_t>& groups, const at::Tensor& schedules,
                      const at::Tensor& rates, const at::Tensor& epoch);
+
+  // From now on gradients are scaled down so that their global norm is at most `max_norm`, by
+  // max_norm / (norm + 1e-6) as torch.nn.utils.clip_grad_norm_ does. Their squares are summed by
+  // parts, the one of each slot in `part_of_slot`, and `total` maps the list of `parts` sums to the
+  // sum over all processes; None adds them up. Not for a plan with CUDA devices.
+  void set_clipping(double max_norm, std::vector<uint32_t> part_of_slot, size_t parts,
+                    py::object total);
+
+  // The norm that the last step found, before clipping.
+  double grad_norm() const { return clipping_.norm; }
+
+  // For a plan with CUDA devices: the sum of squares of each part's gradients, as a float64 tensor
+  // on the device of the first slot. Empty if a step would build another plan first.
+  std::vector<at::Tensor> sums_of_squares(const std::vector<uint32_t>& part_of_slot, size_t parts);
+
+  bool has_cuda_parts() const { return !cuda_parts_.empty(); }
 
   // Whether a CUDA graph has captured a step: it reads the memory of this plan ever after.
   bool is_captured() const { return !captured_rates_.empty(); }
@@ -95,6 +112,15 @@ class BoundPlan {
     size_t begin, end;  // its slots
   };
 
+  struct Clipping {
+    double max_norm = 0.0;  // 0: off
+    std::vector<uint32_t> part_of_slot;
+    size_t parts = 0;
+    py::object total;
+    double norm = 0.0;
+    cpu::GradNorm sums;
+  };
+
   bool is_stepped_on_device(const SlotTensors& slot) const;
   void check_devices() const;
   void find_shared_memory();
@@ -105,7 +131,8 @@ class BoundPlan {
   bool read_slots();  // false: a slot changed since the plan was built
   void refuse_shared_memory() const;
   void check_capture();
-  void fill_values(double grad_scale);
+  double clip(double grad_scale, bool found_inf);
+  void fill_values(double grad_scale, double clip);
   void undo_step_counts();
   static const float* on_device(const py::object& number, const char* name, at::Device device,
                                 at::Tensor& kept);
@@ -130,6 +157,7 @@ class BoundPlan {
   std::vector<CudaPart> cuda_parts_;
   Step step_;
   ValuesMaker values_maker_;
+  Clipping clipping_;
   std::vector<Entry> entries_;  // of the group that is being filled in
   cuda::DeviceStep device_step_;
   std::vector<const double*> scheduled_rates_;  // one per group, on the device; null: not scheduled

@@ -1,8 +1,12 @@
 // The part of a bound plan that CUDA devices step: with values from the host or computed there, and
 // what a CUDA graph may capture of it.
+#include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 
 #include <cmath>
+#include <map>
 #include <sstream>
 
 #include "bound_plan.h"
@@ -85,6 +89,39 @@ void BoundPlan::set_schedules(const std::vector<size_t>& groups, const at::Tenso
   for (CudaPart& part : cuda_parts_) {
     if (part.device() == rates.device()) part.set_schedules(schedules, rates, epoch);
   }
+}
+
+std::vector<at::Tensor> BoundPlan::sums_of_squares(const std::vector<uint32_t>& part_of_slot,
+                                                   size_t parts) {
+  if (!groups_unchanged() || !read_slots()) return {};
+  // torch's kernel takes tensors of one device and dtype at a time.
+  using Kind = std::tuple<uint32_t, at::Device, at::ScalarType>;
+  const auto before = [](const Kind& a, const Kind& b) {
+    const auto key = [](const Kind& kind) {
+      const auto& [part, device, dtype] = kind;
+      return std::tuple(part, device.type(), device.index(), dtype);
+    };
+    return key(a) < key(b);
+  };
+  std::map<Kind, std::vector<at::Tensor>, decltype(before)> gradients(before);
+  at::Device device = at::kCPU;
+  for (size_t i = slots_.size(); i-- > 0;) {
+    if (slots_[i].is_inert()) continue;
+    device = slots_[i].param().device();
+    if (!step_.grads[i] || slots_[i].param().numel() == 0) continue;
+    const at::Tensor grad = slots_[i].grad().detach();
+    gradients[{part_of_slot.at(i), grad.device(), grad.scalar_type()}].push_back(grad);
+  }
+  const auto options = at::TensorOptions(device).dtype(at::kDouble);
+  std::vector<at::Tensor> sums(parts);
+  for (at::Tensor& sum : sums) sum = at::zeros({}, options);
+  for (const auto& [kind, tensors] : gradients) {
+    const auto& [part, own_device, dtype] = kind;
+    const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+    const at::Tensor norms = at::stack(at::_foreach_norm(tensors, 2, wide)).to(at::kDouble);
+    sums[part] += norms.square().sum().to(device);
+  }
+  return sums;
 }
 
 bool BoundPlan::wants_device_values(const py::object& scalar) const {

@@ -36,6 +36,20 @@ PYBIND11_MODULE(_C, m) {
                                THPVariable_Unpack(rates.ptr()), THPVariable_Unpack(epoch.ptr()));
           },
           py::arg("groups"), py::arg("schedules"), py::arg("rates"), py::arg("epoch"))
+      .def("set_clipping", &BoundPlan::set_clipping, py::arg("max_norm"), py::arg("part_of_slot"),
+           py::arg("parts"), py::arg("total"))
+      .def_property_readonly("grad_norm", &BoundPlan::grad_norm)
+      .def_property_readonly("has_cuda_parts", &BoundPlan::has_cuda_parts)
+      .def(
+          "sums_of_squares",
+          [](BoundPlan& plan, const std::vector<uint32_t>& part_of_slot, size_t parts) {
+            py::list sums;
+            for (const at::Tensor& sum : plan.sums_of_squares(part_of_slot, parts)) {
+              sums.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(sum)));
+            }
+            return sums;
+          },
+          py::arg("part_of_slot"), py::arg("parts"))
       .def("wants_device_values", &BoundPlan::wants_device_values, py::arg("scalar"))
       .def(
           "step",

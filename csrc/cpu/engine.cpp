@@ -1,15 +1,12 @@
 #include "engine.h"
 
-#include <algorithm>
 #include <atomic>
 
 #include "kernels.h"
+#include "tile_ranges.h"
 
 namespace recap::cpu {
 namespace {
-
-// Below this many bytes of parameters for each thread, waking it costs more than it saves.
-constexpr int64_t kMinBytesPerThread = 128 * 1024;
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> sets = {&kernels_baseline};
@@ -69,56 +66,21 @@ void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, size_
   }
 }
 
-int64_t active_bytes(const Plan& plan, const Step& step) {
-  int64_t bytes = 0;
-  for (size_t slot = 0; slot < plan.slots.size(); ++slot) {
-    if (step.grads[slot]) bytes += plan.slots[slot].size * dtype_size(plan.slots[slot].dtype);
-  }
-  return bytes;
-}
-
-// One contiguous run of tiles for each thread, of equal bytes: neighbouring chunks dealt out in
-// turn would make the threads compete for the same pages and prefetch streams.
-void split_tiles(const Plan& plan, const Step& step, int64_t bytes, int threads,
-                 std::vector<size_t>& bounds) {
-  bounds.assign(1, 0);
-  int64_t done = 0;
-  for (size_t tile = 0; tile < plan.tiles.size(); ++tile) {
-    const Tile& t = plan.tiles[tile];
-    if (!step.grads[t.slot]) continue;
-    done += t.size * dtype_size(plan.slots[t.slot].dtype);
-    while (static_cast<int>(bounds.size()) < threads &&
-           done * threads >= bytes * static_cast<int64_t>(bounds.size())) {
-      bounds.push_back(tile + 1);
-    }
-  }
-  bounds.resize(threads, plan.tiles.size());
-  bounds.push_back(plan.tiles.size());
-}
-
 }  // namespace
 
+const Kernels& kernels() { return *in_use().load(std::memory_order_relaxed); }
+
 void run(const Plan& plan, const Step& step, const ThreadPool& pool) {
-  const Kernels& kernels = *in_use().load(std::memory_order_relaxed);
-  const int64_t bytes = pool.threads > 1 ? active_bytes(plan, step) : 0;
-  const int threads = static_cast<int>(std::min<int64_t>(pool.threads, bytes / kMinBytesPerThread));
-  if (threads <= 1) {
-    run_tiles(kernels, plan, step, 0, plan.tiles.size());
-    return;
-  }
-  thread_local std::vector<size_t> bounds;  // kept, so that a step allocates nothing
-  split_tiles(plan, step, bytes, threads, bounds);
   struct Context {
     const Kernels& kernels;
     const Plan& plan;
     const Step& step;
-    const size_t* bounds;
-  } context{kernels, plan, step, bounds.data()};
-  pool.run(
-      threads,
-      [](int index, void* opaque) {
+  } context{kernels(), plan, step};
+  run_tile_ranges(
+      plan, step, pool,
+      [](size_t begin, size_t end, void* opaque) {
         const Context& c = *static_cast<Context*>(opaque);
-        run_tiles(c.kernels, c.plan, c.step, c.bounds[index], c.bounds[index + 1]);
+        run_tiles(c.kernels, c.plan, c.step, begin, end);
       },
       &context);
 }

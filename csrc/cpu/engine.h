@@ -6,17 +6,11 @@
 
 #include "../plan/plan.h"
 #include "../plan/step.h"
+#include "thread_pool.h"
 
 namespace recap::cpu {
 
 constexpr int64_t kTileSize = 8192;  // elements
-
-// A pool of `threads` threads: `run` calls task(i, context) for every i in [0, count), in any order
-// and on any thread, and returns when all are done.
-struct ThreadPool {
-  int threads;
-  void (*run)(int count, void (*task)(int index, void* context), void* context);
-};
 
 // Updates every slot of `plan` that has a gradient in `step`.
 void run(const Plan& plan, const Step& step, const ThreadPool& pool);

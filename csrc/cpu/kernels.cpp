@@ -108,6 +108,56 @@ void kernel(const Values& values, const Arrays& arrays) {
   }
 }
 
+// Vectors of a size of their own, which the compiler splits into those that there are.
+template <typename T>
+struct Eight {
+  typedef T type __attribute__((vector_size(8 * sizeof(T))));
+};
+
+template <typename T>
+RECAP_INLINE void add_squares_of_eight(const T* from, typename Eight<double>::type& lanes) {
+  typename Eight<T>::type values;
+  memcpy(&values, from, sizeof values);
+  const auto x = __builtin_convertvector(values, typename Eight<double>::type);
+  lanes += x * x;
+}
+
+// Reads four quarters at once: one thread gets more of the memory's bandwidth from several streams
+// than from one. Which lane an element is added in follows from `size` alone.
+template <typename T>
+RECAP_INLINE void add_squares(const T* elements, int64_t size, Eight<double>::type (&lanes)[4]) {
+  const int64_t quarter = size / 32 * 8;
+  for (int64_t i = 0; i < quarter; i += 8) {
+    for (int k = 0; k < 4; ++k) add_squares_of_eight(elements + k * quarter + i, lanes[k]);
+  }
+  for (int64_t i = 4 * quarter; i < size; ++i) {
+    const double x = elements[i];
+    lanes[i / 8 % 4][i % 8] += x * x;
+  }
+}
+
+template <typename T>
+double sum_of_squares(const void* elements, int64_t size) {
+  using C = typename Compute<T>::type;
+  const T* const all = static_cast<const T*>(elements);
+  Eight<double>::type lanes[4] = {};
+  if constexpr (sizeof(T) == sizeof(C)) {
+    add_squares(all, size, lanes);
+  } else {
+    constexpr int64_t kBlock = 512;
+    alignas(64) C wide[kBlock];
+    for (int64_t begin = 0; begin < size; begin += kBlock) {
+      const int64_t count = size - begin < kBlock ? size - begin : kBlock;
+      load_all(all + begin, wide, count);
+      add_squares(wide, count, lanes);
+    }
+  }
+  const Eight<double>::type eight = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  double sum = 0.0;
+  for (int lane = 0; lane < 8; ++lane) sum += eight[lane];
+  return sum;
+}
+
 template <typename T>
 constexpr void fill(Kernel (&row)[kUpdates]) {
 #define RECAP_KERNEL(name) \
@@ -134,6 +184,10 @@ constexpr Kernels make_kernels(const char* instruction_set) {
   fill<double>(kernels.of[static_cast<int>(Dtype::float64)]);
   fill<BFloat16>(kernels.of[static_cast<int>(Dtype::bfloat16)]);
   fill<Float16>(kernels.of[static_cast<int>(Dtype::float16)]);
+  kernels.sum_of_squares[static_cast<int>(Dtype::float32)] = sum_of_squares<float>;
+  kernels.sum_of_squares[static_cast<int>(Dtype::float64)] = sum_of_squares<double>;
+  kernels.sum_of_squares[static_cast<int>(Dtype::bfloat16)] = sum_of_squares<BFloat16>;
+  kernels.sum_of_squares[static_cast<int>(Dtype::float16)] = sum_of_squares<Float16>;
   return kernels;
 }
 

@@ -16,10 +16,17 @@ struct Arrays {
 
 using Kernel = void (*)(const Values& values, const Arrays& arrays);
 
+// Squares and sums in double, in an order that is the same for every instruction set.
+using SumOfSquares = double (*)(const void* elements, int64_t size);
+
 struct Kernels {
   const char* instruction_set;
   Kernel of[kDtypes][kUpdates];
+  SumOfSquares sum_of_squares[kDtypes];
 };
+
+// Those in use.
+const Kernels& kernels();
 
 extern const Kernels kernels_baseline;
 #if defined(RECAP_WITH_X86)

@@ -2,14 +2,15 @@
 
 namespace recap {
 
-Values make_values(const Hyper& hyper, double step, bool first, double grad_scale) {
-  return ValuesMaker().make(hyper, step, first, grad_scale);
+Values make_values(const Hyper& hyper, double step, bool first, double grad_scale, double clip) {
+  return ValuesMaker().make(hyper, step, first, grad_scale, clip);
 }
 
-Values ValuesMaker::make(const Hyper& hyper, double step, bool first, double grad_scale) {
+Values ValuesMaker::make(const Hyper& hyper, double step, bool first, double grad_scale,
+                         double clip) {
   Values values;
   const auto remembered = [this](double base, double exponent) { return power(base, exponent); };
-  compute_values(hyper, {hyper.lr(), step, first, grad_scale}, remembered, values);
+  compute_values(hyper, {hyper.lr(), step, first, grad_scale, clip}, remembered, values);
   return values;
 }
 

@@ -10,14 +10,15 @@
 namespace recap {
 
 // `step` counts from 1; `first` says that an SGD momentum buffer is new; gradients are divided by
-// `grad_scale`.
-Values make_values(const Hyper& hyper, double step, bool first, double grad_scale);
+// `grad_scale` and multiplied by `clip`.
+Values make_values(const Hyper& hyper, double step, bool first, double grad_scale,
+                   double clip = 1.0);
 
 // Computes the same. Groups mostly share decay rates and step counts, whose powers take longer than
 // all else: it remembers the last ones.
 class ValuesMaker {
  public:
-  Values make(const Hyper& hyper, double step, bool first, double grad_scale);
+  Values make(const Hyper& hyper, double step, bool first, double grad_scale, double clip);
 
  private:
   struct Power {

@@ -48,6 +48,7 @@ struct StepInputs {
   double step;        // counts from 1
   bool first;         // an SGD momentum buffer is new
   double grad_scale;  // gradients are divided by it
+  double clip = 1.0;  // and multiplied by this
 };
 
 // The options of an update come in pairs: without and with weight decay added to the gradient.
@@ -62,7 +63,8 @@ RECAP_INLINE void compute_values(const Hyper& hyper, const StepInputs& inputs, P
                                  Values& out) {
   // As torch.amp.GradScaler does: the reciprocal, rounded to float.
   const double inverse_scale = static_cast<float>(divide(1.0, inputs.grad_scale));
-  const double grad_factor = hyper.maximize ? -inverse_scale : inverse_scale;
+  const double factor = inverse_scale * inputs.clip;
+  const double grad_factor = hyper.maximize ? -factor : factor;
   switch (hyper.algorithm) {
     case Algorithm::adam: {
       AdamHyper h = hyper.adam;

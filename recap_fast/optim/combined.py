@@ -41,16 +41,25 @@ class FusedCombinedOptimizer(CombinedOptimizer):
     an infinite gradient is skipped as a whole. The tables of fused embedding optimizers have by
     then been updated, by scaled gradients; the first such step warns of it.
 
+    With ``clip_grad_norm`` the call also finds the global norm of the gradients, and scales them as
+    it reads them: ``.grad`` keeps its values. On CUDA devices torch finds the norm, in float32,
+    and nothing waits for the device. A step whose norm is not finite is skipped as a whole, on all
+    processes that share a parameter.
+
     Args:
         optims: as for `keyed.CombinedOptimizer`: keyed optimizers, or pairs of a key and one.
+        clip_grad_norm: as for `recap_fast.keyed.CombinedOptimizer`; all dense optimizers must then
+            be those of the native call.
     """
 
     _step_supports_amp_scaling = True
 
     def __init__(
-        self, optims: Sequence[keyed.KeyedOptimizer | tuple[str, keyed.KeyedOptimizer]]
+        self,
+        optims: Sequence[keyed.KeyedOptimizer | tuple[str, keyed.KeyedOptimizer]],
+        clip_grad_norm: float | None = None,
     ) -> None:
-        super().__init__(optims)
+        super().__init__(optims, clip_grad_norm)
         self._device_rates: Sequence[DeviceRates] = ()
         self._prepare()
 
@@ -61,11 +70,17 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             for key, part in fused
         ]
         self._native = [part._optimizer for _, part in fused]
-        self._stepper = Stepper(self._native, names) if fused else None
+        self._stepper = Stepper(self._native, names, self.clip_grad_norm) if fused else None
         if self._stepper is not None:
             self._stepper.move_with(self._device_rates)
         self._others = [part for _, part in self._optims if not _has_native_step(part)]
         self._unscaled = [item for item in self.dense_optimizers() if item[1] in self._others]
+        if self.clip_grad_norm is not None and self._unscaled:
+            raise ValueError(
+                f"clip_grad_norm: the optimizer under the key {self._unscaled[0][0]!r} is not one "
+                "of recap_fast.optim in a plain KeyedOptimizerWrapper and would not be clipped; "
+                "replace it, or use recap_fast.keyed.CombinedOptimizer"
+            )
         # Empty dicts as long as nobody registers a hook on an optimizer inside.
         self._inner_hooks = tuple(
             hooks
@@ -105,6 +120,15 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         for part in self._others:
             part.step()
         return loss
+
+    @property
+    def grad_norm(self) -> float | torch.Tensor | None:
+        """The global norm that the last step clipped by: of unscaled gradients, before clipping.
+
+        A float; if parameters are on a CUDA device, a float64 tensor there, shape (). None before
+        the first step, and without ``clip_grad_norm``.
+        """
+        return None if self._stepper is None else self._stepper.grad_norm
 
     def follow_on_device(self, schedules: Sequence[LearningRate]) -> None:
         """From now on, the step itself moves the rates of all dense param groups on.

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from recap_fast._native import native
+from recap_fast.clipping import NormParts, clip_on_device
 from recap_fast.state import new_state
 from recap_fast.state_memory import StateMemory
 
 if TYPE_CHECKING:
     from recap_fast.device_rates import DeviceRates
     from recap_fast.optim.fused import FusedOptimizer
+
+
+logger = logging.getLogger("recap_fast")
 
 
 class Stepper:
@@ -28,16 +35,26 @@ class Stepper:
         optimizers: stepped together, in this order.
         names: for each optimizer, what errors call its parameters; those without a name are called
             by their position.
+        max_norm: clip gradients by their global norm; None leaves them alone.
+
+    Attributes:
+        grad_norm: the norm that the last step clipped by, of unscaled gradients and before
+            clipping: a float, or if parameters are on a CUDA device a float64 tensor there, shape
+            (). None if there was none.
     """
 
     def __init__(
         self,
         optimizers: Sequence[FusedOptimizer],
         names: Sequence[Mapping[Tensor, str]] | None = None,
+        max_norm: float | None = None,
     ) -> None:
         # Weak: an optimizer owns its stepper, and a cycle would keep its state until a collection.
         self._references = [weakref.ref(optimizer) for optimizer in optimizers]
         self._names = names or [{} for _ in optimizers]
+        self._max_norm = max_norm
+        self._norm_parts: NormParts | None = None
+        self.grad_norm: float | Tensor | None = None
         self._plan: Any = None
         self._captured: list[Any] = []
         self._device_values = False
@@ -56,18 +73,46 @@ class Stepper:
         """
         if self._plan is None:
             self._build()
-        if grad_scale is not None or found_inf is not None:
+        if self._max_norm is not None and self._plan.has_cuda_parts:
+            grad_scale, found_inf = self._clip_on_device(grad_scale, found_inf)
+        elif grad_scale is not None or found_inf is not None:
             self._avoid_waiting_for(grad_scale, found_inf)
-        outcome = self._plan.step(grad_scale, found_inf)
+        outcome = self._run(grad_scale, found_inf)
         if outcome == native.STEPPED:
             return
         if outcome == native.STALE:
             self._build()
-            outcome = self._plan.step(grad_scale, found_inf)
+            outcome = self._run(grad_scale, found_inf)
         if outcome == native.NEEDS_STATE:
             outcome = self._step_with_new_state(grad_scale, found_inf)
         if outcome not in (native.STEPPED, native.SKIPPED):
             raise RuntimeError("the param groups changed while they were being stepped")
+        norm = self.grad_norm
+        if outcome == native.SKIPPED and isinstance(norm, float) and not math.isfinite(norm):
+            logger.warning("the norm of the gradients is %s: no parameter was updated", norm)
+
+    def _run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> int:
+        outcome = self._plan.step(grad_scale, found_inf)
+        if self._max_norm is not None and not self._plan.has_cuda_parts:
+            self.grad_norm = self._plan.grad_norm
+        return outcome
+
+    def _clip_on_device(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        parts = self._norm_parts
+        sums = self._plan.sums_of_squares(parts.part_of_param, parts.count)
+        if not sums:
+            self._build()
+            parts = self._norm_parts
+            sums = self._plan.sums_of_squares(parts.part_of_param, parts.count)
+        if found_inf is not None:
+            # Those that share a part may not have seen it, and must skip the step too.
+            skip = found_inf.to(sums[0].device).reshape(()) != 0
+            sums = [torch.where(skip, math.inf, own) for own in sums]
+        norm = parts.total(sums).sqrt()
+        self.grad_norm = norm if grad_scale is None else norm / grad_scale.to(norm).reshape(())
+        return clip_on_device(norm, self._max_norm, grad_scale, found_inf)
 
     def move_with(self, device_rates: Sequence[DeviceRates]) -> None:
         """From now on, every step uses ``device_rates``, and moves them on."""
@@ -111,8 +156,24 @@ class Stepper:
                     native.GroupSource(optimizer.algorithm, name, group, optimizer.state, names)
                 )
         self._plan = native.BoundPlan(sources, optimizers, list(first), self._device_values)
+        if self._max_norm is not None:
+            self._clip(optimizers)
+            if self._plan.has_cuda_parts and not self._device_values:
+                self._device_values = True
+                return self._build(first)
         for rates in self._device_rates:
             self._plan.set_schedules(rates.groups, rates.schedules, rates.rates, rates.epoch)
+
+    def _clip(self, optimizers: Sequence[FusedOptimizer]) -> None:
+        self._norm_parts = parts = NormParts(
+            param
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for param in group["params"]
+        )
+        if not self._plan.has_cuda_parts:
+            total = None if parts.is_local else parts.total
+            self._plan.set_clipping(self._max_norm, parts.part_of_param, parts.count, total)
 
     def _step_with_new_state(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
         """Makes the state that is missing and steps; takes it back if the step is not taken."""
@@ -131,7 +192,7 @@ class Stepper:
             for states, param, state in made:
                 states.setdefault(param, {}).update(state)
             self._build(first)
-            outcome = self._plan.step(grad_scale, found_inf)
+            outcome = self._run(grad_scale, found_inf)
         finally:
             if outcome != native.STEPPED:
                 self._drop_plan()

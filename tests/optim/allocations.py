@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrec.optim import keyed
 
 from recap_fast.optim import FusedAdam
+from recap_fast.optim.combined import FusedCombinedOptimizer
 
 _counter = ctypes.CDLL(None).recap_allocations
 _counter.restype = ctypes.c_long
@@ -60,6 +62,16 @@ def _as_in_training(optimizer: torch.optim.Optimizer) -> None:
             param.grad = param.grad.detach()
 
 
+def _clipped(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    parts = [
+        keyed.KeyedOptimizerWrapper(
+            {f"{number}.{i}": param for i, param in enumerate(group["params"])}, FusedAdam
+        )
+        for number, group in enumerate(groups)
+    ]
+    return FusedCombinedOptimizer(parts, clip_grad_norm=1.0)
+
+
 def _measure() -> dict[str, int]:
     return {
         "torch": _allocations(_Nothing(_groups(1, 1, 10), {}), _as_it_is),
@@ -68,6 +80,7 @@ def _measure() -> dict[str, int]:
         "groups": _allocations(FusedAdam(_groups(100, 2, 10)), _as_it_is),
         "training": _allocations(FusedAdam(_groups(100, 2, 10)), _as_in_training),
         "large": _allocations(FusedAdam(_groups(1, 2, 500_000)), _as_it_is),
+        "clipped": _allocations(_clipped(_groups(100, 2, 10)), _as_in_training),
         "larger": _allocations(FusedAdam(_groups(10, 4, 100_000)), _as_it_is),
     }
 

@@ -1,0 +1,174 @@
+"""The global norm of gradients, which may be sharded over processes, and clipping by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+# As torch.nn.utils.clip_grad_norm_ adds it to the norm.
+_EPSILON = 1e-6
+
+
+def check_max_norm(max_norm: float) -> float:
+    """Returns ``max_norm``; raises ValueError unless it is a positive number, infinity included."""
+    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
+        raise ValueError(
+            f"clip_grad_norm must be None or a number greater than 0, found {max_norm!r}; math.inf "
+            "clips nothing, but skips steps whose gradient norm is not finite"
+        )
+    return float(max_norm)
+
+
+def check_norm_is_global(model: nn.Module) -> None:
+    """Raises ValueError if a gradient is a shard that does not say so: of an unfused table.
+
+    torchrec's sharded modules hand out the shards of tables that it has not fused as plain tensors;
+    taken for replicas, they would give every process another norm.
+    """
+    for path, module in model.named_modules():
+        for table, sharding in (getattr(module, "module_sharding_plan", None) or {}).items():
+            if sharding.compute_kernel == "dense" and sharding.sharding_type != "data_parallel":
+                raise ValueError(
+                    f"clip_grad_norm: {path}.embedding_bags.{table}.weight is sharded "
+                    f"{sharding.sharding_type} and not fused, so that its gradient's norm is not "
+                    "known to all processes; fuse it (compute_kernel fused) or make it "
+                    "data_parallel"
+                )
+
+
+class NormParts:
+    """Sorts parameters by the processes that share them, to sum squares of gradients over these.
+
+    What is replicated, as every plain tensor is under DDP, counts once; each process adds the
+    squares of its own shard of a DTensor.
+
+    Args:
+        params: those whose gradients make up the norm.
+
+    Attributes:
+        part_of_param: the number of each parameter's part.
+        count: the number of parts, at least 1.
+        is_local: whether no part is sharded.
+
+    Raises:
+        ValueError: a parameter is a DTensor of pending sums (`Partial`).
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        numbers: dict[Any, int] = {}
+        self._groups: list[list[dist.ProcessGroup]] = []
+        self._devices: list[str] = []
+        self.part_of_param: list[int] = []
+        for param in params:
+            key, groups, device = _sharding(param)
+            if key not in numbers:
+                numbers[key] = len(numbers)
+                self._groups.append(groups)
+                self._devices.append(device)
+            self.part_of_param.append(numbers[key])
+        self.count = max(1, len(numbers))
+        self.is_local = not any(self._groups)
+
+    def total(self, sums: Sequence[Any]) -> Any:
+        """Adds up the sums of squares of all parts over the processes that share each.
+
+        Every process must call it as often as the others.
+
+        Args:
+            sums: one per part, of this process: floats, or float64 tensors of shape ().
+
+        Returns:
+            The same kind of number, equal on every process.
+        """
+        total = 0.0
+        for number, own in enumerate(sums):
+            groups = self._groups[number] if self._groups else []
+            if not groups:
+                total = total + own
+                continue
+            is_tensor = isinstance(own, Tensor)
+            device = self._devices[number]
+            shared = torch.as_tensor(own, dtype=torch.float64, device=device).clone()
+            for group in groups:
+                dist.all_reduce(shared, group=group)
+            total = total + (shared if is_tensor else shared.item())
+        return total
+
+
+def _sharding(param: Tensor) -> tuple[Any, list[dist.ProcessGroup], str]:
+    """What tells parts apart, the groups to sum over, and the device to do it on."""
+    if not isinstance(param, DTensor):
+        return None, [], "cpu"
+    mesh = param.device_mesh
+    dims = []
+    for dim, placement in enumerate(param.placements):
+        if placement.is_partial():
+            raise ValueError(
+                f"clip_grad_norm: a parameter of shape {tuple(param.shape)} is a DTensor of "
+                "pending sums (Partial); redistribute it"
+            )
+        if not placement.is_replicate():
+            dims.append(dim)
+    if not dims:
+        return None, [], "cpu"
+    return (mesh, tuple(dims)), [mesh.get_group(dim) for dim in dims], mesh.device_type
+
+
+def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> float:
+    """Scales gradients, in place, so that their global norm is at most ``max_norm``.
+
+    As `torch.nn.utils.clip_grad_norm_` with the 2-norm, also over DTensors and plain tensors
+    together. A norm that is not finite is returned, and the gradients are left alone.
+
+    Returns:
+        The norm before clipping, over all processes that share a parameter.
+    """
+    params = [param for param in params if param.grad is not None]
+    parts = NormParts(params)
+    sums = [0.0] * parts.count
+    gradients = [_local(param) for param in params]
+    for part, gradient in zip(parts.part_of_param, gradients, strict=True):
+        sums[part] += float(gradient.detach().double().square().sum())
+    norm = math.sqrt(parts.total(sums))
+    if math.isfinite(norm) and max_norm / (norm + _EPSILON) < 1:
+        for gradient in gradients:
+            gradient.detach().mul_(max_norm / (norm + _EPSILON))
+    return norm
+
+
+def _local(param: Tensor) -> Tensor:
+    gradient = param.grad
+    if isinstance(param, DTensor) and isinstance(gradient, DTensor):
+        if gradient.placements != param.placements:
+            gradient = param.grad = gradient.redistribute(param.device_mesh, param.placements)
+        return gradient.to_local()
+    return gradient
+
+
+def clip_on_device(
+    norm: Tensor, max_norm: float, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Folds clipping into what `torch.amp.GradScaler` hands to an optimizer, without waiting.
+
+    Args:
+        norm: float64, shape (): the global norm of the gradients as they are, that is, scaled.
+        max_norm: what it shall be at most when they are unscaled.
+        grad_scale, found_inf: as from the scaler; None means 1 and 0.
+
+    Returns:
+        The scale to divide gradients by, and what is not 0 if the step must be skipped; float32, on
+        the device of ``norm``.
+    """
+    scale = norm.new_ones(()) if grad_scale is None else grad_scale.to(norm).reshape(())
+    finite = norm.isfinite()
+    factor = (max_norm / (norm / scale + _EPSILON)).clamp(max=1.0)
+    skip = (~finite).float()
+    if found_inf is not None:
+        skip = torch.maximum(skip, found_inf.to(skip).reshape(()))
+    return torch.where(finite, scale / factor, 1.0).float(), skip

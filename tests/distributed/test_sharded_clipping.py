@@ -1,0 +1,167 @@
+"""Clipping by the global norm when gradients are sharded over processes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torchrec.optim import keyed
+
+from recap_fast.clipping import NormParts
+from recap_fast.keyed import CombinedOptimizer
+from recap_fast.optim import FusedAdam, FusedSGD
+from recap_fast.optim.combined import FusedCombinedOptimizer
+from tests.distributed.processes import run
+
+KINDS = {
+    "fast": (FusedCombinedOptimizer, FusedAdam),
+    "reference": (CombinedOptimizer, torch.optim.Adam),
+}
+
+
+def make_model():
+    """The head stays as it is, like a small layer that is not worth sharding."""
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "body": nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3)),
+            "head": nn.Linear(3, 1),
+        }
+    )
+
+
+def combine(model, kind, **options):
+    combined, adam = KINDS[kind]
+    parts = [
+        keyed.KeyedOptimizerWrapper(
+            {f"{name}.{key}": param for key, param in module.named_parameters()},
+            lambda params: adam(params, lr=0.05),
+        )
+        for name, module in model.items()
+    ]
+    return combined(parts, **options)
+
+
+def backward(model, step, scale=1.0):
+    """On the whole batch, so that plain gradients are equal on every rank, as DDP makes them."""
+    inputs = torch.randn(16, 5, generator=torch.Generator().manual_seed(step))
+    (scale * model["head"](model["body"](inputs)).square().sum()).backward()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(kind, shard):
+    """Norms and final parameters; without ``shard``, of the same model on one process."""
+    model = make_model()
+    if shard:
+        fully_shard(model["body"])
+    optimizer = combine(model, kind, clip_grad_norm=0.5)
+    norms = []
+    for step in range(5):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    return norms, [whole(param).detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_model_is_clipped_by_the_norm_of_the_whole(kind):
+    expected_norms, expected = run(1, train, kind, False)[0]
+    assert min(expected_norms) > 0.5
+    ranks = run(2, train, kind, True)
+    assert ranks[0][0] == ranks[1][0]  # the same bits, or replicas would part ways
+    for norms, params in ranks:
+        assert norms == pytest.approx(expected_norms, rel=1e-6)
+        for param, other in zip(params, expected, strict=True):
+            # Five steps of Adam, whose gradients are summed in another order.
+            torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-6)
+
+
+def skip(kind, bad_param, new_state):
+    """Rank 1 alone gets a gradient with NaN; whether anything changed, and the norm, by rank."""
+    model = make_model()
+    fully_shard(model["body"])
+    optimizer = combine(model, kind, clip_grad_norm=math.inf)
+    if not new_state:
+        backward(model, 0)
+        optimizer.step()
+    optimizer.zero_grad()
+    backward(model, 1)
+    if dist.get_rank() == 1:
+        dict(model.named_parameters())[bad_param].grad.to_local()[0] = math.nan
+    before = [whole(param).detach().clone() for param in model.parameters()]
+    optimizer.step()
+    skipped = math.isnan(optimizer.grad_norm)
+    after = [whole(param).detach() for param in model.parameters()]
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    optimizer.zero_grad()
+    backward(model, 2)
+    optimizer.step()  # and all go on
+    return unchanged, skipped, optimizer.grad_norm
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("new_state", [True, False])
+def test_nan_in_the_shard_of_one_rank_skips_the_step_on_all(kind, new_state):
+    for unchanged, skipped, next_norm in run(2, skip, kind, "body.2.weight", new_state):
+        assert unchanged and skipped
+        assert math.isfinite(next_norm)
+
+
+def skip_by_found_inf():
+    """Only rank 0 is told, as by a scaler that looked at its own shards alone."""
+    model = make_model()
+    fully_shard(model["body"])
+    optimizer = combine(model, "fast", clip_grad_norm=1.0)
+    backward(model, 0)
+    optimizer.grad_scale = torch.tensor(4.0)
+    optimizer.found_inf = torch.tensor(1.0 - dist.get_rank())
+    before = [whole(param).detach().clone() for param in model.parameters()]
+    optimizer.step()
+    unchanged = all(
+        torch.equal(whole(param), old)
+        for param, old in zip(model.parameters(), before, strict=True)
+    )
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    return unchanged, optimizer.grad_norm
+
+
+def test_found_inf_on_one_rank_skips_the_step_on_all():
+    ranks = run(2, skip_by_found_inf)
+    assert all(unchanged for unchanged, _ in ranks)
+    assert ranks[0][1] == ranks[1][1] > 0
+
+
+def hybrid():
+    """Sharded over one dimension of a mesh and replicated over the other: counts once."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    param = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Replicate(), Shard(0)]))
+    replica = nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate(), Replicate()]))
+    parts = NormParts([param, replica, nn.Parameter(torch.ones(2))])
+    param.grad = distribute_tensor(torch.full((6,), 2.0), mesh, [Replicate(), Shard(0)])
+    replica.grad = distribute_tensor(torch.full((3,), 2.0), mesh, [Replicate(), Replicate()])
+    combined = FusedCombinedOptimizer(
+        [keyed.KeyedOptimizerWrapper({"a": param, "b": replica}, lambda p: FusedSGD(p, lr=0.1))],
+        clip_grad_norm=3.0,
+    )
+    combined.step()
+    return parts.part_of_param, combined.grad_norm, param.full_tensor().tolist()
+
+
+@pytest.mark.long
+def test_replicas_of_shards_count_once():
+    clipped = 1 - 0.1 * 2.0 * 3.0 / 6.0
+    for parts, norm, values in run(4, hybrid):
+        assert parts == [0, 1, 1]
+        assert norm == 6.0  # of nine twos
+        assert values == pytest.approx([clipped] * 6, rel=1e-6)
