@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,22 +23,22 @@ from recap_fast.config import (
     OptimizerConfig,
     RecapOptimizerConfig,
 )
+from recap_fast.dense_embeddings import DENSE_EMBEDDINGS, split_by_schedule
+from recap_fast.names import (
+    TABLES,
+    check_table_names,
+    modules_by_name,
+    some,
+    table_name,
+    without_wrappers,
+)
 
 logger = logging.getLogger("recap_fast")
 
 # What the original calls the groups that are no task's.
 BACKBONE = "backbone"
-DENSE_EMBEDDINGS = "dense_ebc"
 SINGLE_TASK = "single_task"
 ALL_PARAMS = "ALL_PARAMS"
-
-# A table of a torchrec EmbeddingBagCollection is "<path>.embedding_bags.<table>.weight".
-_TABLES = "embedding_bags"
-
-# Path segments of torch.compile, torchrec's model parallel, FSDP and activation checkpointing.
-WRAPPER_SEGMENTS = frozenset(
-    {"_orig_mod", "_dmp_wrapped_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-)
 
 _Parameters = dict[str, nn.Parameter]
 
@@ -78,7 +78,8 @@ def group_parameters(
     * one group per task, in the order of the configuration: the parameters below any module called
       `sanitize(task)`, embedding tables included;
     * the backbone: all others, except
-    * the dense embeddings: the others with "embedding_bags" in their name.
+    * the dense embeddings: the others with "embedding_bags" in their name, in a group of their own
+      for each schedule.
 
     With `single_task_learning_rate`, and with an `OptimizerConfig`, one group of everything,
     unfused embedding tables included.
@@ -92,7 +93,7 @@ def group_parameters(
     Args:
         model: The model, wrapped or not (DDP, torch.compile, torchrec's model parallel).
         optimizer_config: The learning rates of the dense groups.
-        emb_optimizer_config: The learning rate of embedding tables, fused or dense.
+        emb_optimizer_config: The learning rates of embedding tables, fused or dense.
         fused_params: What the model's fused optimizer updates, by name without wrappers; empty on a
             rank that holds no shard. None: there is no fused optimizer.
 
@@ -108,15 +109,18 @@ def group_parameters(
     dense, updated_in_backward = _split(model, fused_params or {})
     trains_in_backward = bool(fused_params or updated_in_backward)
     if not trains_in_backward and not any(param.requires_grad for param in dense.values()):
-        found = f"frozen ones only: {_some(dense)}" if dense else "no parameters at all"
+        found = f"frozen ones only: {some(dense)}" if dense else "no parameters at all"
         raise ValueError(f"the model has no trainable parameter; found {found}")
-    if fused_params and emb_optimizer_config is None:
-        raise ValueError(
-            f"the model has a fused optimizer (of {_some(fused_params)}) but no learning rate for "
-            "it: pass emb_optimizer_config with a learning_rate"
-        )
-    if emb_optimizer_config is not None and emb_optimizer_config.learning_rate is None:
-        raise ValueError("emb_optimizer_config has no learning_rate: set it")
+    if fused_params is not None and emb_optimizer_config is None:
+        # On a rank without a shard, torchrec lists the tables as updated in backward all the same.
+        fused = fused_params or [name for name in updated_in_backward if TABLES in name]
+        if fused:
+            raise ValueError(
+                f"the model has a fused optimizer (of {some(fused)}) but no learning rate for it: "
+                "pass emb_optimizer_config with a learning_rate"
+            )
+    if emb_optimizer_config is not None:
+        _check_embedding_config(emb_optimizer_config, {*dense, *updated_in_backward}, fused_params)
 
     if isinstance(optimizer_config, OptimizerConfig):
         _, section = optimizer_config.algorithm
@@ -137,7 +141,44 @@ def group_parameters(
             f"and no group of dense embeddings, only {', '.join(group.name for group in groups)}. "
             "Leave it out, or fuse the tables first (recap_fast.embeddings.fuse_embeddings)"
         )
+    if emb_optimizer_config is not None:
+        _check_tables_used(emb_optimizer_config, groups)
     return groups
+
+
+def _check_embedding_config(
+    emb_optimizer_config: EmbeddingOptimizerConfig,
+    names: Collection[str],
+    fused_params: Mapping[str, torch.Tensor] | None,
+) -> None:
+    """Raises if a table that is configured does not exist, or one that exists has no rate."""
+    tables = dict.fromkeys(name for name in (*names, *(fused_params or ())) if TABLES in name)
+    check_table_names(emb_optimizer_config, tables)
+    own_rates = emb_optimizer_config.table_learning_rates
+    without = [name for name in tables if table_name(name) not in own_rates]
+    if emb_optimizer_config.learning_rate is None and (without or not tables):
+        raise ValueError(
+            "emb_optimizer_config has no learning_rate: set it"
+            + (f", since {some(without)} have none of their own" if own_rates else "")
+        )
+
+
+def _check_tables_used(
+    emb_optimizer_config: EmbeddingOptimizerConfig, groups: Iterable[DenseGroup]
+) -> None:
+    """Raises if a table has options of its own, but is trained as a dense parameter is."""
+    for group in groups:
+        if group.role == "dense_embeddings":
+            continue
+        for name in group.params:
+            is_table = name.split(".")[-3:-2] == [TABLES]
+            if is_table and table_name(name) in emb_optimizer_config.tables:
+                raise ValueError(
+                    f"emb_optimizer_config.tables has options for {table_name(name)!r}, but "
+                    f"{name!r} is not fused, and belongs to the group {group.name!r}, whose "
+                    "optimizer trains it: leave them out, or fuse the table first "
+                    "(recap_fast.embeddings.fuse_embeddings)"
+                )
 
 
 def _split(
@@ -148,7 +189,7 @@ def _split(
     A parameter with several names is there under each of them.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
-    bare = _without_wrappers(named)
+    bare = without_wrappers(named)
     fused_ids = {id(tensor) for tensor in fused_params.values()} | {
         # A fused table may be listed as a parameter that is a view of what the optimizer updates.
         id(param)
@@ -156,12 +197,16 @@ def _split(
         if name in fused_params or bare[name] in fused_params
     }
     own_ids = {id(p) for p in named.values() if getattr(p, "_in_backward_optimizers", None)}
-    unscheduled = [name for name, param in named.items() if id(param) in own_ids - fused_ids]
+    unscheduled = [
+        name
+        for name, param in named.items()
+        if id(param) in own_ids - fused_ids and param.numel() > 0  # not a shard of another rank
+    ]
     if unscheduled:
         logger.warning(
             "%s are updated in the backward pass by optimizers of their own, at rates that no "
             "schedule sets",
-            _some(unscheduled),
+            some(unscheduled),
         )
     dense, updated_in_backward = {}, {}
     for name, param in named.items():
@@ -170,29 +215,12 @@ def _split(
     return dense, updated_in_backward
 
 
-def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Maps each name to the one that it would have if the model were not wrapped."""
-    bare = {
-        name: ".".join(part for part in name.split(".") if part not in WRAPPER_SEGMENTS)
-        for name in names
-    }
-    # DDP and others hold all of the model as "module"; a module of the model may be called so too.
-    while bare and all(name.startswith("module.") for name in bare.values()):
-        bare = {full: name.removeprefix("module.") for full, name in bare.items()}
-    return bare
-
-
-def _modules_by_name(params: Iterable[str]) -> dict[str, list[str]]:
-    """Maps each parameter's name to those of the modules that it is in, from the outermost on."""
-    return {full: name.split(".")[:-1] for full, name in _without_wrappers(params).items()}
-
-
 def _check_towers(
     rates: MultiTaskLearningRates, dense: _Parameters, updated_in_backward: _Parameters
 ) -> None:
     """Raises if a task has no parameters, or shares its module name with another task."""
     module_names = dict.fromkeys(
-        module for path in _modules_by_name(dense).values() for module in path
+        module for path in modules_by_name(dense).values() for module in path
     )
     tasks: dict[str, str] = {}
     for task in rates.tower_learning_rates:
@@ -206,15 +234,15 @@ def _check_towers(
         if tower in module_names:
             continue
         fused = [
-            name for name, path in _modules_by_name(updated_in_backward).items() if tower in path
+            name for name, path in modules_by_name(updated_in_backward).items() if tower in path
         ]
         if fused:
             raise ValueError(
                 f"tower_learning_rates: all parameters of the task {task!r} are updated during the "
-                f"backward pass ({_some(fused)}); they have no learning rate here, remove it"
+                f"backward pass ({some(fused)}); they have no learning rate here, remove it"
             )
         close = difflib.get_close_matches(tower, module_names, n=1)
-        hint = f"did you mean {_some(close)}?" if close else f"there are {_some(module_names, 20)}"
+        hint = f"did you mean {some(close)}?" if close else f"there are {some(module_names, 20)}"
         raise ValueError(
             f"tower_learning_rates: no parameter is in a module called {tower!r} (task {task!r}); "
             + hint
@@ -230,11 +258,11 @@ def _multi_task_groups(
     backbone_name = _unused_name(BACKBONE, towers)
     embeddings_name = _unused_name(DENSE_EMBEDDINGS, towers)
     group_of: dict[str, str] = {}
-    for name, modules in _modules_by_name(dense).items():
+    for name, modules in modules_by_name(dense).items():
         tasks = [task for task in towers if sanitize(task) in modules]
         if len(tasks) > 1:
-            raise ValueError(f"the parameter {name!r} matches several tasks: {_some(tasks)}")
-        rest = embeddings_name if _TABLES in name else backbone_name
+            raise ValueError(f"the parameter {name!r} matches several tasks: {some(tasks)}")
+        rest = embeddings_name if TABLES in name else backbone_name
         group_of[name] = tasks[0] if tasks else rest
     members = _members(dense, group_of)
 
@@ -242,8 +270,8 @@ def _multi_task_groups(
     backbone = members.get(backbone_name)
     if backbone and rates.backbone_learning_rate is None:
         raise ValueError(
-            f"backbone_learning_rate is not set, but {_some(backbone)} are in no tower of "
-            f"tower_learning_rates ({_some(towers, 20)})"
+            f"backbone_learning_rate is not set, but {some(backbone)} are in no tower of "
+            f"tower_learning_rates ({some(towers, 20)})"
         )
     if rates.backbone_learning_rate is not None:
         if not backbone:
@@ -252,10 +280,12 @@ def _multi_task_groups(
                 "in a tower or an embedding table"
             )
         groups.append(DenseGroup(backbone_name, "backbone", backbone, rates.backbone_learning_rate))
-    embeddings = members.get(embeddings_name)
-    if embeddings:
-        rate = _dense_embedding_rate(embeddings, emb_optimizer_config)
-        groups.append(DenseGroup(embeddings_name, "dense_embeddings", embeddings, rate))
+    groups += [
+        DenseGroup(_unused_name(name, towers), "dense_embeddings", params, rate)
+        for name, params, rate in split_by_schedule(
+            members.get(embeddings_name, {}), emb_optimizer_config
+        )
+    ]
     return groups
 
 
@@ -294,35 +324,9 @@ def _members(dense: _Parameters, group_of: Mapping[str, str]) -> dict[str, _Para
     return members
 
 
-def _dense_embedding_rate(
-    embeddings: _Parameters, emb_optimizer_config: EmbeddingOptimizerConfig | None
-) -> LearningRate:
-    """Returns the learning rate of the tables that are not fused."""
-    if emb_optimizer_config is None:
-        raise ValueError(
-            f"the embedding tables {_some(embeddings)} have no learning rate: pass "
-            "emb_optimizer_config with a learning_rate"
-        )
-    algorithm, _ = emb_optimizer_config.algorithm
-    if algorithm != "sgd":
-        raise ValueError(
-            f"emb_optimizer_config chooses {algorithm}, but {_some(embeddings)} are not fused, and "
-            "such tables train with sgd only; choose sgd, or fuse them first "
-            "(recap_fast.embeddings.fuse_embeddings)"
-        )
-    return emb_optimizer_config.learning_rate
-
-
 def _unused_name(name: str, taken: Iterable[str]) -> str:
     """Returns `name`, with underscores at its end if a task is called so."""
     taken = set(taken)
     while name in taken:
         name += "_"
     return name
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    """Returns the first names and how many more there are, for a message."""
-    quoted = [repr(name) for name in names]
-    more = f" and {len(quoted) - limit} more" if len(quoted) > limit else ""
-    return ", ".join(quoted[:limit]) + more

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torchrec.optim import keyed
 
 from recap_fast.config import LearningRate
 from recap_fast.keyed import is_dense, leaves
+from recap_fast.names import table_name
 from recap_fast.schedules import compute_lr
 
 
 class RecapLRShim(LRScheduler):
     """Drives the rates of a `CombinedOptimizer`; used like any other torch scheduler.
 
-    The param groups of torchrec's `FusedOptimizer`s inside, however deep, are fused embeddings and
-    follow `emb_learning_rate`. All others are dense: they follow `lr_dict`, in order. If the
-    optimizer has a method `sync_fused_learning_rates`, it is called after every change of the
-    rates.
+    The param groups of torchrec's `FusedOptimizer`s inside, however deep, are fused embeddings.
+    They follow the schedule of their tables in `table_learning_rates`, or else `emb_learning_rate`.
+    All others are dense: they follow `lr_dict`, in order. If the optimizer has a method
+    `sync_fused_learning_rates`, it is called after every change of the rates.
 
     A rate depends on its schedule and the step alone, so the step is all that a resume restores.
 
     Args:
         optimizer: The optimizer; each of its param groups must have a schedule.
         lr_dict: Schedule by group name, one per dense param group, in the optimizer's order.
-        emb_learning_rate: Schedule of all fused param groups; None if there are none.
+        emb_learning_rate: Schedule of all fused param groups without their own; None if there are
+            none.
         last_epoch: The last finished step, to resume without a saved state: the first rates are
             those of step `last_epoch + 1`.
         device_schedule: Whether `optimizer.step()` itself moves the dense rates on, on the device
@@ -34,6 +37,9 @@ class RecapLRShim(LRScheduler):
             the param groups only shows them; go on calling `step()` once after every optimizer
             step or replay, which costs no synchronisation. The optimizer must be a
             `FusedCombinedOptimizer` of capturable optimizers.
+        table_learning_rates: Schedules of fused tables that have their own, by table name. Tables
+            that share a param group share a table-batched module, so they must have the same one.
+            A table that is not here may be on another process.
 
     Raises:
         TypeError: If the optimizer is not a `CombinedOptimizer` or a schedule not a `LearningRate`.
@@ -47,10 +53,14 @@ class RecapLRShim(LRScheduler):
         emb_learning_rate: LearningRate | None = None,
         last_epoch: int = -1,
         device_schedule: bool = False,
+        table_learning_rates: Mapping[str, LearningRate] | None = None,
     ) -> None:
         if last_epoch < -1:
             raise ValueError(f"last_epoch must be -1 or greater, found {last_epoch}")
-        self._schedules = _schedule_per_param_group(optimizer, lr_dict, emb_learning_rate)
+        self.table_learning_rates = dict(table_learning_rates or {})
+        self._schedules = _schedule_per_param_group(
+            optimizer, lr_dict, emb_learning_rate, self.table_learning_rates
+        )
         self.lr_dict = dict(lr_dict)
         self.group_names = list(lr_dict)
         self.emb_learning_rate = emb_learning_rate
@@ -148,6 +158,7 @@ def _schedule_per_param_group(
     optimizer: keyed.CombinedOptimizer,
     lr_dict: Mapping[str, LearningRate],
     emb_learning_rate: LearningRate | None,
+    table_learning_rates: Mapping[str, LearningRate],
 ) -> list[LearningRate]:
     """Returns the schedules in the order of `optimizer.param_groups`, after all checks."""
     if not isinstance(optimizer, keyed.CombinedOptimizer):
@@ -156,13 +167,17 @@ def _schedule_per_param_group(
             f"found {type(optimizer).__name__}"
         )
     given = {f"lr_dict[{name!r}]": schedule for name, schedule in lr_dict.items()}
+    given |= {
+        f"table_learning_rates[{name!r}]": rate for name, rate in table_learning_rates.items()
+    }
     if emb_learning_rate is not None:
         given["emb_learning_rate"] = emb_learning_rate
     for name, schedule in given.items():
         if not isinstance(schedule, LearningRate):
             raise TypeError(f"{name} must be a LearningRate, found {schedule!r}")
 
-    group_is_dense = [is_dense(leaf) for leaf in leaves(optimizer) for _ in leaf.param_groups]
+    groups = [(leaf, group) for leaf in leaves(optimizer) for group in leaf.param_groups]
+    group_is_dense = [is_dense(leaf) for leaf, _ in groups]
     num_dense, num_fused = group_is_dense.count(True), group_is_dense.count(False)
     names = ", ".join(lr_dict) or "none"
     if num_dense != len(lr_dict):
@@ -170,17 +185,51 @@ def _schedule_per_param_group(
             f"the optimizer has {num_dense} dense param group(s), but lr_dict has {len(lr_dict)} "
             f"learning rate(s): {names}. Give one per dense param group, in the optimizer's order"
         )
-    if num_fused > 0 and emb_learning_rate is None:
-        raise ValueError(
-            f"the optimizer has {num_fused} fused embedding param group(s) besides the {num_dense} "
-            f"dense: {names}. Give them an emb_learning_rate"
-        )
     # A fused part without a param group is fine: under model parallel a rank may hold no table.
     inside = [*leaves(optimizer), *(part for _, part in optimizer.optimizers)]
-    if emb_learning_rate is not None and all(is_dense(part) for part in inside):
+    rate_names = [name for name in given if not name.startswith("lr_dict")]
+    if rate_names and all(is_dense(part) for part in inside):
         raise ValueError(
-            f"emb_learning_rate is set, but all {num_dense} param group(s) are dense: {names}. "
+            f"{rate_names[-1]} is set, but all {num_dense} param group(s) are dense: {names}. "
             "Leave it out, or add the fused optimizer of the embeddings to the optimizer"
         )
     dense_schedules = iter(lr_dict.values())
-    return [next(dense_schedules) if dense else emb_learning_rate for dense in group_is_dense]
+    schedules = [
+        next(dense_schedules)
+        if dense
+        else _schedule_of_tables(_tables_of(leaf, group), emb_learning_rate, table_learning_rates)
+        for (leaf, group), dense in zip(groups, group_is_dense, strict=True)
+    ]
+    if None in schedules:
+        leaf, group = groups[schedules.index(None)]
+        raise ValueError(
+            f"the optimizer has {num_fused} fused embedding param group(s) besides the {num_dense} "
+            f"dense: {names}. Give them an emb_learning_rate; there is no other for "
+            f"{', '.join(_tables_of(leaf, group))}"
+        )
+    return schedules
+
+
+def _tables_of(leaf: torch.optim.Optimizer, group: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the tables in a param group of a fused optimizer."""
+    # By identity: a sharded table cannot be compared.
+    ids = {id(param) for param in group["params"]}
+    return [table_name(name) for name, param in leaf.params.items() if id(param) in ids]
+
+
+def _schedule_of_tables(
+    tables: Sequence[str],
+    emb_learning_rate: LearningRate | None,
+    table_learning_rates: Mapping[str, LearningRate],
+) -> LearningRate | None:
+    """Returns the schedule of a param group of these tables; None if there is none."""
+    schedules = [table_learning_rates.get(table, emb_learning_rate) for table in tables]
+    for table, schedule in zip(tables, schedules, strict=True):
+        if schedule != schedules[0]:
+            raise ValueError(
+                f"the tables {tables[0]} and {table} share a param group of the fused optimizer, "
+                "but have different learning rates: give them the same, or make them with "
+                "fuse_embeddings, or set_table_optimizers and model parallel, from a configuration "
+                "that has the rates in `tables`"
+            )
+    return schedules[0] if schedules else emb_learning_rate

@@ -215,6 +215,11 @@ class EmbeddingOptimizerConfig(TableOptimizerConfig):
     )
 
     @property
+    def algorithm_is_default(self) -> bool:
+        """Whether no algorithm was chosen."""
+        return not self._given(_ALGORITHMS)
+
+    @property
     def algorithm(self) -> tuple[str, EmbeddingSection]:
         """The name of the chosen algorithm and its section; sgd if none was chosen."""
         for name in self._given(_ALGORITHMS):
@@ -238,6 +243,6 @@ class EmbeddingOptimizerConfig(TableOptimizerConfig):
             for field in TableOptimizerConfig.model_fields
             if (value := getattr(own, field)) is not None
         }
-        if own._given(_ALGORITHMS):
+        if own._given(_ALGORITHMS):  # or two of them would be set
             changes = {**dict.fromkeys(_ALGORITHMS), **changes}
         return self.model_copy(update={**changes, "tables": {}})

@@ -67,12 +67,25 @@ def table_kernel(
         ValueError: The device lacks or ignores something that is configured; the message names it.
     """
     config = emb_optimizer_config.for_table(table.name)
-    algorithm, section = config.algorithm
-    given = section.model_dump(exclude_none=True)
+    algorithm, _ = config.algorithm
     _check_algorithm(algorithm, table.name, device)
     if device.type == "cpu":
         _check_honoured_on_cpu(config, table)
+    arguments = kernel_arguments(config)
+    arguments["learning_rate"] = _first_rate(config, table.name)
+    rate = config.learning_rate
+    schedule = "" if rate is None else rate.model_dump_json(exclude_none=True)
+    return TableKernel(tuple(sorted(arguments.items())), schedule)
 
+
+def kernel_arguments(config: EmbeddingOptimizerConfig) -> dict[str, Any]:
+    """Returns optimizer and hyperparameters under FBGEMM's names; what is not given is left out.
+
+    Args:
+        config: What holds for one table (`EmbeddingOptimizerConfig.for_table`).
+    """
+    algorithm, section = config.algorithm
+    given = section.model_dump(exclude_none=True)
     arguments: dict[str, Any] = {"optimizer": OPTIMIZERS[algorithm]}
     if algorithm == "ema_rowwise_adagrad":
         mode = {name: given.pop(name) for name in _EMA_FIELDS}
@@ -92,11 +105,7 @@ def table_kernel(
         arguments |= {"gradient_clipping": True, "max_gradient": config.gradient_clipping}
     if config.stochastic_rounding is not None:
         arguments["stochastic_rounding"] = config.stochastic_rounding
-    arguments["learning_rate"] = _first_rate(config, table.name)
-
-    rate = config.learning_rate
-    schedule = "" if rate is None else rate.model_dump_json(exclude_none=True)
-    return TableKernel(tuple(sorted(arguments.items())), schedule)
+    return arguments
 
 
 def _first_rate(config: EmbeddingOptimizerConfig, name: str) -> float:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings.kernels import table_kernel
+from recap_fast.embeddings.tables import (
+    check_not_wrapped,
+    check_tables,
+    find_collections,
+    find_tables,
+)
+from recap_fast.names import check_table_names
 
 
 def set_table_optimizers(
@@ -18,9 +24,27 @@ def set_table_optimizers(
 ) -> nn.Module:
     """Tells torchrec how to train the tables of a model that is about to be sharded.
 
+    Call it on every process, with the same configuration, before
+    `torchrec.distributed.DistributedModelParallel` wraps the model; its `fused_optimizer` then has
+    a param group for each table-batched module, and `build_optimizer` sets their rates. In plans,
+    hand-made or torchrec's own, all tables get fused kernels but data-parallel ones.
+
+    What sharding changes:
+
+    * A data-parallel table is not fused: it trains in the group of dense embeddings, with plain
+      SGD, and `build_optimizer` refuses another algorithm for it.
+    * Column-wise, each shard of a row-wise algorithm has an accumulator of its own, of the mean
+      over its columns. `build_optimizer` refuses ema_rowwise_adagrad, which would mix up halves.
+    * Row-wise, mean pooling divides after the kernel, so `gradient_clipping` clips what is already
+      divided by the length of the bag.
+    * On the CPU, torchrec does not copy the model's weights into the shards: they start from new
+      random values, unless a state dict is loaded.
+
     Args:
-        model: The model, not wrapped; its `EmbeddingBagCollection`s may be on the meta device.
-        emb_optimizer_config: Algorithm, hyperparameters and schedule of each table.
+        model: The model, not wrapped; its tables are float32 or float16, trainable, of a width that
+            is a multiple of 4, and used nowhere else. They may be on the meta device.
+        emb_optimizer_config: Algorithm, hyperparameters and schedule of each table, as for
+            `fuse_embeddings`.
         device: Where the shards will be.
 
     Returns:
@@ -29,21 +53,27 @@ def set_table_optimizers(
     Raises:
         ValueError: Something cannot be honoured; the message names it, and nothing was changed.
     """
+    check_not_wrapped(model)
+    tables = find_tables(find_collections(model))
+    check_tables(model, tables)
+    check_table_names(emb_optimizer_config, dict(model.named_parameters()))
     device = torch.device(device)
-    kernels = [
-        (bag.weight, table_kernel(emb_optimizer_config, table, device))
-        for module in model.modules()
-        if type(module) is EmbeddingBagCollection
-        for table, bag in zip(
-            module.embedding_bag_configs(), module.embedding_bags.values(), strict=True
-        )
-    ]
-    for weight, kernel in kernels:
-        arguments = dict(kernel.arguments)
+    kernels = {}
+    for name, table in tables.items():
+        algorithm, _ = emb_optimizer_config.for_table(table.config.name).algorithm
+        if algorithm == "lars_sgd":
+            raise ValueError(
+                f"emb_optimizer_config chooses lars_sgd for the table {table.config.name}, of "
+                "which torchrec's model parallel cannot show the state; choose another"
+            )
+        kernels[name] = table_kernel(emb_optimizer_config, table.config, device)
+
+    for name, table in tables.items():
+        arguments = dict(kernels[name].arguments)
         # The class is for torchrec's planner, which estimates memory by it; "optimizer" decides.
-        weight._optimizer_classes = [emb_opt_type_to_optimizer_class(arguments["optimizer"])]
+        table.weight._optimizer_classes = [emb_opt_type_to_optimizer_class(arguments["optimizer"])]
         # torchrec puts tables into one kernel if all of this is equal; it drops "_batch_key" then.
-        weight._optimizer_kwargs = [{**arguments, "_batch_key": kernel.schedule}]
+        table.weight._optimizer_kwargs = [{**arguments, "_batch_key": kernels[name].schedule}]
         # Its presence has torchrec's hand-made plans choose a fused kernel.
-        weight._in_backward_optimizers = []
+        table.weight._in_backward_optimizers = []
     return model

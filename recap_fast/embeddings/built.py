@@ -1,0 +1,96 @@
+"""Whether the kernels of a model are those that its configuration asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from fbgemm_gpu.tbe.config.optimizer_config import (
+    EmainplaceModeDefinition,
+    EnsembleModeDefinition,
+    UserEnabledConfigDefinition,
+)
+from torch import nn
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.types import ShardingType
+from torchrec.optim import keyed
+
+from recap_fast.config import EmbeddingOptimizerConfig
+from recap_fast.embeddings.kernels import kernel_arguments
+from recap_fast.keyed import leaves
+from recap_fast.names import table_name
+
+_SPLITS_ROWS = (
+    ShardingType.COLUMN_WISE.value,
+    ShardingType.TABLE_COLUMN_WISE.value,
+    ShardingType.GRID_SHARD.value,
+)
+
+
+def check_built_kernels(
+    model: nn.Module,
+    fused_optimizer: keyed.KeyedOptimizer,
+    emb_optimizer_config: EmbeddingOptimizerConfig,
+) -> None:
+    """Raises if fused tables are not trained as configured.
+
+    Tables for which no algorithm is chosen pass: only their rate is then configured here.
+
+    Args:
+        model: The model, wrapped or not.
+        fused_optimizer: Its fused optimizer.
+        emb_optimizer_config: The configuration.
+
+    Raises:
+        ValueError: The message names a table, what was configured and what was found.
+    """
+    for leaf in leaves(fused_optimizer):
+        kernel = getattr(leaf, "_emb_module", None)
+        for name in leaf.params if kernel is not None else ():
+            _check_kernel(table_name(name), kernel, emb_optimizer_config)
+    for module in model.modules():
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            for name, sharding in module.module_sharding_plan.items():
+                algorithm, _ = emb_optimizer_config.for_table(name).algorithm
+                if algorithm == "ema_rowwise_adagrad" and sharding.sharding_type in _SPLITS_ROWS:
+                    raise ValueError(
+                        f"emb_optimizer_config chooses {algorithm} for the table {name}, which is "
+                        f"sharded {sharding.sharding_type}: each shard would have a fast and a "
+                        "slow half of its own; shard it table_wise or row_wise"
+                    )
+
+
+def _check_kernel(
+    table: str,
+    kernel: SplitTableBatchedEmbeddingBagsCodegen,
+    emb_optimizer_config: EmbeddingOptimizerConfig,
+) -> None:
+    config = emb_optimizer_config.for_table(table)
+    wanted = kernel_arguments(config)
+    if config.algorithm_is_default:
+        del wanted["optimizer"]
+    for name, value in wanted.items():
+        found = _argument(kernel, name)
+        if found != value:
+            raise ValueError(
+                f"emb_optimizer_config asks for {name}={value!s} for the table {table}, but it was "
+                f"made with {found!s}: call fuse_embeddings, or set_table_optimizers before "
+                "torchrec's model parallel, with the same configuration"
+            )
+
+
+def _argument(kernel: SplitTableBatchedEmbeddingBagsCodegen, name: str) -> Any:
+    """Returns what a kernel was made with under this name."""
+    if name == "optimizer":
+        return kernel.optimizer
+    if name == "emainplace_mode":
+        return EmainplaceModeDefinition(**kernel._emainplace_mode)
+    if name == "ensemble_mode":
+        return EnsembleModeDefinition(**kernel._ensemble_mode)
+    if name == "extra_optimizer_config":
+        return UserEnabledConfigDefinition(
+            use_rowwise_bias_correction=kernel.use_rowwise_bias_correction
+        )
+    return getattr(kernel.optimizer_args, name)
