@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,7 @@ from torchrec import KeyedJaggedTensor
 
 from recap_fast.demo import movielens
 from recap_fast.demo.movielens import Ratings
+from recap_fast.demo.share import WHOLE, Share
 
 TASKS: Final[Mapping[str, Callable[[np.ndarray], np.ndarray]]] = {
     "recap.engagement.is_liked": lambda rating: rating >= 4,
@@ -54,6 +56,9 @@ class Batch:
     dense: torch.Tensor
     sparse: KeyedJaggedTensor
     labels: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.dense.to(device), self.sparse.to(device), self.labels.to(device))
 
 
 class Dataset:
@@ -118,28 +123,44 @@ class Dataset:
         labels = np.stack([positive(rating) for positive in TASKS.values()], axis=1)
         self._labels = torch.from_numpy(labels.astype(np.float32))
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, seed: int, *, share: Share = WHOLE, start: int = 0
+    ) -> Iterator[Batch]:
         """Endless batches of the training split, reshuffled at each pass; a remainder is left out.
 
+        A batch depends on its number, `batch_size` and `seed` only, so that a training that was
+        interrupted goes on with the batches that it would have seen.
+
+        Args:
+            batch_size: ratings per batch, of all processes together.
+            seed: of the order.
+            share: which part of each batch to give.
+            start: number of the first batch to give, from 0.
+
         Raises:
-            ValueError: `batch_size` is not within 1 and the size of the training split.
+            ValueError: `batch_size` is not within 1 and the size of the training split, or cannot
+                be divided evenly.
         """
         if not 1 <= batch_size <= self.num_train:
             raise ValueError(
                 f"batch_size={batch_size} must be within 1 and {self.num_train},"
                 " the number of training ratings"
             )
-        return self._shuffled_batches(batch_size, torch.Generator().manual_seed(seed))
+        share.check(batch_size)
+        rows = self._shuffled_rows(batch_size, torch.Generator().manual_seed(seed))
+        return (self._batch(share.of(part)) for part in islice(rows, start, None))
 
-    def _shuffled_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+    def _shuffled_rows(self, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
         while True:
             order = torch.randperm(self.num_train, generator=generator)
-            for rows in order[: self.num_train // batch_size * batch_size].split(batch_size):
-                yield self._batch(rows)
+            yield from order[: self.num_train // batch_size * batch_size].split(batch_size)
 
-    def test_batches(self, batch_size: int) -> Iterator[Batch]:
-        """The test split once, in the order of time; the last batch may be smaller."""
-        rows = torch.arange(self.num_train, self.num_train + self.num_test)
+    def test_batches(self, batch_size: int, share: Share = WHOLE) -> Iterator[Batch]:
+        """The test split once, in the order of time; the last batch may be smaller.
+
+        Of a split that cannot be divided evenly, the last share repeats the last rating.
+        """
+        rows = share.of(torch.arange(self.num_train, self.num_train + self.num_test))
         return (self._batch(part) for part in rows.split(batch_size))
 
     def _batch(self, rows: torch.Tensor) -> Batch:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from recap_fast.demo.sharding import whole_state
 from recap_fast.demo.train import Run
 
 
@@ -54,7 +55,7 @@ class Comparison:
 
 
 def compare(runs: dict[str, Run]) -> Comparison:
-    """Compares the first of two runs with the second.
+    """Compares the first of two runs with the second; every process that took part must do it.
 
     Raises:
         ValueError: there are not exactly two runs.
@@ -78,10 +79,12 @@ def compare(runs: dict[str, Run]) -> Comparison:
 def parameter_difference(first: nn.Module, second: nn.Module) -> Difference:
     """The largest difference between parameters of the same name, computed in float64.
 
+    Every process that holds a part of the models must call it.
+
     Raises:
         ValueError: the models do not have parameters of the same names.
     """
-    ours, theirs = dict(first.named_parameters()), dict(second.named_parameters())
+    ours, theirs = whole_state(first), whole_state(second)
     if ours.keys() != theirs.keys():
         only_one = sorted(ours.keys() ^ theirs.keys())
         raise ValueError(f"only one of the models has the parameters {', '.join(only_one)}")

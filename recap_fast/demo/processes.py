@@ -1,0 +1,106 @@
+"""How the processes of one training join, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from recap_fast.demo.errors import DemoError
+from recap_fast.demo.share import Share
+
+
+def join(timeout: float) -> torch.device:
+    """Joins the processes that torchrun started, on nccl if there are GPUs and else on gloo.
+
+    Args:
+        timeout: seconds that a process waits for the others, here and in every later exchange,
+            before it takes one of them for lost and ends.
+
+    Returns:
+        Where this process computes: its GPU, or the CPU.
+
+    Raises:
+        DemoError: torchrun did not start this process, or there are too few GPUs.
+    """
+    missing = [
+        name
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
+    if missing:
+        raise DemoError(
+            f"{', '.join(missing)} not set in the environment: start this script with"
+            " `torchrun --nproc-per-node N`"
+        )
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise DemoError(
+                f"process {local_rank} of this machine has no GPU, there are"
+                f" {torch.cuda.device_count()}: start fewer, or set CUDA_VISIBLE_DEVICES= to train"
+                " on the CPU"
+            )
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    with naming_lost_processes(timeout):
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return device
+
+
+@contextmanager
+def naming_lost_processes(timeout: float) -> Iterator[None]:
+    """Raises a plain DemoError when another process has gone or no longer answers.
+
+    Args:
+        timeout: what `join` got.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, DemoError) or not _is_of_communication(error):
+            raise
+        rank = os.environ.get("RANK", "?")
+        raise DemoError(
+            f"process {rank} stops: another process has ended, or has not answered for"
+            f" {timeout:g} seconds ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _is_of_communication(error: Exception) -> bool:
+    """Whether gloo, nccl or the store says so; gloo's errors are plain RuntimeErrors."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
+
+
+def share() -> Share:
+    """This process's share; the whole where there is no process group."""
+    if not dist.is_initialized():
+        return Share()
+    return Share(dist.get_rank(), dist.get_world_size())
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean over all processes."""
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def gather(values: torch.Tensor) -> torch.Tensor:
+    """The values of all processes, of equal shapes, one after the other by rank."""
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+def all_finite(value: torch.Tensor) -> bool:
+    """Whether a value is finite on every process; the same answer on all of them."""
+    bad = (~torch.isfinite(value)).any().float()
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bad.item()
