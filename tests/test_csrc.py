@@ -110,6 +110,18 @@ def test_loops_are_vectorized(
 
 
 @needs_x86_objects
+@pytest.mark.parametrize(("instruction_set", "register"), [("avx2", "%ymm"), ("avx512", "%zmm")])
+@pytest.mark.parametrize("dtype", ["float", "double"])
+def test_squares_are_summed_in_vectors(
+    build: Path, instruction_set: str, register: str, dtype: str
+) -> None:
+    functions = _instructions(_kernels(build, instruction_set))
+    (name,) = (name for name in functions if f"sum_of_squares<{dtype}>" in name)
+    assert {"vmulpd", "vaddpd"} <= {i.split()[0] for i in functions[name] if register in i}
+    assert any(i.startswith("vcvtps2pd") for i in functions[name]) == (dtype == "float")
+
+
+@needs_x86_objects
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 def test_float16_is_converted_by_the_processor(build: Path, instruction_set: str) -> None:
     mnemonics = {

@@ -33,6 +33,7 @@ def test_the_engine_on_an_emulated_machine() -> None:
 EMULATED_TESTS = (
     "test_amp.py",
     "test_bits.py",
+    "test_clipping.py",
     "test_combined.py",
     "test_device_values.py",
     "test_edge_values.py",

@@ -81,11 +81,11 @@ TEST(updates_with_a_momentum_or_a_maximum_have_their_states) {
 }
 
 // The factor of every algorithm for these hyperparameters.
-std::vector<double> grad_factors(bool maximize, double grad_scale) {
+std::vector<double> grad_factors(bool maximize, double grad_scale, double clip = 1.0) {
   std::vector<double> factors;
   for (Hyper hyper : {adam(0, false, false), adagrad(0), sgd(0, 0, false)}) {
     hyper.maximize = maximize;
-    const Values values = recap::make_values(hyper, 1, false, grad_scale);
+    const Values values = recap::make_values(hyper, 1, false, grad_scale, clip);
     switch (hyper.algorithm) {
       case Algorithm::adam: factors.push_back(values.float64.adam.grad_factor); break;
       case Algorithm::adagrad: factors.push_back(values.float64.adagrad.grad_factor); break;
@@ -93,6 +93,11 @@ std::vector<double> grad_factors(bool maximize, double grad_scale) {
     }
   }
   return factors;
+}
+
+TEST(gradients_are_multiplied_by_what_clips_them) {
+  for (const double factor : grad_factors(false, 1, 0.3)) CHECK_EQ(factor, 0.3);
+  for (const double factor : grad_factors(true, 4, 0.3)) CHECK_EQ(factor, -0.3 / 4);
 }
 
 TEST(gradients_are_divided_by_their_scale) {
@@ -185,11 +190,11 @@ TEST(a_values_maker_remembers_the_right_powers) {
   }
   for (const double step : {1.0, 2.0, 2.0, 1000.0, 3.0, 1.0}) {
     for (const Hyper& hyper : hypers) {
-      CHECK(all_values(hyper, maker.make(hyper, step, step == 1, 3)) ==
-                all_values(hyper, recap::make_values(hyper, step, step == 1, 3)),
+      CHECK(all_values(hyper, maker.make(hyper, step, step == 1, 3, 1)) ==
+                all_values(hyper, recap::make_values(hyper, step, step == 1, 3, 1)),
             "at step ", step);
-      CHECK(all_values(hyper, maker.make(hyper, step, false, 3)) ==
-                all_values(hyper, recap::make_values(hyper, step, false, 3)),
+      CHECK(all_values(hyper, maker.make(hyper, step, false, 3, 1)) ==
+                all_values(hyper, recap::make_values(hyper, step, false, 3, 1)),
             "at step ", step);
     }
   }

@@ -74,15 +74,16 @@ def test_steps_follow_torch_clipping_and_gradients_stay(algorithm, dtype, layout
         assert float(optimizer.grad_norm) == pytest.approx(norm, rel=norm_tolerance())
         for p, gradient in zip(ours, before, strict=True):
             assert (p.grad is None and gradient is None) or torch.equal(p.grad, gradient)
-    # Three steps' roundings of values around one, against float64.
-    ulp = torch.finfo(dtype).eps
+    # Three steps' roundings of values around one, against float64; on a device the norm itself is
+    # of float32.
+    ulp = max(torch.finfo(dtype).eps, norm_tolerance() / 100)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p.detach().double(), q.detach(), rtol=8 * ulp, atol=8 * ulp)
 
 
 def norm_tolerance():
     """The CPU engine sums in double; torch's norm on devices is in float32."""
-    return 1e-6 if native.has_cuda_engine else 1e-14
+    return 1e-5 if native.has_cuda_engine else 1e-14
 
 
 def test_a_norm_below_the_limit_changes_no_bit():
