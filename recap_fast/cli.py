@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=options.batch_size,
             seed=options.seed,
             threads=options.threads,
+            nproc=options.nproc,
             data_dir=options.data,
             out=options.out,
         )
@@ -91,10 +92,23 @@ def _parser() -> argparse.ArgumentParser:
         help="seed of the weights and of the order of the batches (default: %(default)s)",
     )
     demo.add_argument(
+        "--nproc",
+        type=_at_least(1),
+        default=1,
+        metavar="P",
+        help=(
+            "processes that train together on the CPU: they divide each batch, and the embedding"
+            " tables between them; more than there are cores only take turns (default: %(default)s)"
+        ),
+    )
+    demo.add_argument(
         "--threads",
         type=_at_least(1),
         metavar="T",
-        help="threads that torch uses in an operation (default: torch's own choice)",
+        help=(
+            "threads that torch uses in an operation, in each process (default: torch's own"
+            " choice, or with --nproc an equal part of the cores)"
+        ),
     )
     demo.add_argument(
         "--data",

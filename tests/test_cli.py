@@ -15,7 +15,7 @@ def test_help_names_every_option_and_the_data(capsys: pytest.CaptureFixture[str]
         cli.main(["demo", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--steps", "--batch-size", "--seed", "--threads", "--data", "--out"):
+    for option in ("--steps", "--batch-size", "--seed", "--nproc", "--threads", "--data", "--out"):
         assert option in text
     assert "MovieLens-100K" in text and "(default: 300)" in text
     assert "(default: None)" not in text
@@ -29,6 +29,7 @@ def test_help_names_every_option_and_the_data(capsys: pytest.CaptureFixture[str]
         (["--batch-size", "0"], "argument --batch-size: '0' is not a whole number >= 1"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number >= 0"),
         (["--threads", "0.5"], "argument --threads: '0.5' is not a whole number >= 1"),
+        (["--nproc", "0"], "argument --nproc: '0' is not a whole number >= 1"),
         (["--stepz", "1"], "unrecognized arguments: --stepz 1"),
     ],
 )
@@ -90,6 +91,47 @@ def test_demo_prints_a_table_and_writes_its_files(
     assert list(results["runs"]) == ["recap_fast", "reference"]
     # A wrong learning rate would be off by 1e-4 or more.
     assert results["comparison"]["difference"]["absolute"] < 1e-6
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("synthetic_data")
+def test_two_processes_give_the_table_of_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = {}
+    for nproc in ("1", "2"):
+        out = tmp_path / nproc
+        arguments = ["--steps", "5", "--batch-size", "16", "--nproc", nproc, "--out", str(out)]
+        assert cli.main(["demo", *arguments]) == 0
+        assert capfd.readouterr().out.count("AUC recap.engagement.is_liked") == 1
+        assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+        results[nproc] = json.loads((out / "results.json").read_text())
+    assert results["2"]["settings"] == {**results["1"]["settings"], "nproc": 2}
+    for name, run in results["2"]["runs"].items():
+        expected = results["1"]["runs"][name]
+        assert run["learning_rates"] == expected["learning_rates"]
+        for task, losses in expected["losses"].items():
+            # float32 rounding, of sums in another order
+            assert run["losses"][task] == pytest.approx(losses, rel=1e-5)
+    for task, aucs in results["1"]["comparison"]["auc"].items():
+        # 40 test ratings: one pair of them in another order is more than 2e-3
+        assert results["2"]["comparison"]["auc"][task] == pytest.approx(aucs, abs=1e-3)
+
+
+@pytest.mark.usefixtures("synthetic_data")
+@pytest.mark.parametrize(
+    ("nproc", "message"),
+    [
+        ("3", "--batch-size 512 is not a multiple of --nproc 3: the processes divide each batch"),
+        ("4096", "--nproc 4096 is too many: this machine has"),
+    ],
+)
+def test_demo_refuses_processes_that_cannot_share_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], nproc: str, message: str
+) -> None:
+    assert cli.main(["demo", "--nproc", nproc, "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("synthetic_data")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import logging
+import functools
+import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import recap_fast
 from recap_fast import reference
-from recap_fast.demo import data, picture, report
+from recap_fast.demo import data, picture, processes, report
 from recap_fast.demo.errors import DemoError
+from recap_fast.demo.launch import launch
+from recap_fast.demo.quiet import quiet_libraries
+from recap_fast.demo.sharding import shard
 from recap_fast.demo.train import train
+from recap_fast.embeddings import fuse_embeddings
+
+_MOST_PROCESSES_PER_CORE = 4
 
 
 def run(
@@ -23,6 +31,7 @@ def run(
     out: Path,
     data_dir: Path | None = None,
     threads: int | None = None,
+    nproc: int = 1,
 ) -> None:
     """Trains with `recap_fast` and with the reference, prints the table, writes the files.
 
@@ -30,16 +39,14 @@ def run(
         steps, batch_size, seed: see `recap_fast.demo.train.train`.
         out: folder for `demo.png` and `results.json`, made if need be.
         data_dir: folder of the MovieLens files; None means the user's cache, filled if need be.
-        threads: torch's intra-op threads; None leaves them as they are.
+        threads: torch's intra-op threads in each process; None leaves them as they are, and divides
+            the cores between several processes.
+        nproc: how many processes divide each batch and the tables. They are new ones, on the CPU.
 
     Raises:
         DemoError: something that the user can mend is missing or wrong.
     """
-    # torchrec calls a function of torch.fx that warns about its own name.
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    builders = {"recap_fast": recap_fast.build_optimizer, "reference": reference.build_optimizer}
+    _check_nproc(nproc, batch_size)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):  # better now than after the training
@@ -49,22 +56,68 @@ def run(
     dataset = data.load(data_dir)
     if batch_size > dataset.num_train:
         raise DemoError(f"--batch-size {batch_size} is more than {dataset.num_train} ratings")
-    print(
-        f"MovieLens-100K: {dataset.num_train} ratings to train on, the {dataset.num_test} latest to"
-        f" test on; {steps} steps of {batch_size} ratings, {torch.get_num_threads()} threads."
-    )
+    settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    if nproc == 1:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        _train_and_report(dataset, out, settings)
+    else:
+        threads = threads or max(1, _cores() // nproc)
+        launch(nproc, threads, _train_and_report, dataset, out, settings)
+
+
+def _check_nproc(nproc: int, batch_size: int) -> None:
+    most = _MOST_PROCESSES_PER_CORE * _cores()
+    if nproc > most:
+        raise DemoError(
+            f"--nproc {nproc} is too many: this machine has {_cores()} cores, on which at most"
+            f" {most} processes may train"
+        )
+    if batch_size % nproc:
+        raise DemoError(
+            f"--batch-size {batch_size} is not a multiple of --nproc {nproc}: the processes divide"
+            f" each batch evenly; take {batch_size // nproc * nproc or nproc}"
+        )
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _train_and_report(dataset: data.Dataset, out: Path, settings: dict[str, Any]) -> None:
+    """On the one process, or on each of them; the first one tells of it."""
+    quiet_libraries()
+    share = processes.share()
+    is_first = share.rank == 0
+    if is_first:
+        threads = f"{torch.get_num_threads()} threads"
+        if share.processes > 1:
+            threads = f"{share.processes} processes, {threads} each"
+        print(
+            f"MovieLens-100K: {dataset.num_train} ratings to train on, the {dataset.num_test}"
+            f" latest to test on; {settings['steps']} steps of {settings['batch_size']} ratings,"
+            f" {threads}.",
+            flush=True,
+        )
+    # Whole tables in turn: they are too small to be worth cutting.
+    sharded = functools.partial(shard, sharding="table_wise", device=torch.device("cpu"))
     runs = train(
         dataset,
-        builders,
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
+        {"recap_fast": recap_fast.build_optimizer, "reference": reference.build_optimizer},
+        **settings,
+        place=sharded if share.processes > 1 else fuse_embeddings,
+        share=share,
         show_progress=True,
     )
-    comparison = report.compare(runs)
+    comparison = report.compare(runs)  # by all processes together
+    if not is_first:
+        return
+    if share.processes > 1:
+        settings = {**settings, "nproc": share.processes}
     print("\n" + report.table(comparison) + "\n")
     picture_path, results_path = out / "demo.png", out / "results.json"
-    settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
     report.write_results(results_path, comparison, runs, settings)
-    picture.draw(picture_path, runs, f"MovieLens-100K, {steps} steps of {batch_size} ratings")
+    title = f"MovieLens-100K, {settings['steps']} steps of {settings['batch_size']} ratings"
+    picture.draw(picture_path, runs, title)
     print(f"Wrote {picture_path} and {results_path}.")
