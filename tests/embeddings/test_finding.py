@@ -1,0 +1,138 @@
+"""`find_fused_optimizer`, and kernels that are not as the configuration says."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchrec.optim import keyed
+
+from recap_fast import build_optimizer, reference
+from recap_fast.embeddings import find_fused_optimizer, fuse_embeddings
+from tests.embeddings.examples import TABLES, config_of, ranker
+from tests.models import multi_task_config
+
+SGD = config_of()
+
+
+def test_finds_the_fused_optimizer_through_wrappers() -> None:
+    model = fuse_embeddings(ranker(), SGD)
+    expected = model.fused_optimizer
+    assert find_fused_optimizer(model) is expected
+    assert find_fused_optimizer(torch.compile(model)) is expected
+    assert find_fused_optimizer(nn.DataParallel(model)) is expected
+    assert find_fused_optimizer(torch.compile(nn.DataParallel(model))) is expected
+
+
+def test_an_empty_fused_optimizer_counts_as_none() -> None:
+    model = ranker()
+    assert find_fused_optimizer(model) is None
+    model.fused_optimizer = keyed.CombinedOptimizer([])
+    assert find_fused_optimizer(model) is None
+    model.fused_optimizer = keyed.KeyedOptimizer({}, {}, [])
+    assert find_fused_optimizer(model) is None
+
+
+def test_a_fused_optimizer_without_tables_on_this_rank_counts() -> None:
+    model = ranker()
+    model.fused_optimizer = keyed.CombinedOptimizer([("ebc", keyed.CombinedOptimizer([]))])
+    assert find_fused_optimizer(model) is model.fused_optimizer
+
+
+def test_fused_tables_without_a_fused_optimizer_are_refused() -> None:
+    inner = fuse_embeddings(ranker(), SGD)
+    with pytest.raises(
+        ValueError, match=r"^0\.ebc is a FusedTableCollection, but the model has no"
+    ):
+        find_fused_optimizer(nn.Sequential(inner, nn.Sigmoid()))
+
+
+def of_the_collection(model: nn.Module) -> nn.Module:
+    model.fused_optimizer = model.ebc.fused_optimizer()
+    return model
+
+
+CHANGED: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
+    "copied": (copy.deepcopy, f"{TABLES[0]} is not the table that FBGEMM trains"),
+    "cast": (nn.Module.double, f"{TABLES[0]} is not the table that FBGEMM trains"),
+    "another optimizer": (of_the_collection, f"fused_optimizer has no {TABLES[0]}"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGED.values(), ids=CHANGED)
+def test_tables_that_the_optimizer_does_not_have_are_refused(
+    change: Callable[[nn.Module], nn.Module], message: str
+) -> None:
+    model = change(fuse_embeddings(ranker(), config_of(adagrad={})))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_fused_optimizer(model)
+
+
+def test_compiling_a_part_of_a_fused_model_changes_nothing() -> None:
+    model = nn.ModuleDict({"ranker": ranker(), "last": nn.Linear(2, 1)})
+    fuse_embeddings(model, SGD)
+    model["ranker"] = torch.compile(model["ranker"])
+    assert find_fused_optimizer(model) is model.fused_optimizer
+
+
+def test_something_else_called_fused_optimizer_is_refused() -> None:
+    model = ranker()
+    model.fused_optimizer = math.inf
+    with pytest.raises(TypeError, match=r"must be a torchrec.*found float"):
+        find_fused_optimizer(model)
+
+
+# Kernels and configuration
+
+MADE = config_of(
+    adagrad={"eps": 1e-3},
+    gradient_clipping=2.0,
+    tables={"t_item": {"ema_rowwise_adagrad": {"step_ema": 7}}},
+)
+SAME: dict[str, dict[str, Any]] = {
+    "the same": MADE.model_dump(exclude_none=True),
+    "only rates": {"tables": {"t_item": {"learning_rate": {"constant": 0.5}}}},
+}
+OTHER: dict[str, tuple[dict[str, Any], str]] = {
+    "algorithm": (
+        {"rowwise_adagrad": {}},
+        "optimizer=exact_row_wise_adagrad for the table t_user, but it was made with exact_adagrad",
+    ),
+    "hyperparameter": (
+        {"adagrad": {}},
+        "eps=1e-08 for the table t_user, but it was made with 0.001",
+    ),
+    "clipping": (
+        {"gradient_clipping": 1.0},
+        "max_gradient=1.0 for the table t_user, but it was made with 2.0",
+    ),
+    "of one table": (
+        {"tables": {"t_item": {"ema_rowwise_adagrad": {}}}},
+        "step_ema=10, step_start=0, step_ema_coef=0.6) for the table t_item, but it was made with",
+    ),
+}
+
+
+@pytest.mark.parametrize("build", [build_optimizer, reference.build_optimizer])
+@pytest.mark.parametrize("options", SAME.values(), ids=SAME)
+def test_the_configuration_that_tables_were_made_with_is_fine(
+    options: dict[str, Any], build: Callable[..., Any]
+) -> None:
+    model = fuse_embeddings(ranker(), MADE)
+    build(model, multi_task_config(), config_of(**options))
+
+
+@pytest.mark.parametrize("build", [build_optimizer, reference.build_optimizer])
+@pytest.mark.parametrize(("options", "message"), OTHER.values(), ids=OTHER)
+def test_another_configuration_is_refused(
+    options: dict[str, Any], message: str, build: Callable[..., Any]
+) -> None:
+    model = fuse_embeddings(ranker(), MADE)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(model, multi_task_config(), config_of(**options))
