@@ -16,6 +16,9 @@ from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
 STATES: Final[Mapping[str, int]] = {"adam": 2, "adagrad": 1, "sgd": 0}
 """State tensors of an algorithm, as large as the parameter."""
 
+MAX_NORM: Final = 1.0
+"""What the peers that clip do so to; the gradients of every workload are larger."""
+
 _TORCH: Final = {
     "adam": torch.optim.Adam,
     "adagrad": torch.optim.Adagrad,
@@ -71,6 +74,13 @@ def _ours(groups: Groups, algorithm: str) -> Stepping:
     return _keyed(FusedCombinedOptimizer, _OURS[algorithm], groups)
 
 
+def _ours_clipping(groups: Groups, algorithm: str) -> Stepping:
+    from recap_fast.optim.combined import FusedCombinedOptimizer
+
+    combined = functools.partial(FusedCombinedOptimizer, clip_grad_norm=MAX_NORM)
+    return _keyed(combined, _OURS[algorithm], groups)
+
+
 def _ours_one(groups: Groups, algorithm: str) -> Stepping:
     return _one_optimizer(_OURS[algorithm](_torch_groups(groups)))
 
@@ -92,6 +102,17 @@ def _torch_foreach(groups: Groups, algorithm: str) -> Stepping:
 
 def _torch_fused(groups: Groups, algorithm: str) -> Stepping:
     return _one_optimizer(_TORCH[algorithm](_torch_groups(groups), fused=True))
+
+
+def _torch_fused_clipping(groups: Groups, algorithm: str) -> Stepping:
+    fused_step, param_groups = _torch_fused(groups, algorithm)
+    params = [param for group in groups for param in group]
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(params, MAX_NORM)
+        fused_step()
+
+    return step, param_groups
 
 
 def _torch_fused_per_group(groups: Groups, algorithm: str) -> Stepping:
@@ -153,5 +174,7 @@ BUILDERS: Final[Mapping[str, Callable[[Groups, str], Stepping]]] = {
     "torch fused per group": _torch_fused_per_group,
     "DeepSpeed": _deepspeed,
     "ceiling": _ceiling,
+    "recap_fast, clipping": _ours_clipping,
+    "torch fused, clipping": _torch_fused_clipping,
 }
 """By the name of the peer. Each raises Unavailable where it cannot run."""

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from benchmarks.builders import BUILDERS, STATES, Unavailable
 from benchmarks.workloads import Workload
 
-__all__ = ["ALGORITHMS", "PEERS", "InitialValues", "Peer", "Unavailable", "build"]
+__all__ = ["ALGORITHMS", "CLIPPING_PEERS", "PEERS", "InitialValues", "Peer", "Unavailable", "build"]
 
 ALGORITHMS: Final = tuple(STATES)
-PEERS: Final = tuple(BUILDERS)
+CLIPPING_PEERS: Final = tuple(name for name in BUILDERS if name.endswith(", clipping"))
+PEERS: Final = tuple(name for name in BUILDERS if name not in CLIPPING_PEERS)
 
 DESCRIPTIONS: Final[Mapping[str, str]] = {
     "recap_fast": "`FusedCombinedOptimizer` over one keyed optimizer per group, as "
@@ -32,10 +33,15 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "DeepSpeed": "`DeepSpeedCPUAdam` or `DeepSpeedCPUAdagrad` with param groups; the latter "
     "overwrites gradients, which are put back between steps",
     "ceiling": "a trivial C++ loop that reads and writes the same memory, `benchmarks/ceiling.cpp`",
+    "recap_fast, clipping": "`recap_fast` with `clip_grad_norm`",
+    "torch fused, clipping": "`torch.nn.utils.clip_grad_norm_`, then `torch fused`",
 }
 
 # A second step over what these leave in `.grad` would be one of vanishing, then subnormal numbers.
-_OVERWRITE_GRADIENTS: Final = (("DeepSpeed", "adagrad"),)
+_OVERWRITE_GRADIENTS: Final = (
+    ("DeepSpeed", "adagrad"),
+    *(("torch fused, clipping", algorithm) for algorithm in ALGORITHMS),
+)
 
 
 @dataclass

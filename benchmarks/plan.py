@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from benchmarks.interleave import Cache
-from benchmarks.peers import ALGORITHMS, PEERS
+from benchmarks.peers import ALGORITHMS, CLIPPING_PEERS, PEERS
 
 SLOW_PEERS: Final = ("reference", "torch for-loop", "torch foreach")
 """Several times slower than the others on every workload: they sit out most rounds."""
@@ -28,8 +28,8 @@ class Entry:
 
 # Steps over many megabytes are cold whatever came before them.
 ENTRIES: Final = (
-    Entry("A", caches=("cold",), budget_seconds=12),
-    Entry("B"),
+    Entry("A", caches=("cold",), peers=PEERS + CLIPPING_PEERS, budget_seconds=12),
+    Entry("B", peers=PEERS + CLIPPING_PEERS),
     Entry("C", caches=("cold",), peers=LARGE_PEERS, budget_seconds=7),
     Entry("D"),
     Entry("E"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import peers, workloads
+from benchmarks.builders import MAX_NORM
 from benchmarks.workloads import Workload
 
 _SMALL = Workload("small", "", (((3, 5), (7,)), ((1,),), ((40_000,), (2, 2, 2))))
@@ -31,6 +32,26 @@ def test_every_peer_takes_the_step_of_the_for_loop(name: str, algorithm: str) ->
             stepped.step()
     for param, expected in zip(peer.params, oracle.params, strict=True):
         torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("algorithm", peers.ALGORITHMS)
+@pytest.mark.parametrize("name", peers.CLIPPING_PEERS)
+def test_peers_that_clip_do_so_to_the_same_norm(name: str, algorithm: str) -> None:
+    peer, oracle = _build(name, algorithm), _build("torch for-loop", algorithm)
+    for _ in range(3):
+        peer.renew_gradients()
+        oracle.renew_gradients()
+        originals = [param.grad for param in oracle.params]
+        for param in oracle.params:
+            param.grad = param.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(oracle.params, MAX_NORM, foreach=False)
+        assert norm > MAX_NORM
+        peer.step()
+        oracle.step()
+        for param, original in zip(oracle.params, originals, strict=True):
+            param.grad = original
+    for param, expected in zip(peer.params, oracle.params, strict=True):
+        torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_peers_share_no_memory() -> None:
