@@ -1,4 +1,4 @@
-"""Runs a function on several processes that are joined in a gloo process group."""
+"""Runs a function on several processes that are joined in a process group."""
 
 from __future__ import annotations
 
@@ -20,13 +20,27 @@ import torch.distributed as dist
 TIMEOUT = datetime.timedelta(seconds=60)  # of one collective
 
 
-def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list:
+def device() -> torch.device:
+    """Where this rank's tensors belong: on the CPU, or with nccl on a GPU of its own."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", dist.get_rank())
+    return torch.device("cpu")
+
+
+def run(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    backend: str = "gloo",
+    timeout: float = 240,
+) -> list:
     """Calls ``function(*args)`` on each rank, with one thread; returns the results by rank.
 
     Args:
         world_size: how many processes.
         function: importable by name; finds its rank with `torch.distributed.get_rank`.
         args: pickled.
+        backend: of the process group; nccl needs a GPU for each process.
         timeout: seconds for all of it.
 
     Raises:
@@ -37,7 +51,7 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: floa
     context.set_forkserver_preload(["torchrec", "torchrec.distributed", "recap_fast"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_main, args=(rank, world_size, folder, function, args))
+            context.Process(target=_main, args=(rank, world_size, backend, folder, function, args))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -71,7 +85,9 @@ def _wait(processes: list, deadline: float) -> None:
             process.join(timeout=0.02)
 
 
-def _main(rank: int, world_size: int, folder: str, function: Callable, args: tuple) -> None:
+def _main(
+    rank: int, world_size: int, backend: str, folder: str, function: Callable, args: tuple
+) -> None:
     torch.set_num_threads(1)
     # What torchrun sets, and torchrec reads.
     os.environ.update(
@@ -81,9 +97,11 @@ def _main(rank: int, world_size: int, folder: str, function: Callable, args: tup
         LOCAL_WORLD_SIZE=str(world_size),
     )
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         store = dist.FileStore(f"{folder}/store", world_size)
         dist.init_process_group(
-            "gloo", rank=rank, world_size=world_size, store=store, timeout=TIMEOUT
+            backend, rank=rank, world_size=world_size, store=store, timeout=TIMEOUT
         )
         result = function(*args)
         Path(folder, f"outcome{rank}").write_bytes(pickle.dumps(result))

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedSGD
-from tests.distributed.processes import run
+from tests.distributed.processes import device, run
 
 CASES = {
     "adam": (FusedAdam, torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "amsgrad": True}),
@@ -25,12 +25,13 @@ CASES = {
 def make_model():
     """Layers that two ranks cannot share evenly; of the last one, the second rank gets nothing."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3), nn.SiLU(), nn.Linear(3, 1))
+    layers = [nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3), nn.SiLU(), nn.Linear(3, 1)]
+    return nn.Sequential(*layers).to(device())
 
 
 def backward(model, step):
     inputs = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
-    model(inputs).square().mean().backward()
+    model(inputs.to(device())).square().mean().backward()
 
 
 def full_values(model):
@@ -71,8 +72,8 @@ def compare_with_torch(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fully_sharded_params_step_as_with_torch(case):
-    sizes = run(2, compare_with_torch, case)
+def test_fully_sharded_params_step_as_with_torch(case, backend):
+    sizes = run(2, compare_with_torch, case, backend=backend)
     assert min(sizes[1]) == 0 < min(sizes[0])  # an empty shard was among them
 
 
