@@ -20,6 +20,7 @@ from recap_fast.config import (
 )
 from recap_fast.embeddings import find_fused_optimizer  # first: says so if torchrec is missing
 from recap_fast.embeddings.built import check_built_kernels
+from recap_fast.embeddings.slices import show_slice_gradients
 from recap_fast.grouping import group_parameters
 from recap_fast.shim import RecapLRShim
 
@@ -81,6 +82,7 @@ def assemble(
         _log_group("fused embeddings", fused.params, "updated in the backward pass")
 
     optimizer = classes.combined(optimizers, clip_grad_norm)
+    show_slice_gradients(optimizer, (param for group in groups for param in group.params.values()))
     lr_dict = {group.name: group.learning_rate for group in groups}
     scheduler = RecapLRShim(
         optimizer,

@@ -63,6 +63,6 @@ def _refuse(what: str, names: Iterable[str]) -> None:
     raise ValueError(
         f"emb_optimizer_config chooses {what}, but {some(names)} are not fused, and such tables "
         "train with plain sgd only; choose that, or fuse them first "
-        "(recap_fast.embeddings.fuse_embeddings), or, under torchrec's model parallel, shard them "
-        "in another way than data-parallel"
+        "(recap_fast.embeddings.fuse_embeddings; for torchrec's model parallel "
+        "set_table_optimizers, and another sharding than data-parallel)"
     )
