@@ -17,7 +17,7 @@ from recap_fast.clipping import NormParts
 from recap_fast.keyed import CombinedOptimizer
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.combined import FusedCombinedOptimizer
-from tests.distributed.processes import run
+from tests.distributed.processes import device, run
 
 KINDS = {
     "fast": (FusedCombinedOptimizer, FusedAdam),
@@ -33,7 +33,7 @@ def make_model():
             "body": nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3)),
             "head": nn.Linear(3, 1),
         }
-    )
+    ).to(device())
 
 
 def combine(model, kind, **options):
@@ -50,7 +50,7 @@ def combine(model, kind, **options):
 
 def backward(model, step, scale=1.0):
     """On the whole batch, so that plain gradients are equal on every rank, as DDP makes them."""
-    inputs = torch.randn(16, 5, generator=torch.Generator().manual_seed(step))
+    inputs = torch.randn(16, 5, generator=torch.Generator().manual_seed(step)).to(device())
     (scale * model["head"](model["body"](inputs)).square().sum()).backward()
 
 
@@ -69,15 +69,15 @@ def train(kind, shard):
         optimizer.zero_grad()
         backward(model, step)
         optimizer.step()
-        norms.append(optimizer.grad_norm)
-    return norms, [whole(param).detach() for param in model.parameters()]
+        norms.append(float(optimizer.grad_norm))
+    return norms, [whole(param).detach().cpu() for param in model.parameters()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sharded_model_is_clipped_by_the_norm_of_the_whole(kind):
+def test_a_sharded_model_is_clipped_by_the_norm_of_the_whole(kind, backend):
     expected_norms, expected = run(1, train, kind, False)[0]
     assert min(expected_norms) > 0.5
-    ranks = run(2, train, kind, True)
+    ranks = run(2, train, kind, True, backend=backend)
     assert ranks[0][0] == ranks[1][0]  # the same bits, or replicas would part ways
     for norms, params in ranks:
         assert norms == pytest.approx(expected_norms, rel=1e-6)
@@ -100,19 +100,20 @@ def skip(kind, bad_param, new_state):
         dict(model.named_parameters())[bad_param].grad.to_local()[0] = math.nan
     before = [whole(param).detach().clone() for param in model.parameters()]
     optimizer.step()
-    skipped = math.isnan(optimizer.grad_norm)
+    skipped = math.isnan(float(optimizer.grad_norm))
     after = [whole(param).detach() for param in model.parameters()]
     unchanged = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     optimizer.zero_grad()
     backward(model, 2)
     optimizer.step()  # and all go on
-    return unchanged, skipped, optimizer.grad_norm
+    return unchanged, skipped, float(optimizer.grad_norm)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("new_state", [True, False])
-def test_nan_in_the_shard_of_one_rank_skips_the_step_on_all(kind, new_state):
-    for unchanged, skipped, next_norm in run(2, skip, kind, "body.2.weight", new_state):
+def test_nan_in_the_shard_of_one_rank_skips_the_step_on_all(kind, new_state, backend):
+    ranks = run(2, skip, kind, "body.2.weight", new_state, backend=backend)
+    for unchanged, skipped, next_norm in ranks:
         assert unchanged and skipped
         assert math.isfinite(next_norm)
 
