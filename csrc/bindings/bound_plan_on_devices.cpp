@@ -163,13 +163,18 @@ void BoundPlan::check_captured_rates() {
   for (size_t i = 0; i < groups_.size(); ++i) {
     GroupReader& reader = groups_[i].reader;
     reader.refresh();
-    const double captured = captured_rates_[i];
-    if (scheduled_rates_[i] || reader.device_lr().defined() || std::isnan(captured) ||
-        reader.hyper().lr() == captured)
+    const double captured = captured_rates_[i], rate = reader.hyper().lr();
+    // A rate in device memory shows as NaN.
+    if (scheduled_rates_[i] || rate == captured || (std::isnan(rate) && std::isnan(captured)))
       continue;
+    const auto shown = [](double lr) {
+      std::ostringstream number;
+      number << lr;
+      return std::isnan(lr) ? "a tensor on the device" : number.str();
+    };
     std::ostringstream text;
-    text << "the lr of " << reader.name() << " changed from " << captured << " to "
-         << reader.hyper().lr()
+    text << "the lr of " << reader.name() << " changed from " << shown(captured) << " to "
+         << shown(rate)
          << " after a CUDA graph was captured, which goes on with the former; set a tensor on the "
             "device as lr and change its value, or create RecapLRShim with device_schedule=True";
     throw std::runtime_error(text.str());

@@ -352,6 +352,24 @@ def test_a_rate_changed_on_the_host_after_capture_is_refused(
         optimizer.step()
 
 
+@pytest.mark.parametrize("to_tensor", [True, False])
+def test_a_rate_that_moves_off_or_onto_the_device_after_capture_is_refused(
+    to_tensor: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = torch.tensor(0.1, device=device)
+    before, after = (0.1, tensor) if to_tensor else (tensor, 0.1)
+    optimizer = FusedAdam(parameters(2, device=device), lr=before, capturable=True)
+    optimizer.step()
+    with _capturing(monkeypatch):
+        optimizer.step()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = after
+    words = ["0.1", "a tensor on the device"]
+    first, second = words if to_tensor else reversed(words)
+    with pytest.raises(RuntimeError, match=f"param group 0 changed from {first} to {second} after"):
+        optimizer.step()
+
+
 def test_a_scheduler_that_changes_a_captured_rate_says_so(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
