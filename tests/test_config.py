@@ -127,33 +127,46 @@ def test_defaults(config: BaseConfig, expected: dict) -> None:
     assert config.model_dump() == expected
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "rowwise_adagrad",
-        "adagrad",
-        "adam",
-        "partial_rowwise_adam",
-        "lamb",
-        "partial_rowwise_lamb",
-        "lars_sgd",
-    ],
+EMBEDDING_ALGORITHMS = (
+    "sgd",
+    "adagrad",
+    "rowwise_adagrad",
+    "ema_rowwise_adagrad",
+    "ensemble_rowwise_adagrad",
+    "adam",
+    "partial_rowwise_adam",
+    "lamb",
+    "partial_rowwise_lamb",
+    "lars_sgd",
 )
-def test_embedding_hyperparameters_are_those_of_fbgemm(name: str) -> None:
+# What FBGEMM has no number for: None is its default.
+NO_DEFAULT = {"max_norm": 0.0, "weight_decay_mode": 0, "rowwise_bias_correction": False}
+
+
+@pytest.mark.parametrize("name", EMBEDDING_ALGORITHMS)
+def test_embedding_defaults_are_those_of_fbgemm(name: str) -> None:
     pytest.importorskip("fbgemm_gpu")
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
         SplitTableBatchedEmbeddingBagsCodegen,
     )
+    from fbgemm_gpu.tbe.config.optimizer_config import (
+        EmainplaceModeDefinition,
+        EnsembleModeDefinition,
+    )
 
     accepted = inspect.signature(SplitTableBatchedEmbeddingBagsCodegen.__init__).parameters
+    defaults = {field: parameter.default for field, parameter in accepted.items()}
+    if name == "ema_rowwise_adagrad":
+        defaults |= vars(EmainplaceModeDefinition())
+    if name == "ensemble_rowwise_adagrad":
+        defaults |= vars(EnsembleModeDefinition())
+        defaults["step_mode"] = defaults["step_mode"].name.lower()
+    defaults["rowwise_bias_correction"] = False
     _, section = EmbeddingOptimizerConfig.model_validate({name: {}}).algorithm
-    hyperparameters = section.model_dump()
-    if "weight_decay_mode" in hyperparameters:
-        assert hyperparameters.pop("weight_decay_mode") is None
-        assert accepted["weight_decay_mode"].default.name == "NONE"
-    assert hyperparameters
-    for field, default in hyperparameters.items():
-        assert accepted[field.replace("beta_", "beta")].default == default
+    for field, default in section.model_dump().items():
+        if default is None:
+            default = NO_DEFAULT[field]
+        assert defaults[field.replace("beta_", "beta")] == default
 
 
 # Alternatives
@@ -227,6 +240,46 @@ def test_alternatives_are_enforced_by_name(
         assert name in message
 
 
+TABLES = EmbeddingOptimizerConfig.model_validate(
+    {
+        "learning_rate": {"constant": 0.5},
+        "init_learning_rate": 0.25,
+        "gradient_clipping": 2.0,
+        "adagrad": {"eps": 0.125},
+        "tables": {
+            "rate": {"learning_rate": {"constant": 0.1}},
+            "algorithm": {"rowwise_adagrad": {}},
+            "same": {"adagrad": {}},
+            "rounding": {"stochastic_rounding": False, "gradient_clipping": 1.0},
+        },
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("table", "changes"),
+    [
+        ("another", {}),
+        ("rate", {"learning_rate": {"constant": 0.1}}),
+        ("algorithm", {"adagrad": None, "rowwise_adagrad": {}}),
+        ("same", {"adagrad": {}}),
+        ("rounding", {"stochastic_rounding": False, "gradient_clipping": 1.0}),
+    ],
+)
+def test_what_holds_for_a_table(table: str, changes: dict) -> None:
+    common = TABLES.model_dump(exclude_none=True, exclude={"tables"})
+    expected = EmbeddingOptimizerConfig.model_validate({**common, **changes})
+    assert TABLES.for_table(table) == expected
+    assert TABLES.for_table(table).algorithm == expected.algorithm
+
+
+def test_schedules_of_tables() -> None:
+    assert TABLES.table_learning_rates == {"rate": LearningRate(constant=0.1)}
+    assert EmbeddingOptimizerConfig().table_learning_rates == {}
+    assert EmbeddingOptimizerConfig().algorithm_is_default
+    assert not TABLES.algorithm_is_default
+
+
 def test_the_chosen_algorithm() -> None:
     generic = OptimizerConfig(sgd=SgdConfig(lr=0.1))
     recap = RecapOptimizerConfig(single_task_learning_rate=CONSTANT, adagrad=RecapAdagradConfig())
@@ -244,6 +297,7 @@ def test_the_chosen_algorithm() -> None:
         (SgdConfig, {"lr": 0.1, "momentum": None}, {"lr": 0.1}),
         (RecapSgdConfig, {"momentum": None, "nesterov": None}, {}),
         (EmbeddingOptimizerConfig, {"learning_rate": None, "sgd": None, "lamb": None}, {}),
+        (EmbeddingOptimizerConfig, {"tables": None, "gradient_clipping": None}, {}),
     ],
 )
 def test_null_counts_as_not_set(config_class: type[BaseConfig], fields: dict, unset: dict) -> None:
@@ -339,6 +393,37 @@ def test_null_counts_as_not_set(config_class: type[BaseConfig], fields: dict, un
             {"rowwise_adagrad": {"weight_decay": 0.1}},
             "weight_decay needs a weight_decay_mode: l2 or decouple",
         ),
+        (
+            EmbeddingOptimizerConfig,
+            {"rowwise_adagrad": {"weight_decay": 0.1, "weight_decay_mode": "counter"}},
+            "weight_decay_mode\n  Input should be 'l2' or 'decouple'",
+        ),
+        (EmbeddingOptimizerConfig, {"rowwise_adagrad": {"max_norm": 0.0}}, "max_norm"),
+        (EmbeddingOptimizerConfig, {"adagrad": {"max_norm": 1.0}}, "max_norm\n  Extra inputs"),
+        (EmbeddingOptimizerConfig, {"lars_sgd": {"eps": 1.0}}, "lars_sgd.eps\n  Extra inputs"),
+        (EmbeddingOptimizerConfig, {"ema_rowwise_adagrad": {"step_ema": 0}}, "step_ema"),
+        (
+            EmbeddingOptimizerConfig,
+            {"ema_rowwise_adagrad": {"step_ema_coef": 1.5}},
+            "step_ema_coef",
+        ),
+        (EmbeddingOptimizerConfig, {"ensemble_rowwise_adagrad": {"step_swap": 0}}, "step_swap"),
+        (EmbeddingOptimizerConfig, {"adam": {"rowwise_bias_correction": 1}}, "rowwise_bias_corr"),
+        (EmbeddingOptimizerConfig, {"gradient_clipping": 0.0}, "gradient_clipping"),
+        (EmbeddingOptimizerConfig, {"stochastic_rounding": "yes"}, "stochastic_rounding"),
+        # tables
+        (EmbeddingOptimizerConfig, {"tables": {"": {}}}, "at least 1 character"),
+        (EmbeddingOptimizerConfig, {"tables": {"t": None}}, "tables.t"),
+        (
+            EmbeddingOptimizerConfig,
+            {"tables": {"t": {"init_learning_rate": 0.5}}},
+            "tables.t.init_learning_rate\n  Extra inputs",
+        ),
+        (
+            EmbeddingOptimizerConfig,
+            {"tables": {"t": {"sgd": {}, "adagrad": {}}}},
+            "set at most one of sgd, adagrad",
+        ),
     ],
 )
 def test_nonsense_is_refused_by_name(
@@ -370,6 +455,7 @@ def test_configs_are_frozen() -> None:
         EmbeddingOptimizerConfig.model_validate(
             {"rowwise_adagrad": {"weight_decay": 0.1, "weight_decay_mode": "l2"}}
         ),
+        TABLES,
         PiecewiseConstant(learning_rate_boundaries=[3, 9], learning_rate_values=[1e-30, 0, 2]),
     ],
     ids=lambda config: type(config).__name__,

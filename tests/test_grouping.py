@@ -272,6 +272,78 @@ def test_rank_without_a_shard_may_have_an_embedding_rate_or_not() -> None:
         assert [group.name for group in groups] == [LIKED, REPLIED, "backbone"]
 
 
+def sharded_elsewhere() -> EmbeddingRanker:
+    """As on a process of torchrec's model parallel that has no shard."""
+    model = EmbeddingRanker()
+    for bag in model.ebc.embedding_bags.values():
+        bag.weight = nn.Parameter(torch.empty(0))
+        bag.weight._in_backward_optimizers = [object()]
+    return model
+
+
+def test_tables_of_other_processes_are_in_no_group_and_need_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="recap_fast"):
+        groups = group_parameters(sharded_elsewhere(), multi_task_config(), EMBEDDING_RATE, {})
+    assert [group.name for group in groups] == [LIKED, REPLIED, "backbone"]
+    assert not caplog.records
+
+
+def test_a_missing_embedding_rate_is_refused_on_every_process() -> None:
+    with pytest.raises(ValueError, match=f"a fused optimizer .of '{TABLES[0]}'.*no learning rate"):
+        group_parameters(sharded_elsewhere(), multi_task_config(), None, {})
+
+
+# Tables with their own options
+
+
+def embedding_config(**options: object) -> EmbeddingOptimizerConfig:
+    return EmbeddingOptimizerConfig.model_validate({"learning_rate": {"constant": 0.1}, **options})
+
+
+def own_rate(rate: float) -> dict[str, object]:
+    return {"learning_rate": {"constant": rate}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ({"t_item": {"sgd": {}}}, [("dense_ebc", TABLES, 0.1)]),
+        ({"t_item": own_rate(0.1)}, [("dense_ebc", TABLES, 0.1)]),
+        (
+            {"t_item": own_rate(0.2)},
+            [("dense_ebc", TABLES[:1], 0.1), ("dense_ebc.t_item", TABLES[1:], 0.2)],
+        ),
+        (
+            {"t_user": own_rate(0.2)},
+            [("dense_ebc.t_user", TABLES[:1], 0.2), ("dense_ebc", TABLES[1:], 0.1)],
+        ),
+        (
+            {"t_user": own_rate(0.2), "t_item": own_rate(0.2)},
+            [("dense_ebc.t_user", TABLES, 0.2)],
+        ),
+    ],
+)
+def test_unfused_tables_have_a_group_for_each_schedule(
+    tables: dict[str, object], expected: list[tuple[str, list[str], float]]
+) -> None:
+    groups = group_parameters(
+        EmbeddingRanker(), multi_task_config(), embedding_config(tables=tables)
+    )
+    assert [(group.name, list(group.params), group.learning_rate) for group in groups[3:]] == [
+        (name, params, constant(rate)) for name, params, rate in expected
+    ]
+    assert all(group.role == "dense_embeddings" for group in groups[3:])
+
+
+def test_a_common_rate_is_not_needed_if_every_table_has_its_own() -> None:
+    tables = {"t_user": own_rate(0.1), "t_item": own_rate(0.2)}
+    config = EmbeddingOptimizerConfig.model_validate({"tables": tables})
+    groups = group_parameters(EmbeddingRanker(), multi_task_config(), config)
+    assert [group.name for group in groups[3:]] == ["dense_ebc.t_user", "dense_ebc.t_item"]
+
+
 # Shared parameters
 
 
@@ -362,6 +434,37 @@ ERRORS = {
         multi_task_config(),
         EmbeddingOptimizerConfig(learning_rate=constant(1.0), adagrad=EmbeddingAdagradConfig()),
         f"chooses adagrad, but '{TABLES[0]}', '{TABLES[1]}' are not fused",
+    ),
+    "tables with another algorithm for one": (
+        EmbeddingRanker(),
+        multi_task_config(),
+        embedding_config(tables={"t_item": {"adagrad": {}}}),
+        f"chooses adagrad, but '{TABLES[1]}' are not fused",
+    ),
+    "clipped tables": (
+        EmbeddingRanker(),
+        multi_task_config(),
+        embedding_config(gradient_clipping=1.0),
+        f"chooses gradient_clipping, but '{TABLES[0]}', '{TABLES[1]}' are not fused",
+    ),
+    "a table that does not exist": (
+        EmbeddingRanker(),
+        multi_task_config(),
+        embedding_config(tables={"t_itme": own_rate(0.2)}),
+        "emb_optimizer_config.tables: the model has no table 't_itme'; did you mean 't_item'?",
+    ),
+    "one table without a rate": (
+        EmbeddingRanker(),
+        multi_task_config(),
+        EmbeddingOptimizerConfig.model_validate({"tables": {"t_item": own_rate(0.2)}}),
+        f"no learning_rate: set it, since '{TABLES[0]}' have none of their own",
+    ),
+    "options of a table of a tower": (
+        Tree("towers.a.ebc.embedding_bags.t.weight", "x.weight", "ebc.embedding_bags.u.weight"),
+        multi_task_config(("a",)),
+        embedding_config(tables={"t": own_rate(0.2)}),
+        "tables has options for 't', but 'towers.a.ebc.embedding_bags.t.weight' is not fused, and "
+        "belongs to the group 'a'",
     ),
     "embedding rate without tables": (
         Ranker(),

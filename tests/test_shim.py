@@ -162,6 +162,52 @@ def test_wrapped_and_nested_optimizers_are_what_they_hold(
     assert rates(optimizer) == [0.0625, 9.0, 0.25]
 
 
+# Tables with their own schedules
+
+
+class GroupedFused(FusedOptimizer):
+    """Like the optimizer of fused embeddings, with a param group for each group of tables."""
+
+    def __init__(self, *groups: str, prefix: str = "embedding_bags.") -> None:
+        tables = [{name: nn.Parameter(torch.ones(2)) for name in group} for group in groups]
+        params = {f"{prefix}{name}.weight": t for group in tables for name, t in group.items()}
+        super().__init__(
+            params, {}, [{"params": list(group.values()), "lr": UNSET} for group in tables]
+        )
+
+    def step(self, closure: Any = None) -> None: ...
+
+    def zero_grad(self, set_to_none: bool = False) -> None: ...
+
+
+@pytest.mark.parametrize("prefix", ["embedding_bags.", "", "x.y.embedding_bags."])
+def test_tables_follow_their_own_schedules(prefix: str) -> None:
+    fused = GroupedFused("ab", "c", "de", prefix=prefix)
+    optimizer = combine(dense("liked"), GradientClippingOptimizer(fused))
+    own = {"c": PIECEWISE, "d": RAMP, "e": RAMP, "of another process": COSINE}
+    shim = RecapLRShim(optimizer, {"liked": COSINE}, CONSTANT, table_learning_rates=own)
+    for step in range(NUM_STEPS):
+        expected = [COSINE_RATES[step], 0.0625, PIECEWISE_RATES[step], RAMP_RATES[step]]
+        assert rates(optimizer) == pytest.approx(expected, rel=1e-14)
+        assert shim.get_last_lr() == rates(optimizer)
+        train_step(optimizer, shim)
+
+
+def test_no_common_schedule_is_needed_if_all_tables_have_their_own() -> None:
+    optimizer = combine(dense("liked"), GroupedFused("ab", "c"))
+    own = {"a": RAMP, "b": RAMP, "c": PIECEWISE}
+    RecapLRShim(optimizer, {"liked": CONSTANT}, table_learning_rates=own)
+    assert rates(optimizer) == [0.0625, 0.0, 0.25]
+
+
+def test_a_schedule_may_be_given_twice() -> None:
+    """A table's own, if it is that of the others, does not part them."""
+    optimizer = combine(dense("liked"), GroupedFused("ab"))
+    own = {"a": LearningRate.model_validate(RAMP.model_dump())}
+    RecapLRShim(optimizer, {"liked": CONSTANT}, RAMP, table_learning_rates=own)
+    assert rates(optimizer) == [0.0625, 0.0]
+
+
 def test_the_rate_that_is_set_is_the_rate_that_trains() -> None:
     optimizer = combine(dense("liked", SGD))
     shim = RecapLRShim(optimizer, {"liked": RAMP})
@@ -390,6 +436,34 @@ def test_a_good_state_is_good() -> None:
             r"emb_learning_rate must be a LearningRate, found 0\.1",
         ),
         (
+            [dense("liked"), GroupedFused("ab", "cd")],
+            {
+                "lr_dict": {"liked": RAMP},
+                "emb_learning_rate": RAMP,
+                "table_learning_rates": {"a": RAMP, "d": CONSTANT},
+            },
+            ValueError,
+            "the tables c and d share a param group of the fused optimizer, but have different",
+        ),
+        (
+            [dense("liked"), GroupedFused("a", "bc")],
+            {"lr_dict": {"liked": RAMP}, "table_learning_rates": {"a": RAMP}},
+            ValueError,
+            "2 fused embedding param group.* emb_learning_rate; there is no other for b, c",
+        ),
+        (
+            [dense("liked")],
+            {"lr_dict": {"liked": RAMP}, "table_learning_rates": {"a": RAMP}},
+            ValueError,
+            r"table_learning_rates\['a'\] is set, but all 1 param group\(s\) are dense",
+        ),
+        (
+            [dense("liked"), GroupedFused("a")],
+            {"lr_dict": {"liked": RAMP}, "table_learning_rates": {"a": 0.1}},
+            TypeError,
+            r"table_learning_rates\['a'\] must be a LearningRate, found 0\.1",
+        ),
+        (
             [dense("liked")],
             {"lr_dict": {"liked": RAMP}, "last_epoch": -2},
             ValueError,
@@ -422,7 +496,8 @@ def test_a_fused_optimizer_without_tables_needs_no_rate_and_takes_one(
     fused: keyed.KeyedOptimizer, emb_learning_rate: LearningRate | None
 ) -> None:
     optimizer = combine(dense("liked"), fused)
-    shim = RecapLRShim(optimizer, {"liked": CONSTANT}, emb_learning_rate)
+    own = {"a": CONSTANT} if emb_learning_rate is not None else None
+    shim = RecapLRShim(optimizer, {"liked": CONSTANT}, emb_learning_rate, table_learning_rates=own)
     assert shim.get_last_lr() == [0.0625]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 
 from recap_fast import build_optimizer
 from recap_fast.config import EmbeddingOptimizerConfig
-from recap_fast.embeddings import set_table_optimizers
+from recap_fast.embeddings import fuse_embeddings, set_table_optimizers
 from recap_fast.embeddings.kernels import OPTIMIZERS
 from tests.distributed.processes import run
 from tests.embeddings.examples import config_of
@@ -23,8 +24,8 @@ from tests.embeddings.training import (
     DENSE,
     Tables,
     shard,
+    train_all_sharded,
     train_alone,
-    train_sharded,
     whole_tables,
 )
 
@@ -40,94 +41,6 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ema_rowwise_adagrad": {"ema_rowwise_adagrad": {"step_ema": 2, "eps": 0.5}},
     "clipped": {"adagrad": {"eps": 0.5}, "gradient_clipping": 0.5},
 }
-
-
-def train(
-    configs: list[EmbeddingBagConfig], optimizer: EmbeddingOptimizerConfig, **shardings: str
-) -> list[dict[str, Any]]:
-    return run(2, train_sharded, configs, optimizer, shardings, STEPS)
-
-
-def assert_equal_tables(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 0.0
-) -> None:
-    """Bit for bit, since each row adds up the same gradients in the same order."""
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight.float(), rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
-@pytest.mark.parametrize("options", ALGORITHMS.values(), ids=ALGORITHMS)
-def test_training_is_that_of_one_process(options: dict[str, Any], kind: str) -> None:
-    optimizer = config_of(**options)
-    found = whole_tables(CONFIGS, train(CONFIGS, optimizer, a=kind, b=kind))
-    assert_equal_tables(found, train_alone(CONFIGS, optimizer, STEPS))
-
-
-@pytest.mark.parametrize("algorithm", ["sgd", "adagrad"])
-def test_column_wise_training_is_that_of_one_process(algorithm: str) -> None:
-    optimizer = config_of(**ALGORITHMS[algorithm])
-    results = train(CONFIGS, optimizer, a="column_wise", b="column_wise")
-    assert_equal_tables(whole_tables(CONFIGS, results), train_alone(CONFIGS, optimizer, STEPS))
-
-
-def test_column_wise_each_shard_has_an_accumulator_of_its_own() -> None:
-    """As if each half of the columns were a table."""
-    optimizer = config_of(**ALGORITHMS["rowwise_adagrad"])
-    found = whole_tables(CONFIGS, train(CONFIGS, optimizer, a="column_wise", b="column_wise"))
-    starts = Tables(CONFIGS).ebc.embedding_bags
-    expected = {}
-    for config in CONFIGS:
-        width = config.embedding_dim // 2
-        halves = []
-        for part in (slice(width), slice(width, None)):
-            half = dataclasses.replace(config, embedding_dim=width)
-            start = starts[config.name].weight.detach()[:, part]
-
-            def gradients(
-                _: Any, batch: int, step: int, part: slice = part, name: str = config.name
-            ) -> dict[str, list[torch.Tensor]]:
-                whole = random_gradients(CONFIGS, batch, step)[name]
-                return {name: [gradient[:, part] for gradient in whole]}
-
-            alone = train_alone(
-                [half], optimizer, STEPS, starts={config.name: start}, gradients=gradients
-            )
-            halves.append(alone[config.name])
-        expected[config.name] = torch.cat(halves, dim=1)
-    assert_equal_tables(found, expected)
-    alone = train_alone(CONFIGS, optimizer, STEPS)
-    assert not torch.equal(found["a"], alone["a"])
-
-
-def test_column_wise_averages_are_refused() -> None:
-    optimizer = config_of(tables={"b": ALGORITHMS["ema_rowwise_adagrad"]})
-    for result in train(CONFIGS, optimizer, a="column_wise", b="column_wise"):
-        assert (
-            "ema_rowwise_adagrad for the table b, which is sharded column_wise" in result["error"]
-        )
-
-
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise"])
-def test_mean_pooling(kind: str) -> None:
-    optimizer = config_of(**ALGORITHMS["adagrad"])
-    found = whole_tables(MEAN, train(MEAN, optimizer, a=kind, b=kind))
-    # Row-wise, torchrec divides the pooled output in place of the kernel: a rounding per gradient,
-    # of which a step adds up to ten, and a step of at most 0.5 moves weights of up to 8.
-    tolerance = 8 * 2**-22 if kind == "row_wise" else 0.0
-    assert_equal_tables(found, train_alone(MEAN, optimizer, STEPS), tolerance)
-
-
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise"])
-def test_float16_tables(kind: str) -> None:
-    decay = {"weight_decay": 0.125, "weight_decay_mode": "l2"}
-    options = {"adagrad": {}} if kind == "column_wise" else {"rowwise_adagrad": decay}
-    found = whole_tables(HALF, train(HALF, config_of(**options), a=kind, b=kind))
-    assert_equal_tables(found, train_alone(HALF, config_of(**options), STEPS))
-
-
-# Tables that differ
 
 
 SIX = [
@@ -163,55 +76,187 @@ PLACES = {
     "e": "row_wise",
     "f": "table_wise",
 }
+# Data-parallel are a, c and d: with the rate of all, twice, and another.
+PARTLY_DENSE = {
+    **rate(0.5, 0.25),
+    "tables": {"b": {"adagrad": {"eps": 0.5}}, "d": rate(0.5, 2.0)},
+}
+PARTLY_DENSE_PLACES = {**PLACES, **dict.fromkeys("acd", "data_parallel")}
+# "c" and "d" start like the others.
+TWO_RATES = {**rate(0.5, 0.25), "tables": {"c": rate(0.5, 1.0), "d": rate(0.5, 1.0)}}
+
+KINDS = ("table_wise", "row_wise", "column_wise")
+DECAY = {"rowwise_adagrad": {"weight_decay": 0.125, "weight_decay_mode": "l2"}}
+AVERAGES_OF_B = {"tables": {"b": ALGORITHMS["ema_rowwise_adagrad"]}}
+FIXED = {"learning_rate": {"constant": 0.5}}
+
+# Tables, options and shardings.
+CASES: dict[str, tuple[list[EmbeddingBagConfig], dict[str, Any], dict[str, str]]] = {
+    **{
+        f"{algorithm} {kind}": (CONFIGS, {**FIXED, **options}, dict.fromkeys("ab", kind))
+        for algorithm, options in ALGORITHMS.items()
+        for kind in KINDS
+    },
+    **{
+        f"mean {kind}": (MEAN, {**FIXED, "adagrad": {"eps": 0.5}}, dict.fromkeys("ab", kind))
+        for kind in KINDS
+    },
+    "half table_wise": (HALF, {**FIXED, **DECAY}, dict.fromkeys("ab", "table_wise")),
+    "half row_wise": (HALF, {**FIXED, **DECAY}, dict.fromkeys("ab", "row_wise")),
+    "half column_wise": (HALF, {**FIXED, "adagrad": {}}, dict.fromkeys("ab", "column_wise")),
+    "averages of b": (CONFIGS, {**FIXED, **AVERAGES_OF_B}, dict.fromkeys("ab", "column_wise")),
+    "mixed": (SIX, MIXED, PLACES),
+    "partly dense": (SIX, PARTLY_DENSE, PARTLY_DENSE_PLACES),
+    "two rates": (SIX[:5], TWO_RATES, dict.fromkeys("abcde", "row_wise")),
+    "dense adagrad": (
+        CONFIGS,
+        {**FIXED, "tables": {"a": {"adagrad": {}}}},
+        {"a": "data_parallel", "b": "table_wise"},
+    ),
+    "dense clipping": (
+        CONFIGS,
+        {**FIXED, "tables": {"a": {"gradient_clipping": 1.0}}},
+        {"a": "data_parallel", "b": "table_wise"},
+    ),
+}
 
 
-def test_mixed_tables_with_their_own_algorithms_rates_and_shardings() -> None:
-    optimizer = config_of(**MIXED)
-    results = train(SIX, optimizer, **PLACES)
-    assert_equal_tables(whole_tables(SIX, results), train_alone(SIX, optimizer, STEPS))
-    # The dense group, then b, e, c and half of d; or a, b, e, f and half of d. In some order.
-    assert sorted(results[0]["rates"]) == [0.0, 0.25, 0.25, 1.0, 2.0]
-    assert sorted(results[1]["rates"]) == [0.0, 0.25, 0.25, 0.25, 0.25, 2.0]
+@pytest.fixture(scope="module")
+def results() -> dict[str, list[dict[str, Any]]]:
+    """Of all cases, by rank: one after the other, since processes take longer than training."""
+    first, second = run(2, train_all_sharded, CASES, STEPS)
+    return {name: [first[name], second[name]] for name in CASES}
 
 
-def test_tables_that_agree_share_a_kernel_on_each_process() -> None:
-    own = {"c": rate(0.5, 1.0), "d": rate(0.5, 1.0)}  # starts like the others
-    results = train(
-        SIX[:5], config_of(**rate(0.5, 0.25), tables=own), **dict.fromkeys("abcde", "row_wise")
-    )
-    assert [result["fused"] for result in results] == [2, 2]
+def assert_trained_alike(
+    name: str, results: dict[str, list[dict[str, Any]]], atol: float = 0.0
+) -> None:
+    """Bit for bit, if each row adds up the same gradients in the same order."""
+    configs, options, _ = CASES[name]
+    found = whole_tables(configs, results[name])
+    expected = train_alone(configs, EmbeddingOptimizerConfig(**options), STEPS)
+    assert_equal_tables(found, expected, atol)
 
 
-def test_data_parallel_tables_are_dense_embeddings() -> None:
-    """Trained once, by plain SGD; the others stay fused."""
-    own = {"b": {"adagrad": {"eps": 0.5}}, "d": rate(0.5, 2.0)}
-    optimizer = config_of(**rate(0.5, 0.25), tables=own)
-    places = {**PLACES, "a": "data_parallel", "d": "data_parallel", "c": "data_parallel"}
-    results = train(SIX, optimizer, **places)
-    # DDP averages gradients that the one process adds up: roundings of values up to 8.
-    expected = train_alone(SIX, optimizer, STEPS)
-    assert_equal_tables(whole_tables(SIX, results), expected, atol=8 * 2**-22)
-    # The dense group, those of a and c, and of d; b, e; and f on one process only.
-    assert [result["rates"][:3] for result in results] == [[0.0, 0.25, 2.0]] * 2
-    assert [result["fused"] for result in results] == [2, 3]
+def assert_equal_tables(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 0.0
+) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight.float(), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
-    ("own", "message"),
+    "name",
     [
-        ({"adagrad": {}}, "chooses adagrad, but 'ebc.embedding_bags.a.weight' are not fused"),
-        (
-            {"gradient_clipping": 1.0},
-            "chooses gradient_clipping, but 'ebc.embedding_bags.a.weight'",
-        ),
+        *(f"{algorithm} {kind}" for algorithm in ALGORITHMS for kind in ("table_wise", "row_wise")),
+        "sgd column_wise",
+        "adagrad column_wise",
+        "clipped column_wise",
+        "half table_wise",
+        "half row_wise",
+        "half column_wise",
+        "mean table_wise",
+        "mean column_wise",
+        "mixed",
+        "two rates",
     ],
 )
-def test_data_parallel_tables_with_other_options_are_refused(
-    own: dict[str, Any], message: str
+def test_training_is_that_of_one_process(
+    name: str, results: dict[str, list[dict[str, Any]]]
 ) -> None:
-    optimizer = config_of(tables={"a": own})
-    for result in train(CONFIGS, optimizer, a="data_parallel", b="table_wise"):
-        assert message in result["error"].replace("_dmp_wrapped_module.", "")
+    assert_trained_alike(name, results)
+
+
+def test_row_wise_mean_pooling(results: dict[str, list[dict[str, Any]]]) -> None:
+    """torchrec divides the pooled output, and not the kernel.
+
+    That is a rounding for each gradient, of which a step adds up to ten, and steps of at most 0.5
+    move weights of up to 8.
+    """
+    assert_trained_alike("mean row_wise", results, atol=8 * 2**-22)
+
+
+def test_column_wise_each_shard_has_an_accumulator_of_its_own(
+    results: dict[str, list[dict[str, Any]]],
+) -> None:
+    """As if each half of the columns were a table."""
+    _, options, _ = CASES["rowwise_adagrad column_wise"]
+    optimizer = EmbeddingOptimizerConfig(**options)
+    starts = Tables(CONFIGS).ebc.embedding_bags
+    expected = {}
+    for config in CONFIGS:
+        halves = []
+        width = config.embedding_dim // 2
+        half = dataclasses.replace(config, embedding_dim=width)
+        for part in (slice(width), slice(width, None)):
+            alone = train_alone(
+                [half],
+                optimizer,
+                STEPS,
+                starts={config.name: starts[config.name].weight.detach()[:, part]},
+                gradients=functools.partial(columns_of_gradients, config.name, part),
+            )
+            halves.append(alone[config.name])
+        expected[config.name] = torch.cat(halves, dim=1)
+    found = whole_tables(CONFIGS, results["rowwise_adagrad column_wise"])
+    assert_equal_tables(found, expected)
+    assert not torch.equal(found["a"], train_alone(CONFIGS, optimizer, STEPS)["a"])
+
+
+def columns_of_gradients(
+    name: str, part: slice, _: Any, batch: int, step: int
+) -> dict[str, list[torch.Tensor]]:
+    return {name: [grad[:, part] for grad in random_gradients(CONFIGS, batch, step)[name]]}
+
+
+@pytest.mark.parametrize("name", ["ema_rowwise_adagrad column_wise", "averages of b"])
+def test_column_wise_averages_are_refused(
+    name: str, results: dict[str, list[dict[str, Any]]]
+) -> None:
+    table_name = "b" if name == "averages of b" else "a"
+    for result in results[name]:
+        assert (
+            f"chooses ema_rowwise_adagrad for the table {table_name}, which is sharded column_wise"
+            in result["error"]
+        )
+
+
+def test_every_process_has_the_rates_of_its_tables(
+    results: dict[str, list[dict[str, Any]]],
+) -> None:
+    first, second = (sorted(result["rates"]) for result in results["mixed"])
+    # The dense group; b and e, c, and half of d; or a and f, b and e, and half of d.
+    assert first == [0.0, 0.25, 0.25, 1.0, 2.0]
+    assert second == [0.0, 0.25, 0.25, 0.25, 0.25, 2.0]
+
+
+def test_tables_that_agree_share_a_kernel_on_each_process(
+    results: dict[str, list[dict[str, Any]]],
+) -> None:
+    assert [result["fused"] for result in results["two rates"]] == [2, 2]
+
+
+def test_data_parallel_tables_are_dense_embeddings(
+    results: dict[str, list[dict[str, Any]]],
+) -> None:
+    """Trained once, by plain SGD; the others stay fused."""
+    # DDP averages what one process adds up: roundings of values up to 8.
+    assert_trained_alike("partly dense", results, atol=8 * 2**-22)
+    # The factor, a and c, d; then b and e, and f on one process only.
+    assert [result["rates"][:3] for result in results["partly dense"]] == [[0.0, 0.25, 2.0]] * 2
+    assert [result["fused"] for result in results["partly dense"]] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("dense adagrad", "adagrad"), ("dense clipping", "gradient_clipping")]
+)
+def test_data_parallel_tables_with_other_options_are_refused(
+    name: str, what: str, results: dict[str, list[dict[str, Any]]]
+) -> None:
+    for result in results[name]:
+        message = result["error"].replace("_dmp_wrapped_module.", "")
+        assert f"chooses {what}, but 'ebc.embedding_bags.a.weight' are not fused" in message
 
 
 def without_set_table_optimizers() -> str:
@@ -230,7 +275,10 @@ def test_forgotten_optimizers_are_noticed() -> None:
 # Plans
 
 
-@pytest.mark.parametrize("algorithm", OPTIMIZERS.keys() - {"lars_sgd", "ensemble_rowwise_adagrad"})
+@pytest.mark.parametrize(
+    "algorithm",
+    [name for name in OPTIMIZERS if name not in ("lars_sgd", "ensemble_rowwise_adagrad")],
+)
 def test_the_planner_takes_annotated_tables(algorithm: str) -> None:
     """On CUDA, where there are all algorithms."""
     model = set_table_optimizers(Tables(CONFIGS), config_of(**{algorithm: {}}), "cuda")
@@ -257,3 +305,29 @@ def test_setting_optimizers_again_replaces_them() -> None:
     set_table_optimizers(model, config_of(), "cpu")
     (arguments,) = model.ebc.embedding_bags["a"].weight._optimizer_kwargs
     assert arguments["optimizer"] == OPTIMIZERS["sgd"]
+
+
+def test_lars_is_refused() -> None:
+    with pytest.raises(ValueError, match="chooses lars_sgd for the table a, of which torchrec's"):
+        set_table_optimizers(Tables(CONFIGS), config_of(lars_sgd={}), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adam": {}}, "chooses adam for the table a: FBGEMM has no adam on the CPU"),
+        ({"tables": {"x": {"sgd": {}}}}, "the model has no table 'x'; there are 'a', 'b'"),
+    ],
+)
+def test_refused_and_nothing_changed(options: dict[str, Any], message: str) -> None:
+    model = Tables(CONFIGS)
+    with pytest.raises(ValueError, match=message):
+        set_table_optimizers(model, config_of(**options), "cpu")
+    for bag in model.ebc.embedding_bags.values():
+        assert not hasattr(bag.weight, "_optimizer_kwargs")
+
+
+def test_fused_tables_are_not_sharded() -> None:
+    model = fuse_embeddings(Tables(CONFIGS), config_of())
+    with pytest.raises(ValueError, match="has a fused_optimizer already"):
+        set_table_optimizers(model, config_of(), "cpu")

@@ -234,6 +234,17 @@ def train_sharded(
     }
 
 
+def train_all_sharded(
+    cases: Mapping[str, tuple[Sequence[EmbeddingBagConfig], Any, Mapping[str, str]]],
+    steps: Sequence[int],
+) -> dict[str, dict[str, Any]]:
+    """On every process: `train_sharded` for each case of tables, options and shardings."""
+    return {
+        name: train_sharded(configs, EmbeddingOptimizerConfig(**options), shardings, steps)
+        for name, (configs, options, shardings) in cases.items()
+    }
+
+
 def whole_tables(
     configs: Sequence[EmbeddingBagConfig], results: Sequence[Mapping[str, Any]]
 ) -> dict[str, torch.Tensor]:
