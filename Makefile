@@ -46,8 +46,8 @@ sanitize: $(VENV)/installed
 	cmake --build build/sanitize --parallel
 	ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 	cmake -S tests/csrc -B build/sanitize-thread -DRECAP_SANITIZE=thread
-	cmake --build build/sanitize-thread --parallel --target test_threads
-	ctest --test-dir build/sanitize-thread -R cpu/test_threads --output-on-failure --no-tests=error
+	cmake --build build/sanitize-thread --parallel --target test_threads test_grad_norm
+	ctest --test-dir build/sanitize-thread -R "cpu/test_(threads|grad_norm)" --output-on-failure --no-tests=error
 
 # Without torch's libraries, which it finds where it is installed; with the CUDA engine if there is nvcc.
 wheel: $(VENV)/installed
