@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 # As torch.nn.utils.clip_grad_norm_ adds it to the norm.
 _EPSILON = 1e-6
@@ -101,9 +101,15 @@ class NormParts:
         return total
 
 
+def _is_dtensor(tensor: Tensor) -> bool:
+    # Who has one has imported its module, which takes half a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def _sharding(param: Tensor) -> tuple[Any, list[dist.ProcessGroup], str]:
     """What tells parts apart, the groups to sum over, and the device to do it on."""
-    if not isinstance(param, DTensor):
+    if not _is_dtensor(param):
         return None, [], "cpu"
     mesh = param.device_mesh
     dims = []
@@ -144,7 +150,7 @@ def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> float:
 
 def _local(param: Tensor) -> Tensor:
     gradient = param.grad
-    if isinstance(param, DTensor) and isinstance(gradient, DTensor):
+    if _is_dtensor(param) and _is_dtensor(gradient):
         if gradient.placements != param.placements:
             gradient = param.grad = gradient.redistribute(param.device_mesh, param.placements)
         return gradient.to_local()
