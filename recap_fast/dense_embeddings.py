@@ -1,16 +1,59 @@
-"""Embedding tables that are not fused: they train with plain SGD, in dense groups."""
+"""What the configuration of embedding tables means for the groups of dense parameters.
+
+Tables that are not fused train with plain SGD, in groups of their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from recap_fast.config import EmbeddingOptimizerConfig, LearningRate
-from recap_fast.names import some, table_name
+from recap_fast.names import TABLES, check_table_names, some, table_name
+
+if TYPE_CHECKING:
+    from recap_fast.grouping import DenseGroup
 
 # What the original calls their group.
 DENSE_EMBEDDINGS = "dense_ebc"
+
+
+def check_embedding_config(
+    emb_optimizer_config: EmbeddingOptimizerConfig,
+    names: Collection[str],
+    fused_params: Mapping[str, torch.Tensor] | None,
+) -> None:
+    """Raises if a table that is configured does not exist, or one that exists has no rate."""
+    tables = dict.fromkeys(name for name in (*names, *(fused_params or ())) if TABLES in name)
+    check_table_names(emb_optimizer_config, tables)
+    own_rates = emb_optimizer_config.table_learning_rates
+    without = [name for name in tables if table_name(name) not in own_rates]
+    if emb_optimizer_config.learning_rate is None and (without or not tables):
+        raise ValueError(
+            "emb_optimizer_config has no learning_rate: set it"
+            + (f", since {some(without)} have none of their own" if own_rates else "")
+        )
+
+
+def check_tables_used(
+    emb_optimizer_config: EmbeddingOptimizerConfig, groups: Iterable[DenseGroup]
+) -> None:
+    """Raises if a table has options of its own, but is trained as a dense parameter is."""
+    for group in groups:
+        if group.role == "dense_embeddings":
+            continue
+        for name in group.params:
+            is_table = name.split(".")[-3:-2] == [TABLES]
+            if is_table and table_name(name) in emb_optimizer_config.tables:
+                raise ValueError(
+                    f"emb_optimizer_config.tables has options for {table_name(name)!r}, but "
+                    f"{name!r} is not fused, and belongs to the group {group.name!r}, whose "
+                    "optimizer trains it: leave them out, or fuse the table first "
+                    "(recap_fast.embeddings.fuse_embeddings)"
+                )
 
 
 def split_by_schedule(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,13 +23,16 @@ from recap_fast.config import (
     OptimizerConfig,
     RecapOptimizerConfig,
 )
-from recap_fast.dense_embeddings import DENSE_EMBEDDINGS, split_by_schedule
+from recap_fast.dense_embeddings import (
+    DENSE_EMBEDDINGS,
+    check_embedding_config,
+    check_tables_used,
+    split_by_schedule,
+)
 from recap_fast.names import (
     TABLES,
-    check_table_names,
     modules_by_name,
     some,
-    table_name,
     without_wrappers,
 )
 
@@ -120,7 +123,7 @@ def group_parameters(
                 "pass emb_optimizer_config with a learning_rate"
             )
     if emb_optimizer_config is not None:
-        _check_embedding_config(emb_optimizer_config, {*dense, *updated_in_backward}, fused_params)
+        check_embedding_config(emb_optimizer_config, {*dense, *updated_in_backward}, fused_params)
 
     if isinstance(optimizer_config, OptimizerConfig):
         _, section = optimizer_config.algorithm
@@ -142,43 +145,8 @@ def group_parameters(
             "Leave it out, or fuse the tables first (recap_fast.embeddings.fuse_embeddings)"
         )
     if emb_optimizer_config is not None:
-        _check_tables_used(emb_optimizer_config, groups)
+        check_tables_used(emb_optimizer_config, groups)
     return groups
-
-
-def _check_embedding_config(
-    emb_optimizer_config: EmbeddingOptimizerConfig,
-    names: Collection[str],
-    fused_params: Mapping[str, torch.Tensor] | None,
-) -> None:
-    """Raises if a table that is configured does not exist, or one that exists has no rate."""
-    tables = dict.fromkeys(name for name in (*names, *(fused_params or ())) if TABLES in name)
-    check_table_names(emb_optimizer_config, tables)
-    own_rates = emb_optimizer_config.table_learning_rates
-    without = [name for name in tables if table_name(name) not in own_rates]
-    if emb_optimizer_config.learning_rate is None and (without or not tables):
-        raise ValueError(
-            "emb_optimizer_config has no learning_rate: set it"
-            + (f", since {some(without)} have none of their own" if own_rates else "")
-        )
-
-
-def _check_tables_used(
-    emb_optimizer_config: EmbeddingOptimizerConfig, groups: Iterable[DenseGroup]
-) -> None:
-    """Raises if a table has options of its own, but is trained as a dense parameter is."""
-    for group in groups:
-        if group.role == "dense_embeddings":
-            continue
-        for name in group.params:
-            is_table = name.split(".")[-3:-2] == [TABLES]
-            if is_table and table_name(name) in emb_optimizer_config.tables:
-                raise ValueError(
-                    f"emb_optimizer_config.tables has options for {table_name(name)!r}, but "
-                    f"{name!r} is not fused, and belongs to the group {group.name!r}, whose "
-                    "optimizer trains it: leave them out, or fuse the table first "
-                    "(recap_fast.embeddings.fuse_embeddings)"
-                )
 
 
 def _split(

@@ -344,6 +344,14 @@ def test_a_common_rate_is_not_needed_if_every_table_has_its_own() -> None:
     assert [group.name for group in groups[3:]] == ["dense_ebc.t_user", "dense_ebc.t_item"]
 
 
+def test_options_of_a_table_in_a_group_of_everything_are_refused() -> None:
+    model = EmbeddingRanker()
+    fused = {TABLES[0]: model.ebc.embedding_bags["t_user"].weight.detach()}
+    config = embedding_config(tables={"t_item": own_rate(0.2)})
+    with pytest.raises(ValueError, match=f"for 't_item', but '{TABLES[1]}' .*'single_task'"):
+        group_parameters(model, SINGLE_TASK, config, fused)
+
+
 # Shared parameters
 
 

@@ -14,7 +14,7 @@ from torchrec.optim.fused import FusedOptimizer
 
 _ADAM = ("exp_avg", "exp_avg_sq")
 # What FBGEMM calls momentum1, momentum2, ..., in its order.
-_STATES = {
+STATES = {
     EmbOptimType.EXACT_SGD: (),
     EmbOptimType.EXACT_ADAGRAD: ("sum",),
     EmbOptimType.EXACT_ROWWISE_ADAGRAD: ("sum",),
@@ -27,7 +27,7 @@ _STATES = {
     EmbOptimType.LARS_SGD: ("momentum_buffer",),
 }
 # Those whose update depends on the number of forward passes.
-_COUNTING = (
+COUNTING = (
     EmbOptimType.EMAINPLACE_ROWWISE_ADAGRAD,
     EmbOptimType.ENSEMBLE_ROWWISE_ADAGRAD,
     EmbOptimType.ADAM,
@@ -56,8 +56,8 @@ class KernelOptimizer(EmbeddingFusedOptimizer):
         states: list[dict[str, Any]] = [{} for _ in weights]
         # Empty for SGD, which has no state.
         for state, values in zip(states, kernel.split_optimizer_states(), strict=False):
-            state.update(zip(_STATES[kernel.optimizer], values, strict=False))
-        if kernel.optimizer in _COUNTING:
+            state.update(zip(STATES[kernel.optimizer], values, strict=False))
+        if kernel.optimizer in COUNTING:
             for state in states:
                 state["step"] = kernel.iter
         group = {"params": list(weights), "lr": kernel.get_learning_rate()}
@@ -74,7 +74,7 @@ class KernelOptimizer(EmbeddingFusedOptimizer):
         self._emb_module.iter_cpu.copy_(self._emb_module.iter)
         self.step()
 
-    @property
-    def kernel(self) -> SplitTableBatchedEmbeddingBagsCodegen:
-        """The table-batched module."""
-        return self._emb_module
+    def set_optimizer_step(self, step: int) -> None:
+        """Sets the number of forward passes that the module has counted."""
+        self._emb_module.iter.fill_(step)
+        self._emb_module.iter_cpu.fill_(step)

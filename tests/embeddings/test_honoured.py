@@ -23,6 +23,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from recap_fast.config import EmbeddingOptimizerConfig, TableOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
 from recap_fast.embeddings.collection import FusedTableCollection
+from recap_fast.embeddings.kernel_optimizer import KernelOptimizer
 from recap_fast.embeddings.kernels import (
     ON_CPU,
     OPTIMIZERS,
@@ -264,6 +265,47 @@ def test_modes_on_cuda() -> None:
     mode = ensemble["ensemble_mode"]
     assert (mode.step_ema, mode.step_swap, mode.step_start) == (5, 9, 0)
     assert (mode.step_ema_coef, mode.step_mode.name) == (0.5, "NONE")
+
+
+STATES = {
+    "sgd": {},
+    "adagrad": {"sum": (6, 8)},
+    "rowwise_adagrad": {"sum": (6,)},
+    "ema_rowwise_adagrad": {"sum": (6,), "step": (1,)},
+    "ensemble_rowwise_adagrad": {"sum": (6,), "ema": (6, 8), "step": (1,)},
+    "adam": {"exp_avg": (6, 8), "exp_avg_sq": (6, 8), "step": (1,)},
+    "partial_rowwise_adam": {"exp_avg": (6, 8), "exp_avg_sq": (6,), "step": (1,)},
+    "lamb": {"exp_avg": (6, 8), "exp_avg_sq": (6, 8), "step": (1,)},
+    "partial_rowwise_lamb": {"exp_avg": (6, 8), "exp_avg_sq": (6,), "step": (1,)},
+    "lars_sgd": {"momentum_buffer": (6, 8)},
+}
+
+
+def kernel_optimizer(**options: Any) -> KernelOptimizer:
+    """For CUDA, but on the meta device, where FBGEMM makes it all the same."""
+    arguments = kernel_arguments(config_of(**options))
+    specs = [(6, 8, EmbeddingLocation.DEVICE, ComputeDevice.CUDA)]
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(specs, device=torch.device("meta"), **arguments)
+    return KernelOptimizer(["t.weight"], kernel)
+
+
+@pytest.mark.parametrize("algorithm", OPTIMIZERS)
+def test_states_have_names_that_say_what_they_are(algorithm: str) -> None:
+    optimizer = kernel_optimizer(**{algorithm: {}})
+    state = optimizer.state_dict()["state"]["t.weight"]
+    assert {name: tuple(value.shape) for name, value in state.items()} == STATES[algorithm]
+    if algorithm == "lars_sgd":
+        return  # FBGEMM has no names for it
+    for theirs in optimizer._emb_module.get_optimizer_state():
+        names = {name: name for name in theirs} | {"sparse_ema": "ema"}
+        for name, value in theirs.items():
+            assert state[names[name]].shape == value.shape
+
+
+def test_rowwise_bias_correction_has_a_state() -> None:
+    optimizer = kernel_optimizer(adam={"rowwise_bias_correction": True})
+    state = optimizer.state_dict()["state"]["t.weight"]
+    assert list(state) == ["exp_avg", "exp_avg_sq", "row_counter", "step"]
 
 
 def test_an_ensemble_needs_fbgemms_switch(monkeypatch: pytest.MonkeyPatch) -> None:

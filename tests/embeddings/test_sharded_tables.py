@@ -24,6 +24,8 @@ from tests.embeddings.training import (
     DENSE,
     Tables,
     shard,
+    table_parts,
+    train,
     train_all_sharded,
     train_alone,
     whole_tables,
@@ -270,6 +272,29 @@ def without_set_table_optimizers() -> str:
 def test_forgotten_optimizers_are_noticed() -> None:
     for message in run(2, without_set_table_optimizers):
         assert "optimizer=exact_adagrad for the table a, but it was made with exact_sgd" in message
+
+
+def trained_from_pass(passes: int) -> dict[str, torch.Tensor]:
+    """On every process: tables whose kernels start as if they had counted forward passes."""
+    optimizer = config_of(ema_rowwise_adagrad={"step_ema": 3})
+    sharded = shard(
+        set_table_optimizers(Tables(CONFIGS), optimizer, "cpu"),
+        {"a": "row_wise", "b": "table_wise"},
+    )
+    sharded.fused_optimizer.set_optimizer_step(passes)
+    train(sharded, CONFIGS, optimizer, STEPS)
+    return {"parts": table_parts(sharded)}
+
+
+def test_the_count_of_forward_passes_can_be_set() -> None:
+    found = whole_tables(CONFIGS, run(2, trained_from_pass, 1))
+    optimizer = config_of(ema_rowwise_adagrad={"step_ema": 3})
+    model = fuse_embeddings(Tables(CONFIGS), optimizer)
+    model.fused_optimizer.set_optimizer_step(1)
+    train(model, CONFIGS, optimizer, STEPS)
+    alone = {name: bag.weight.detach() for name, bag in model.ebc.embedding_bags.items()}
+    assert_equal_tables(found, alone)
+    assert not torch.equal(found["a"], train_alone(CONFIGS, optimizer, STEPS)["a"])
 
 
 # Plans

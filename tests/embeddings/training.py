@@ -204,6 +204,15 @@ def parts_of(value: torch.Tensor | ShardedTensor) -> list[tuple[Any, torch.Tenso
     ]
 
 
+def table_parts(sharded: nn.Module) -> dict[str, list[tuple[Any, torch.Tensor]]]:
+    """The parts of all tables on this process, by table."""
+    return {
+        name.split(".")[-2]: parts_of(value)
+        for name, value in sharded.state_dict().items()
+        if "embedding_bags" in name
+    }
+
+
 def train_sharded(
     configs: Sequence[EmbeddingBagConfig],
     optimizer: EmbeddingOptimizerConfig,
@@ -222,13 +231,8 @@ def train_sharded(
         combined = train(sharded, configs, optimizer, steps, **options)
     except ValueError as error:
         return {"error": str(error)}
-    parts = {
-        name.split(".")[-2]: parts_of(value)
-        for name, value in sharded.state_dict().items()
-        if "embedding_bags" in name
-    }
     return {
-        "parts": parts,
+        "parts": table_parts(sharded),
         "rates": [group["lr"] for group in combined.param_groups],
         "fused": len(sharded.fused_optimizer.param_groups),
     }
