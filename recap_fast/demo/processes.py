@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -65,10 +66,12 @@ def naming_lost_processes(timeout: float) -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, DemoError) or not _is_of_communication(error):
             raise
-        rank = os.environ.get("RANK", "?")
+        has_waited = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        what = f"has not answered for {timeout:g} seconds" if has_waited else "has ended"
+        # gloo begins with a place in its source, and ends with good wishes.
+        said = re.sub(r"^\[[^\]]*\] *|\. This is typically .*$", "", str(error).splitlines()[0])
         raise DemoError(
-            f"process {rank} stops: another process has ended, or has not answered for"
-            f" {timeout:g} seconds ({str(error).splitlines()[0]})"
+            f"process {os.environ.get('RANK', '?')} stops: another process {what} ({said})"
         ) from error
 
 

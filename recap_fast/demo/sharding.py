@@ -122,10 +122,11 @@ def _plan(
                 kernel_config=KernelConfig(compute_device=device.type),
             ),
             storage_reservation=FixedPercentageStorageReservation(_RESERVED),
-            # Without constraints it would not fuse tables on the CPU.
+            # It would not fuse tables on the CPU otherwise. And it would mix row-wise with other
+            # tables, of which torchrec 1.8 takes the mean twice.
             constraints={
                 name: ParameterConstraints(
-                    sharding_types=["table_wise", "row_wise", "column_wise"],
+                    sharding_types=["table_wise", "column_wise"],
                     compute_kernels=["fused"],
                 )
                 for name in names
@@ -148,11 +149,19 @@ def _generator(
     """How to lay out table `number` of a collection."""
     if sharding == "table_wise":
         return table_wise(rank=number % processes, compute_kernel="fused")
-    if sharding == "row_wise":
-        return row_wise(compute_kernel="fused")
     if sharding == "data_parallel":
         return data_parallel()
     config = embeddings.embedding_bag_configs()[number]
+    if sharding == "row_wise":
+        # torchrec deals out blocks of this many rows, and what is left to the last process. With no
+        # rows at all there, FBGEMM's CPU kernels read past the end of their list of tables.
+        block = -(-config.num_embeddings // processes)
+        if block * (processes - 1) >= config.num_embeddings:
+            raise ValueError(
+                f"sharding='row_wise': the table {config.name!r} has {config.num_embeddings} rows,"
+                f" too few for a block of {block} on each of {processes} processes"
+            )
+        return row_wise(compute_kernel="fused")
     if config.embedding_dim % (4 * processes):
         raise ValueError(
             f"sharding='column_wise': the {config.embedding_dim} columns of the table"
