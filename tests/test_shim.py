@@ -287,7 +287,7 @@ def test_a_step_does_not_search_for_the_optimizers_inside(
         )
     )
     scheduler = RecapLRShim(optimizer, dict.fromkeys(params, rate))
-    monkeypatch.setattr("recap_fast.keyed._walk", None)
+    monkeypatch.setattr("recap_fast.keyed.walk", None)
     optimizer.zero_grad()
     optimizer.step()
     scheduler.step()
