@@ -43,6 +43,7 @@ void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const 
   arrays.grad = static_cast<const char*>(grad) + offset;
   for (int k = 0; k < kMaxStates; ++k) arrays.state[k] = advance(slot.state[k], offset);
   arrays.size = tile.size;
+  arrays.following = slot.size - tile.begin - tile.size;
   kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](values, arrays);
 }
 

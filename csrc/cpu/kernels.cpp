@@ -1,5 +1,5 @@
 // The loops over one tile. This file is compiled once per instruction set (RECAP_INSTRUCTION_SET)
-// and leaves vectorization to the compiler: the loops are flat, without aliasing and without
+// and leaves vectorization to the compiler: the inner loops are flat, without aliasing and without
 // branches.
 #include "kernels.h"
 
@@ -12,20 +12,60 @@
 namespace recap::cpu {
 namespace {
 
-template <typename Algorithm, typename T, typename Values>
-RECAP_INLINE void update_each(const Values& h, T* __restrict param, const T* __restrict grad,
-                              T* __restrict state0, T* __restrict state1, T* __restrict state2,
-                              int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    T state[kMaxStates] = {};
-    if constexpr (Algorithm::kStates > 0) state[0] = state0[i];
-    if constexpr (Algorithm::kStates > 1) state[1] = state1[i];
-    if constexpr (Algorithm::kStates > 2) state[2] = state2[i];
-    Algorithm::update(h, grad[i], param[i], state);
-    if constexpr (Algorithm::kStates > 0) state0[i] = state[0];
-    if constexpr (Algorithm::kStates > 1) state1[i] = state[1];
-    if constexpr (Algorithm::kStates > 2) state2[i] = state[2];
+// A processor's own prefetcher does not keep up with a loop over several streams of memory, and
+// stops at the end of a page. So what is updated this much later is asked for, a block at a time.
+constexpr int64_t kAheadBytes = 2048;
+constexpr int64_t kBlockBytes = 256;
+
+template <int kWrite, typename T>
+RECAP_INLINE void prefetch(const T* elements, int64_t bytes) {
+  for (int64_t offset = 0; offset < bytes; offset += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(elements) + offset, kWrite);
   }
+}
+
+template <int kStates, typename T>
+RECAP_INLINE void prefetch_all(const T* param, const T* grad, const T* state0, const T* state1,
+                               const T* state2, int64_t begin, int64_t bytes) {
+  prefetch<1>(param + begin, bytes);
+  prefetch<0>(grad + begin, bytes);
+  if constexpr (kStates > 0) prefetch<1>(state0 + begin, bytes);
+  if constexpr (kStates > 1) prefetch<1>(state1 + begin, bytes);
+  if constexpr (kStates > 2) prefetch<1>(state2 + begin, bytes);
+}
+
+template <typename Algorithm, typename T, typename Values>
+RECAP_INLINE void update_range(const Values& h, T* __restrict param, const T* __restrict grad,
+                               T* __restrict state0, T* __restrict state1, T* __restrict state2,
+                               int64_t begin, int64_t end) {
+  using C = typename Compute<T>::type;
+  for (int64_t i = begin; i < end; ++i) {
+    C p = load(param[i]);
+    C state[kMaxStates] = {};
+    if constexpr (Algorithm::kStates > 0) state[0] = load(state0[i]);
+    if constexpr (Algorithm::kStates > 1) state[1] = load(state1[i]);
+    if constexpr (Algorithm::kStates > 2) state[2] = load(state2[i]);
+    Algorithm::update(h, load(grad[i]), p, state);
+    store(p, param[i]);
+    if constexpr (Algorithm::kStates > 0) store(state[0], state0[i]);
+    if constexpr (Algorithm::kStates > 1) store(state[1], state1[i]);
+    if constexpr (Algorithm::kStates > 2) store(state[2], state2[i]);
+  }
+}
+
+// The elements [0, size), after which `following` more are updated soon.
+template <typename Algorithm, typename T, typename Values>
+RECAP_INLINE void update_blocks(const Values& h, T* __restrict param, const T* __restrict grad,
+                                T* __restrict state0, T* __restrict state1, T* __restrict state2,
+                                int64_t size, int64_t following) {
+  constexpr int64_t kBlock = kBlockBytes / sizeof(T), kAhead = kAheadBytes / sizeof(T);
+  int64_t begin = 0;
+  for (; begin + kBlock <= size && begin + kAhead + kBlock <= size + following; begin += kBlock) {
+    prefetch_all<Algorithm::kStates>(param, grad, state0, state1, state2, begin + kAhead,
+                                     kBlockBytes);
+    update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, begin + kBlock);
+  }
+  update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, size);
 }
 
 // Whether Adam's averages keep more than half of themselves, as with all usual betas.
@@ -41,70 +81,89 @@ RECAP_INLINE constexpr bool slow(const Values&) {
 // Adam's loop is compiled twice: where it knows that the averages are slow, the compiler drops what
 // the update selects by that, which is much of what is not waiting for a root or a quotient.
 template <typename Algorithm, typename T>
-void update_all(const UpdateValues<T>& values, T* __restrict param, const T* __restrict grad,
-                T* __restrict state0, T* __restrict state1, T* __restrict state2, int64_t size) {
-  const auto h = values.template of<Algorithm>();
+void update_all(const Values& values, T* __restrict param, const T* __restrict grad,
+                T* __restrict state0, T* __restrict state1, T* __restrict state2, int64_t size,
+                int64_t following) {
+  const auto h = values.in<typename Compute<T>::type>().template of<Algorithm>();
   if (slow(h)) {
-    update_each<Algorithm>(h, param, grad, state0, state1, state2, size);
+    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, following);
   } else {
-    update_each<Algorithm>(h, param, grad, state0, state1, state2, size);
+    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, following);
   }
 }
 
-template <typename Storage>
-void load_all(const Storage* __restrict from, float* __restrict to, int64_t size) {
+void load_all(const BFloat16* __restrict from, float* __restrict to, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] = load(from[i]);
+}
+
+// Half precision is converted by instructions of their own, which the compiler does not find.
+void load_all(const Float16* __restrict from, float* __restrict to, int64_t size) {
   int64_t i = 0;
-#if defined(__F16C__)
-  if constexpr (sizeof(Storage) == sizeof(Float16) && !__is_same(Storage, BFloat16)) {
-    for (; i + 8 <= size; i += 8) {
-      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
-    }
+#if defined(__AVX512F__)
+  for (; i + 16 <= size; i += 16) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    _mm512_storeu_ps(to + i, _mm512_maskz_cvtph_ps(0xffff, half));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= size; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
   }
 #endif
   for (; i < size; ++i) to[i] = load(from[i]);
 }
 
-template <typename Storage>
-void store_all(const float* __restrict from, Storage* __restrict to, int64_t size) {
+void store_all(const float* __restrict from, Float16* __restrict to, int64_t size) {
   int64_t i = 0;
-#if defined(__F16C__)
-  if constexpr (sizeof(Storage) == sizeof(Float16) && !__is_same(Storage, BFloat16)) {
-    for (; i + 8 <= size; i += 8) {
-      const __m256 value = _mm256_loadu_ps(from + i);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                       _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-    }
+#if defined(__AVX512F__)
+  for (; i + 16 <= size; i += 16) {
+    const __m512 value = _mm512_loadu_ps(from + i);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= size; i += 8) {
+    const __m256 value = _mm256_loadu_ps(from + i);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
 #endif
   for (; i < size; ++i) store(from[i], to[i]);
 }
 
+// A block at a time, small enough to stay in the first-level cache.
+template <typename Algorithm>
+void update_wide(const Values& values, Float16* param, const Float16* grad, Float16* const* state,
+                 int64_t size, int64_t following) {
+  constexpr int64_t kBlock = kBlockBytes / sizeof(Float16), kAhead = kAheadBytes / sizeof(Float16);
+  alignas(64) float wide_param[kBlock], wide_grad[kBlock], wide_state[kMaxStates][kBlock];
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    const int64_t count = size - begin < kBlock ? size - begin : kBlock;
+    if (begin + kAhead + kBlock <= size + following) {
+      prefetch_all<Algorithm::kStates>(param, grad, state[0], state[1], state[2], begin + kAhead,
+                                       kBlockBytes);
+    }
+    load_all(param + begin, wide_param, count);
+    load_all(grad + begin, wide_grad, count);
+    for (int k = 0; k < Algorithm::kStates; ++k) load_all(state[k] + begin, wide_state[k], count);
+    update_all<Algorithm, float>(values, wide_param, wide_grad, wide_state[0], wide_state[1],
+                                 wide_state[2], count, 0);
+    store_all(wide_param, param + begin, count);
+    for (int k = 0; k < Algorithm::kStates; ++k) store_all(wide_state[k], state[k] + begin, count);
+  }
+}
+
 template <typename Algorithm, typename T>
 void kernel(const Values& values, const Arrays& arrays) {
-  using C = typename Compute<T>::type;
   T* param = static_cast<T*>(arrays.param);
   const T* grad = static_cast<const T*>(arrays.grad);
   T* state[kMaxStates];
   for (int k = 0; k < kMaxStates; ++k) state[k] = static_cast<T*>(arrays.state[k]);
-
-  if constexpr (sizeof(T) == sizeof(C)) {
-    update_all<Algorithm, C>(values.in<C>(), param, grad, state[0], state[1], state[2],
-                             arrays.size);
+  if constexpr (__is_same(T, Float16)) {
+    update_wide<Algorithm>(values, param, grad, state, arrays.size, arrays.following);
   } else {
-    // 16-bit storage is widened a block at a time, small enough to stay in the first-level cache.
-    constexpr int64_t kBlock = 512;
-    alignas(64) C wide_param[kBlock], wide_grad[kBlock], wide_state[kMaxStates][kBlock];
-    for (int64_t begin = 0; begin < arrays.size; begin += kBlock) {
-      const int64_t size = arrays.size - begin < kBlock ? arrays.size - begin : kBlock;
-      load_all(param + begin, wide_param, size);
-      load_all(grad + begin, wide_grad, size);
-      for (int k = 0; k < Algorithm::kStates; ++k) load_all(state[k] + begin, wide_state[k], size);
-      update_all<Algorithm, C>(values.in<C>(), wide_param, wide_grad, wide_state[0], wide_state[1],
-                               wide_state[2], size);
-      store_all(wide_param, param + begin, size);
-      for (int k = 0; k < Algorithm::kStates; ++k) store_all(wide_state[k], state[k] + begin, size);
-    }
+    update_all<Algorithm, T>(values, param, grad, state[0], state[1], state[2], arrays.size,
+                             arrays.following);
   }
 }
 
@@ -138,19 +197,18 @@ RECAP_INLINE void add_squares(const T* elements, int64_t size, Eight<double>::ty
 
 template <typename T>
 double sum_of_squares(const void* elements, int64_t size) {
-  using C = typename Compute<T>::type;
   const T* const all = static_cast<const T*>(elements);
   Eight<double>::type lanes[4] = {};
-  if constexpr (sizeof(T) == sizeof(C)) {
-    add_squares(all, size, lanes);
-  } else {
+  if constexpr (__is_same(T, Float16) || __is_same(T, BFloat16)) {
     constexpr int64_t kBlock = 512;
-    alignas(64) C wide[kBlock];
+    alignas(64) float wide[kBlock];
     for (int64_t begin = 0; begin < size; begin += kBlock) {
       const int64_t count = size - begin < kBlock ? size - begin : kBlock;
       load_all(all + begin, wide, count);
       add_squares(wide, count, lanes);
     }
+  } else {
+    add_squares(all, size, lanes);
   }
   const Eight<double>::type eight = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
   double sum = 0.0;

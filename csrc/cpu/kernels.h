@@ -12,6 +12,7 @@ struct Arrays {
   const void* grad;
   void* state[kMaxStates];
   int64_t size;
+  int64_t following;  // elements after these that will be updated soon
 };
 
 using Kernel = void (*)(const Values& values, const Arrays& arrays);
