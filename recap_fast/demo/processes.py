@@ -50,7 +50,21 @@ def join(timeout: float) -> torch.device:
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     with naming_lost_processes(timeout):
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, rank, world_size = next(
+            dist.rendezvous("env://", timeout=timedelta(seconds=timeout))
+        )
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # On one machine, torchrun keeps the store when it restarts everybody, unless it is
+            # called with --standalone: the addresses in it are those of the dead.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt{attempt}", store)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
     return device
 
 

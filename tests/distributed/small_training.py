@@ -140,13 +140,15 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def largest_difference(ours: dict, expected: dict, before: dict) -> tuple[float, str]:
-    """The largest difference of any element over the longest way of any in its tensor."""
+    """The largest difference of any element over the longest way of any in its tensor.
+
+    Beyond a unit in the last place of the tensor's largest value, which decides of short ways.
+    """
     assert ours.keys() == expected.keys() == before.keys()
-    return max(
-        (
-            float((ours[name] - expected[name]).abs().max())
-            / float((expected[name] - before[name]).abs().max()),
-            name,
-        )
-        for name in expected
-    )
+    differences = {}
+    for name, value in expected.items():
+        unit = torch.finfo(value.dtype).eps * float(value.abs().max())
+        difference = max(0.0, float((ours[name] - value).abs().max()) - unit)
+        differences[name] = difference / float((value - before[name]).abs().max())
+    name = max(differences, key=differences.get)
+    return differences[name], name
