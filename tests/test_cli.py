@@ -83,7 +83,7 @@ def test_demo_prints_a_table_and_writes_its_files(
     text = capsys.readouterr().out
     for task in ("is_liked", "is_loved", "is_disliked"):
         assert f"AUC recap.engagement.{task}" in text
-    assert "optimizer, ms per step" in text and "largest parameter difference" in text
+    assert "optimizer, ms per step" in text and "largest difference of an element" in text
     assert f"Wrote {out / 'demo.png'} and {out / 'results.json'}." in text
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((out / "results.json").read_text())

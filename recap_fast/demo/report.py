@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 from dataclasses import asdict, dataclass
@@ -18,9 +19,10 @@ from recap_fast.demo.train import Run
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference between two models' parameters.
+    """How far two models' parameters are apart.
 
     Attributes:
+        of_all: the distance between all parameters, as one vector, over the second one's length.
         absolute: the largest difference of any element.
         absolute_in: name of the parameter where that is.
         relative: the largest difference of any element over its tensor's largest magnitude in the
@@ -28,6 +30,7 @@ class Difference:
         relative_in: name of the parameter where that is.
     """
 
+    of_all: float
     absolute: float
     absolute_in: str
     relative: float
@@ -77,7 +80,7 @@ def compare(runs: dict[str, Run]) -> Comparison:
 
 
 def parameter_difference(first: nn.Module, second: nn.Module) -> Difference:
-    """The largest difference between parameters of the same name, computed in float64.
+    """How far parameters of the same name are apart, computed in float64.
 
     Every process that holds a part of the models must call it.
 
@@ -89,13 +92,20 @@ def parameter_difference(first: nn.Module, second: nn.Module) -> Difference:
         only_one = sorted(ours.keys() ^ theirs.keys())
         raise ValueError(f"only one of the models has the parameters {', '.join(only_one)}")
     absolute, relative = {}, {}
+    squared_distance = squared_length = 0.0
     for name, parameter in ours.items():
         expected = theirs[name].detach().double()
-        absolute[name] = float((parameter.detach().double() - expected).abs().max())
+        apart = parameter.detach().double() - expected
+        squared_distance += float(apart.square().sum())
+        squared_length += float(expected.square().sum())
+        absolute[name] = float(apart.abs().max())
         largest = float(expected.abs().max())
         relative[name] = absolute[name] / (largest or 1.0)
+    of_all = math.sqrt(squared_distance / (squared_length or 1.0))
     absolute_in, relative_in = max(absolute, key=absolute.get), max(relative, key=relative.get)
-    return Difference(absolute[absolute_in], absolute_in, relative[relative_in], relative_in)
+    return Difference(
+        of_all, absolute[absolute_in], absolute_in, relative[relative_in], relative_in
+    )
 
 
 def table(comparison: Comparison) -> str:
@@ -112,8 +122,9 @@ def table(comparison: Comparison) -> str:
             f"{middle:.1f} times as fast (quartiles {low:.1f} to {high:.1f})",
         )
     )
-    rows.append(("largest parameter difference", "", "", _scientific(difference.absolute)))
-    rows.append(("... over the tensor's largest value", "", "", _scientific(difference.relative)))
+    rows.append(("parameters, relative to their length", "", "", _scientific(difference.of_all)))
+    rows.append(("largest difference of an element", "", "", _scientific(difference.absolute)))
+    rows.append(("... over its tensor's largest value", "", "", _scientific(difference.relative)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         f"{name:<{widths[0]}}  {ours:>{widths[1]}}  {theirs:>{widths[2]}}  {note}".rstrip()

@@ -59,13 +59,15 @@ def test_difference_names_the_parameter_and_is_relative_to_its_largest_value() -
     difference = parameter_difference(first, second)
     assert (difference.absolute, difference.absolute_in) == (1.0, "weight")
     assert (difference.relative, difference.relative_in) == (0.5, "bias")
+    length = 100.0**2 + 1000.0**2 + 1.0 + 0.5**2 + 0.25**2
+    assert difference.of_all == pytest.approx(((1.0 + 0.25**2) / length) ** 0.5, rel=1e-12)
 
 
 def test_difference_of_equal_models_is_zero_even_for_zeros() -> None:
     model = nn.Linear(2, 2)
     nn.init.zeros_(model.bias)
     difference = parameter_difference(model, model)
-    assert (difference.absolute, difference.relative) == (0.0, 0.0)
+    assert (difference.of_all, difference.absolute, difference.relative) == (0.0, 0.0, 0.0)
 
 
 def test_difference_refuses_other_parameters() -> None:
@@ -80,8 +82,8 @@ def test_table_shows_all_figures_in_columns(runs: dict[str, Run]) -> None:
     assert cells["AUC task.one"][-3:] == ["0.75000", "0.50000", "2.5e-01"]
     time = cells["optimizer, ms per step (median)"]
     assert " ".join(time[-10:]) == "2.00 6.00 4.0 times as fast (quartiles 3.5 to 7.0)"
-    assert cells["largest parameter difference"][-1] == "5.0e-01"
-    assert cells["... over the tensor's largest value"][-1] == "6.2e-02"
+    assert cells["largest difference of an element"][-1] == "5.0e-01"
+    assert cells["... over its tensor's largest value"][-1] == "6.2e-02"
     assert lines[0].index("ours") + 4 == lines[2].index("0.75000") + 7  # aligned to the right
 
 
