@@ -72,28 +72,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--steps",
-        type=_at_least(1),
+        type=at_least(1),
         default=300,
         metavar="N",
         help="training steps of each run (default: %(default)s)",
     )
     demo.add_argument(
         "--batch-size",
-        type=_at_least(1),
+        type=at_least(1),
         default=512,
         metavar="B",
         help="ratings per step (default: %(default)s)",
     )
     demo.add_argument(
         "--seed",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         metavar="S",
         help="seed of the weights and of the order of the batches (default: %(default)s)",
     )
     demo.add_argument(
         "--nproc",
-        type=_at_least(1),
+        type=at_least(1),
         default=1,
         metavar="P",
         help=(
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--threads",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="T",
         help=(
             "threads that torch uses in an operation, in each process (default: torch's own"
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
+def at_least(minimum: int) -> Callable[[str], int]:
     """A type for argparse: a whole number, `minimum` or more."""
 
     def parse(text: str) -> int:

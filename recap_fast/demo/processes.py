@@ -72,6 +72,8 @@ def join(timeout: float) -> torch.device:
 def naming_lost_processes(timeout: float) -> Iterator[None]:
     """Raises a plain DemoError when another process has gone or no longer answers.
 
+    What was sent or awaited then may still hold threads of the process group: end with `os._exit`.
+
     Args:
         timeout: what `join` got.
     """

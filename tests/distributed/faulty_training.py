@@ -1,0 +1,130 @@
+"""Runs examples/train_distributed.py on made-up data and a small model, with a fault if asked for.
+
+As a script, it finds these in the environment:
+
+* FAULT="<kind> <rank> <step>": see `break_down`;
+* ONCE: a file; the fault does not happen if it is there, and makes it;
+* FINAL: a file for the state dict after the training, with whole tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from recap_fast.demo import data, model, sharding, train
+from recap_fast.demo.data import Batch, Dataset
+from tests.distributed.small_training import BATCH_SIZE, RATINGS, SIZES, STEPS, table_sizes
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_distributed.py"
+ARGUMENTS = ("--steps", str(STEPS), "--batch-size", str(BATCH_SIZE), "--sharding", "table_wise")
+NAN = float("nan")
+
+
+def main() -> None:
+    make_small()
+    if "FAULT" in os.environ:
+        kind, rank, step = os.environ["FAULT"].split()
+        if rank == os.environ["RANK"]:
+            break_down(kind, int(step))
+    if "FINAL" in os.environ:
+        path = os.environ["FINAL"]
+        before_the_test(lambda state: os.environ["RANK"] == "0" and torch.save(state, path))
+    sys.argv[1:1] = ARGUMENTS
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def train_with_fault(
+    fault: tuple[str, int, int] | None, *arguments: str
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The same in a process that has joined the others; returns the state dict and the output."""
+    make_small()
+    if fault is not None:
+        kind, rank, step = fault
+        if rank == torch.distributed.get_rank():
+            break_down(kind, step)
+    final: dict[str, torch.Tensor] = {}
+    before_the_test(final.update)
+    sys.argv = ["train_distributed.py", *ARGUMENTS, *arguments]
+    example = runpy.run_path(str(EXAMPLE))
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        example["train"](example["parse"](), torch.device("cpu"))
+    return final, output.getvalue()
+
+
+def make_small() -> None:
+    dataset = data.synthetic(RATINGS, seed=0)
+    build_model = model.build_model
+    data.load = lambda directory: dataset
+    model.build_model = lambda seed, **_: build_model(
+        seed, table_sizes=table_sizes(dataset), **SIZES
+    )
+
+
+def break_down(kind: str, at: int) -> None:
+    """Has this process break down when it asks for the batch with the number `at`.
+
+    Args:
+        kind: `kill` or `stop`, signals to itself; `nan-batch`: the dense features are not numbers;
+            `nan-gradient`: the gradient of one weight of a tower is not, before it is reduced.
+        at: from 0.
+    """
+    batches = Dataset.batches
+    gradient_is_bad = False
+
+    def faulty(self: Dataset, *args, start: int = 0, **options):
+        nonlocal gradient_is_bad
+        for step, batch in enumerate(batches(self, *args, start=start, **options), start):
+            gradient_is_bad = kind == "nan-gradient" and step == at
+            yield break_batch(kind, batch) if step == at else batch
+
+    def before_forward(layer: torch.nn.Module, _) -> None:
+        if gradient_is_bad:
+            layer.weight.register_hook(
+                lambda gradient: gradient * NAN if gradient_is_bad else gradient
+            )
+
+    Dataset.batches = faulty
+    build_model = model.build_model
+
+    def build_faulty(*args, **options):
+        built = build_model(*args, **options)
+        # FSDP2 puts another weight in place for each forward pass.
+        built.towers["recap__engagement__is_loved"][0].register_forward_pre_hook(before_forward)
+        return built
+
+    model.build_model = build_faulty
+
+
+def break_batch(kind: str, batch: Batch) -> Batch:
+    if kind == "nan-batch":
+        return Batch(batch.dense * NAN, batch.sparse, batch.labels)
+    if kind in ("kill", "stop"):
+        once = os.environ.get("ONCE")
+        if once is None or not Path(once).exists():
+            if once is not None:
+                Path(once).touch()
+            os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    return batch
+
+
+def before_the_test(see) -> None:
+    """Has `see` called with the state dict of the trained model."""
+    evaluate = train.evaluate
+
+    def see_and_evaluate(trained, *args, **options):
+        see({name: value.cpu() for name, value in sharding.whole_state(trained).items()})
+        return evaluate(trained, *args, **options)
+
+    train.evaluate = see_and_evaluate
+
+
+if __name__ == "__main__":
+    main()

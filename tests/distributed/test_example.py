@@ -1,0 +1,81 @@
+"""examples/train_distributed.py: its help, its table, and what it says to wrong arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recap_fast.demo.data import TASKS
+from recap_fast.demo.errors import DemoError
+from recap_fast.demo.sharding import SHARDINGS
+from tests.distributed.faulty_training import EXAMPLE, train_with_fault
+from tests.distributed.processes import run
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str):
+    monkeypatch.setattr(sys, "argv", ["train_distributed.py", *arguments])
+    return runpy.run_path(str(EXAMPLE))["parse"]()
+
+
+def test_help_tells_how_to_start_and_every_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(monkeypatch, "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "torchrun --nproc-per-node 2 examples/train_distributed.py" in text
+    options = vars(parse(monkeypatch))
+    for name in options:
+        assert f"--{name.replace('_', '-')} " in text
+    for name, default in options.items():
+        if default is not None:
+            assert re.search(rf"--{name.replace('_', '-')} [^-]*\(default:\s*{default}\)", text)
+    assert len(EXAMPLE.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_the_first_process_prints_a_table(sharding: str) -> None:
+    (state, printed), (other, silent) = run(2, train_with_fault, None, "--sharding", sharding)
+    assert silent == ""
+    assert all(torch.equal(other[name], value) for name, value in state.items())
+    lines = printed.strip().splitlines()
+    assert len(lines) == 2 + len(TASKS)
+    for task, line in zip(TASKS, lines[1:], strict=False):
+        name, loss, auc = line.split()
+        assert name == task and 0 < float(loss) < 1 and 0 < float(auc) < 1
+    assert re.fullmatch(r"2 processes, \d+ ratings/s, 0 batches skipped", lines[-1])
+
+
+def complaint(*arguments: str) -> str:
+    with pytest.raises(DemoError) as caught:
+        train_with_fault(None, *arguments)
+    return str(caught.value)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused() -> None:
+    for said in run(2, complaint, "--batch-size", "47"):
+        assert said.startswith("--batch-size 47 is not a multiple of the 2 processes")
+
+
+def train_in_two_parts(folder: str) -> list[str]:
+    """Goes on after the end of a training, and then as if it were another one."""
+    saving = ("--checkpoint-dir", folder, "--checkpoint-every", "8")
+    outputs = [train_with_fault(None, *saving)[1] for _ in range(2)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return [*outputs, complaint(*saving, "--seed", "1")]
+
+
+def test_a_finished_training_is_only_tested_again_and_another_one_refused(tmp_path: Path) -> None:
+    first, again, refused = run(2, train_in_two_parts, str(tmp_path / "run"))[0]
+    aucs = [[line.split()[-1] for line in text.splitlines()[2:5]] for text in (first, again)]
+    assert aucs[0] == aucs[1]
+    assert "is of another run: {'seed': 0" in refused
+    assert "not {'seed': 1" in refused

@@ -1,0 +1,220 @@
+"""What a training on two processes does when one of them fails, hangs, or sees a bad number."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from recap_fast.demo.sharding import DENSE
+from tests.distributed import faulty_training
+from tests.distributed.processes import run
+from tests.distributed.small_training import largest_difference, train
+from tests.distributed.test_equivalence import TOLERANCE
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = faulty_training.__file__
+FAULTY_STEP = 7
+
+
+class Ranks:
+    """The example's processes, started by hand: nothing but they themselves sees one fail."""
+
+    def __init__(self, *arguments: str, **variables: str) -> None:
+        self._processes: list[subprocess.Popen] = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._rendezvous = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1]),
+                "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2",
+            }
+        self._arguments, self._variables = arguments, variables
+
+    def start(self, rank: int) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *self._arguments],
+            env={
+                **environment(),
+                **self._rendezvous,
+                **self._variables,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._processes.append(process)
+        return process
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *arguments],
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def last_line(text: str) -> str:
+    return re.split(r"[\r\n]+", text.strip())[-1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", DENSE)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_others_stop_when_one_is_killed(lost: int, part: str) -> None:
+    fault = f"kill {lost} {FAULTY_STEP}"
+    with Ranks("--timeout", "100", "--dense", part, FAULT=fault) as ranks:
+        processes = [ranks.start(rank) for rank in range(2)]
+        assert processes[lost].wait(timeout=60) == -signal.SIGKILL
+        begin = time.monotonic()
+        _, said = processes[1 - lost].communicate(timeout=60)
+    # The connection broke: nobody waited for the timeout.
+    assert time.monotonic() - begin < 20
+    assert processes[1 - lost].returncode == 1
+    assert last_line(said).startswith(
+        f"train_distributed.py: process {1 - lost} stops: another process has ended ("
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", DENSE)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_others_stop_when_one_hangs(lost: int, part: str) -> None:
+    fault = f"stop {lost} {FAULTY_STEP}"
+    with Ranks("--timeout", "4", "--dense", part, FAULT=fault) as ranks:
+        processes = [ranks.start(rank) for rank in range(2)]
+        _, said = processes[1 - lost].communicate(timeout=60)
+        assert processes[lost].poll() is None
+    assert processes[1 - lost].returncode == 1
+    assert last_line(said).startswith(
+        f"train_distributed.py: process {1 - lost} stops: another process has not answered for 4"
+        " seconds ("
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("present", [0, 1])
+def test_nobody_waits_for_ever_for_one_that_never_came(present: int) -> None:
+    with Ranks("--timeout", "3") as ranks:
+        process = ranks.start(present)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert last_line(said).startswith(
+        f"train_distributed.py: process {present} stops: another process has not answered for 3"
+        " seconds ("
+    )
+
+
+def test_without_torchrun_it_says_how_to_start() -> None:
+    result = subprocess.run(
+        [sys.executable, faulty_training.EXAMPLE],
+        env={name: value for name, value in environment().items() if name != "RANK"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "RANK" in result.stderr and "`torchrun --nproc-per-node N`" in result.stderr
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check_like_one_process(ranks: list[tuple[dict[str, torch.Tensor], str]], **what) -> None:
+    """Compares with a training on one process that left out what had to be left out."""
+    ours = [state for state, _ in ranks]
+    expected = train("adam", "rowwise_adagrad", **what)
+    difference, name = largest_difference(ours[0], expected["after"], expected["before"])
+    assert difference < TOLERANCE, name
+    assert all(torch.equal(ours[0][name], ours[1][name]) for name in ours[0])
+    # It mattered: with the batch, the result is another one.
+    undisturbed = train("adam", "rowwise_adagrad", clip_grad_norm=what.get("clip_grad_norm"))
+    difference, _ = largest_difference(ours[0], undisturbed["after"], undisturbed["before"])
+    assert difference > 50 * TOLERANCE
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("part", DENSE)
+@pytest.mark.parametrize("step", [0, FAULTY_STEP])
+def test_a_bad_batch_of_one_is_skipped_by_all(step: int, part: str) -> None:
+    ranks = run(2, faulty_training.train_with_fault, ("nan-batch", 1, step), "--dense", part)
+    assert ranks[0][1].endswith("1 batches skipped\n")
+    check_like_one_process(ranks, without_batch={step})
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("part", DENSE)
+def test_a_bad_gradient_of_one_skips_the_dense_step_of_all(part: str) -> None:
+    ranks = run(
+        2,
+        faulty_training.train_with_fault,
+        ("nan-gradient", 1, FAULTY_STEP),
+        "--dense",
+        part,
+        "--clip-grad-norm",
+        "1",
+    )
+    assert ranks[0][1].endswith("0 batches skipped\n")
+    check_like_one_process(ranks, without_step={FAULTY_STEP}, clip_grad_norm=1.0)
+
+
+@pytest.mark.long
+def test_torchrun_reports_who_was_killed() -> None:
+    result = torchrun(SCRIPT, FAULT=f"kill 1 {FAULTY_STEP}")
+    assert result.returncode == 1
+    assert "Signal 9 (SIGKILL) received" in result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", DENSE)
+def test_a_restart_goes_on_as_if_nothing_had_happened(tmp_path: Path, part: str) -> None:
+    states = {}
+    for name, fault in (("undisturbed", {}), ("restarted", {"FAULT": f"kill 1 {FAULTY_STEP}"})):
+        folder = tmp_path / name
+        folder.mkdir()
+        saving = ["--checkpoint-dir", str(folder / "run"), "--checkpoint-every", "3"]
+        result = torchrun(
+            "--max-restarts=2",
+            SCRIPT,
+            *saving,
+            "--dense",
+            part,
+            FINAL=str(folder / "final.pt"),
+            ONCE=str(folder / "once"),
+            **fault,
+        )
+        assert result.returncode == 0, result.stderr
+        assert (folder / "once").exists() == bool(fault)
+        states[name] = torch.load(folder / "final.pt")
+    for name, value in states["undisturbed"].items():
+        assert torch.equal(states["restarted"][name], value), name
