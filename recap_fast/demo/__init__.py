@@ -4,6 +4,8 @@
 * `data`: features, labels, the split by time, batches; a synthetic data set of the same schema.
 * `model`: a MaskNet backbone with a tower per task, and the schedules it is trained with.
 * `train`: one loop that trains any number of optimizers side by side.
+* `share`, `sharding`: how several processes divide batches and tables.
+* `processes`, `launch`: how they join and what they tell each other; how the demo starts them.
 * `report`, `picture`: the table and `results.json`; the losses and learning rates drawn.
 * `run`: all of it, as the command line calls it.
 

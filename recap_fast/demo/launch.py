@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -54,6 +55,9 @@ def _main(
         store=dist.FileStore(store, processes),
         timeout=_TIMEOUT,
     )
-    function(*args)
+    try:
+        function(*args)
+    except KeyboardInterrupt:
+        os._exit(130)  # at once: threads of the process group still wait for the others
     dist.barrier()  # else a process that ends first would cut off the others
     dist.destroy_process_group()
