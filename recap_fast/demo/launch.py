@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -55,9 +55,8 @@ def _main(
         store=dist.FileStore(store, processes),
         timeout=_TIMEOUT,
     )
-    try:
-        function(*args)
-    except KeyboardInterrupt:
-        os._exit(130)  # at once: threads of the process group still wait for the others
+    # Interrupted, end at once: threads of the process group still wait for the others.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    function(*args)
     dist.barrier()  # else a process that ends first would cut off the others
     dist.destroy_process_group()

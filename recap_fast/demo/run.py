@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import recap_fast
 from recap_fast import reference
@@ -90,6 +92,8 @@ def _train_and_report(dataset: data.Dataset, out: Path, settings: dict[str, Any]
     quiet_libraries()
     share = processes.share()
     is_first = share.rank == 0
+    if share.processes > 1:
+        tqdm.set_lock(threading.RLock())  # its own, between processes, would outlive an interrupt
     if is_first:
         threads = f"{torch.get_num_threads()} threads"
         if share.processes > 1:
