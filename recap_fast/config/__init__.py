@@ -21,13 +21,10 @@ from recap_fast.config.dense import (
 from recap_fast.config.embeddings import (
     EmbeddingAdagradConfig,
     EmbeddingAdamConfig,
-    EmbeddingEmaRowwiseAdagradConfig,
-    EmbeddingEnsembleRowwiseAdagradConfig,
     EmbeddingLambConfig,
     EmbeddingLarsSgdConfig,
     EmbeddingOptimizerConfig,
     EmbeddingPartialRowwiseAdamConfig,
-    EmbeddingRowwiseAdagradConfig,
     EmbeddingSection,
     EmbeddingSgdConfig,
     TableOptimizerConfig,
@@ -39,6 +36,16 @@ from recap_fast.config.rates import (
     LinearRampToCosine,
     PiecewiseConstant,
 )
+from recap_fast.config.row_decay import (
+    EmbeddingCounterConfig,
+    EmbeddingCowclipConfig,
+    EmbeddingGlobalDecayConfig,
+)
+from recap_fast.config.rowwise_adagrad import (
+    EmbeddingEmaRowwiseAdagradConfig,
+    EmbeddingEnsembleRowwiseAdagradConfig,
+    EmbeddingRowwiseAdagradConfig,
+)
 
 __all__ = [
     "AdagradConfig",
@@ -46,8 +53,11 @@ __all__ = [
     "BaseConfig",
     "EmbeddingAdagradConfig",
     "EmbeddingAdamConfig",
+    "EmbeddingCounterConfig",
+    "EmbeddingCowclipConfig",
     "EmbeddingEmaRowwiseAdagradConfig",
     "EmbeddingEnsembleRowwiseAdagradConfig",
+    "EmbeddingGlobalDecayConfig",
     "EmbeddingLambConfig",
     "EmbeddingLarsSgdConfig",
     "EmbeddingOptimizerConfig",

@@ -28,6 +28,7 @@ Positive = Annotated[
 ]
 Share = Annotated[float, Field(strict=True, ge=0, le=1), BeforeValidator(_refuse_text)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), BeforeValidator(_refuse_text)]
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_refuse_text)]
 Step = Annotated[int, Field(strict=True, ge=0), BeforeValidator(_refuse_text)]
 NumSteps = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_refuse_text)]
 

@@ -6,20 +6,17 @@ FBGEMM's. What the CPU lacks is refused when the tables are made, where device a
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from recap_fast.config.base import (
-    BaseConfig,
-    Fraction,
-    NonNegative,
-    NumSteps,
-    Positive,
-    Share,
-    Step,
-)
+from recap_fast.config.base import BaseConfig, Fraction, NonNegative, Positive
 from recap_fast.config.rates import LearningRate
+from recap_fast.config.rowwise_adagrad import (
+    EmbeddingEmaRowwiseAdagradConfig,
+    EmbeddingEnsembleRowwiseAdagradConfig,
+    EmbeddingRowwiseAdagradConfig,
+)
 
 
 class EmbeddingSgdConfig(BaseConfig):
@@ -34,65 +31,6 @@ class EmbeddingAdagradConfig(BaseConfig):
     """
 
     eps: NonNegative = 1e-8
-
-
-class EmbeddingRowwiseAdagradConfig(BaseConfig):
-    """Adagrad with one accumulator per table row: the mean of the squared gradients of the row.
-
-    Attributes:
-        eps: Added to the denominator.
-        weight_decay: Strength of the decay; needs `weight_decay_mode`, else FBGEMM would ignore it.
-        weight_decay_mode: `l2` adds the decay to the gradient, `decouple` to the update. Only rows
-            that get a gradient decay.
-        max_norm: After an update, rows with a greater Euclidean norm are scaled down to this one.
-    """
-
-    eps: NonNegative = 1e-8
-    weight_decay: NonNegative = 0.0
-    weight_decay_mode: Literal["l2", "decouple"] | None = None
-    max_norm: Positive | None = None
-
-    @model_validator(mode="after")
-    def _check_weight_decay(self) -> EmbeddingRowwiseAdagradConfig:
-        if self.weight_decay > 0 and self.weight_decay_mode is None:
-            raise ValueError("weight_decay needs a weight_decay_mode: l2 or decouple")
-        return self
-
-
-class EmbeddingEmaRowwiseAdagradConfig(EmbeddingRowwiseAdagradConfig):
-    """Row-wise Adagrad whose rows have a fast first half and a slow second half.
-
-    Every `step_ema` forward passes, all of a table's second half moves towards the first:
-    slow += step_ema_coef * (fast - slow). FBGEMM counts the passes of evaluation too, but moves
-    nothing then.
-
-    Attributes:
-        step_ema: How many forward passes from one move to the next.
-        step_start: The first forward pass, counted from 1, that may move.
-        step_ema_coef: How much of the way to move, 0 to 1.
-    """
-
-    step_ema: NumSteps = 10
-    step_start: Step = 0
-    step_ema_coef: Share = 0.6
-
-
-class EmbeddingEnsembleRowwiseAdagradConfig(EmbeddingRowwiseAdagradConfig):
-    """Row-wise Adagrad with an average of each table, with which the table is replaced at times.
-
-    Attributes:
-        step_ema: Every how many forward passes the average moves towards the table.
-        step_swap: Every how many forward passes the table becomes the average.
-        step_start: Up to this forward pass, the average becomes the table where it would move.
-        step_ema_coef: How much of the average stays when it moves, 0 to 1.
-        step_mode: `use_iter` keeps the average, `none` sets it to zero after each move.
-    """
-
-    step_ema: NumSteps = 10000
-    step_swap: NumSteps = 10000
-    step_start: Step = 0
-    step_ema_coef: Share = 0.6
-    step_mode: Literal["use_iter", "none"] = "use_iter"
 
 
 class EmbeddingPartialRowwiseAdamConfig(BaseConfig):

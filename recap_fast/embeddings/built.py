@@ -8,8 +8,14 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from fbgemm_gpu.tbe.config.optimizer_config import (
+    CounterBasedRegularizationDefinition,
+    CounterWeightDecayMode,
+    CowClipDefinition,
     EmainplaceModeDefinition,
     EnsembleModeDefinition,
+    GlobalWeightDecayDefinition,
+    LearningRateMode,
+    TailIdThreshold,
     UserEnabledConfigDefinition,
 )
 from torch import nn
@@ -89,8 +95,43 @@ def _argument(kernel: SplitTableBatchedEmbeddingBagsCodegen, name: str) -> Any:
         return EmainplaceModeDefinition(**kernel._emainplace_mode)
     if name == "ensemble_mode":
         return EnsembleModeDefinition(**kernel._ensemble_mode)
+    if name == "weight_decay_mode":
+        return kernel.weight_decay_mode
+    if name == "counter_based_regularization":
+        return _counter_definition(kernel)
+    if name == "cowclip_regularization":
+        return _cowclip_definition(kernel)
+    if name == "global_weight_decay":
+        return GlobalWeightDecayDefinition(kernel.gwd_start_iter, kernel.gwd_lower_bound)
     if name == "extra_optimizer_config":
         return UserEnabledConfigDefinition(
             use_rowwise_bias_correction=kernel.use_rowwise_bias_correction
         )
     return getattr(kernel.optimizer_args, name)
+
+
+def _counter_definition(
+    kernel: SplitTableBatchedEmbeddingBagsCodegen,
+) -> CounterBasedRegularizationDefinition:
+    found = kernel.optimizer_args
+    return CounterBasedRegularizationDefinition(
+        counter_weight_decay_mode=CounterWeightDecayMode(found.weight_decay_mode),
+        counter_halflife=found.counter_halflife,
+        adjustment_iter=found.adjustment_iter,
+        adjustment_ub=found.adjustment_ub,
+        learning_rate_mode=LearningRateMode(found.learning_rate_mode),
+        tail_id_threshold=TailIdThreshold(
+            found.tail_id_threshold, bool(found.is_tail_id_thresh_ratio)
+        ),
+        max_counter_update_freq=kernel._max_counter_update_freq,
+    )
+
+
+def _cowclip_definition(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> CowClipDefinition:
+    found = kernel.optimizer_args
+    return CowClipDefinition(
+        counter_weight_decay_mode=CounterWeightDecayMode(found.weight_decay_mode),
+        counter_halflife=found.counter_halflife,
+        weight_norm_coefficient=found.weight_norm_coefficient,
+        lower_bound=found.lower_bound,
+    )

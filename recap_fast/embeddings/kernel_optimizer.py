@@ -9,6 +9,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
+from fbgemm_gpu.tbe.config.optimizer_config import LearningRateMode
 from torchrec.modules.fused_embedding_modules import EmbeddingFusedOptimizer
 from torchrec.optim.fused import FusedOptimizer
 
@@ -17,7 +18,8 @@ _ADAM = ("exp_avg", "exp_avg_sq")
 STATES = {
     EmbOptimType.EXACT_SGD: (),
     EmbOptimType.EXACT_ADAGRAD: ("sum",),
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: ("sum",),
+    # The last two with some modes of weight decay only.
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: ("sum", "prev_iter", "row_counter"),
     EmbOptimType.EMAINPLACE_ROWWISE_ADAGRAD: ("sum",),
     EmbOptimType.ENSEMBLE_ROWWISE_ADAGRAD: ("sum", "ema"),
     EmbOptimType.ADAM: (*_ADAM, "row_counter"),
@@ -26,7 +28,7 @@ STATES = {
     EmbOptimType.PARTIAL_ROWWISE_LAMB: _ADAM,
     EmbOptimType.LARS_SGD: ("momentum_buffer",),
 }
-# Those whose update depends on the number of forward passes.
+# Those whose update depends on the number of forward passes, whatever the mode of weight decay.
 COUNTING = (
     EmbOptimType.EMAINPLACE_ROWWISE_ADAGRAD,
     EmbOptimType.ENSEMBLE_ROWWISE_ADAGRAD,
@@ -37,13 +39,32 @@ COUNTING = (
 )
 
 
+def counts_forward_passes(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
+    """Returns whether the updates of a kernel depend on how many forward passes it has seen."""
+    return kernel.optimizer in COUNTING or any(
+        getattr(kernel, f"_used_rowwise_adagrad_with_{mode}", False)  # which SSD kernels lack
+        for mode in ("counter", "global_weight_decay")
+    )
+
+
+def reads_max_counter(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
+    """Returns whether the updates of a kernel depend on the greatest counter of its rows."""
+    mode = LearningRateMode(kernel.optimizer_args.learning_rate_mode)
+    return kernel._used_rowwise_adagrad_with_counter and (
+        mode in (LearningRateMode.TAIL_ID_LR_INCREASE, LearningRateMode.TAIL_ID_LR_DECREASE)
+        or bool(kernel.optimizer_args.is_tail_id_thresh_ratio)
+    )
+
+
 class KernelOptimizer(EmbeddingFusedOptimizer):
     """Shows parameters and state of a table-batched module; a step passes on its learning rate.
 
     The state has torch's names where torch has the algorithm: "sum", "exp_avg", "exp_avg_sq",
     "momentum_buffer"; row-wise ones have a value per row. "ema" is the average of an ensemble,
-    "row_counter" the number of updates of each row, and "step" the number of forward passes, one
-    tensor for all tables of the module.
+    "row_counter" the number of updates of each row, of which some may be forgotten, and "prev_iter"
+    the forward pass of the last one. "step" is the number of forward passes, and "max_counter" the
+    greatest "row_counter" when it was last looked for, plus 1: one tensor each for all tables of
+    the module.
 
     Args:
         names: What to call the tables, in the order of the module.
@@ -57,9 +78,11 @@ class KernelOptimizer(EmbeddingFusedOptimizer):
         # Empty for SGD, which has no state.
         for state, values in zip(states, kernel.split_optimizer_states(), strict=False):
             state.update(zip(STATES[kernel.optimizer], values, strict=False))
-        if kernel.optimizer in COUNTING:
-            for state in states:
+        for state in states:
+            if counts_forward_passes(kernel):
                 state["step"] = kernel.iter
+            if reads_max_counter(kernel):
+                state["max_counter"] = kernel.max_counter
         group = {"params": list(weights), "lr": kernel.get_learning_rate()}
         # torchrec's own constructor would name the state itself, and leave tables without one out.
         FusedOptimizer.__init__(

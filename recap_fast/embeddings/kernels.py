@@ -10,14 +10,20 @@ from fbgemm_gpu.config import FeatureGateName
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from fbgemm_gpu.tbe.config.optimizer_config import (
+    CounterBasedRegularizationDefinition,
+    CounterWeightDecayMode,
+    CowClipDefinition,
     EmainplaceModeDefinition,
     EnsembleModeDefinition,
+    GlobalWeightDecayDefinition,
+    LearningRateMode,
     StepMode,
+    TailIdThreshold,
     UserEnabledConfigDefinition,
 )
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 
-from recap_fast.config import EmbeddingOptimizerConfig
+from recap_fast.config import EmbeddingCounterConfig, EmbeddingOptimizerConfig
 from recap_fast.schedules import compute_lr
 
 OPTIMIZERS = {
@@ -37,7 +43,6 @@ ON_CPU = ("sgd", "adagrad", "rowwise_adagrad", "ema_rowwise_adagrad")
 
 # FBGEMM's names where they are not ours.
 _RENAMED = {"beta_1": "beta1", "beta_2": "beta2"}
-_WEIGHT_DECAY_MODES = {"l2": WeightDecayMode.L2, "decouple": WeightDecayMode.DECOUPLE}
 _STEP_MODES = {"use_iter": StepMode.USE_ITER, "none": StepMode.NONE}
 _EMA_FIELDS = ("step_ema", "step_start", "step_ema_coef")
 _ENSEMBLE_FIELDS = (*_EMA_FIELDS, "step_swap", "step_mode")
@@ -99,13 +104,39 @@ def kernel_arguments(config: EmbeddingOptimizerConfig) -> dict[str, Any]:
             use_rowwise_bias_correction=True
         )
     if "weight_decay_mode" in given:
-        given["weight_decay_mode"] = _WEIGHT_DECAY_MODES[given["weight_decay_mode"]]
+        # First of these, and so compared before what only one of the modes has.
+        arguments["weight_decay_mode"] = WeightDecayMode[given.pop("weight_decay_mode").upper()]
+    if "counter" in given:
+        arguments["counter_based_regularization"] = _counter_definition(given.pop("counter"))
+    if "cowclip" in given:
+        mode = given.pop("cowclip")
+        name = mode["counter_weight_decay_mode"].upper()
+        mode["counter_weight_decay_mode"] = CounterWeightDecayMode[name]
+        arguments["cowclip_regularization"] = CowClipDefinition(**mode)
+    if "decouple_global" in given:
+        mode = given.pop("decouple_global")
+        arguments["global_weight_decay"] = GlobalWeightDecayDefinition(**mode)
     arguments |= {_RENAMED.get(name, name): value for name, value in given.items()}
     if config.gradient_clipping is not None:
         arguments |= {"gradient_clipping": True, "max_gradient": config.gradient_clipping}
     if config.stochastic_rounding is not None:
         arguments["stochastic_rounding"] = config.stochastic_rounding
     return arguments
+
+
+def _counter_definition(mode: dict[str, Any]) -> CounterBasedRegularizationDefinition:
+    """Returns FBGEMM's form of a section `counter`."""
+    threshold = TailIdThreshold(
+        mode.pop("tail_id_threshold"), mode.pop("tail_id_threshold_is_ratio")
+    )
+    decay = CounterWeightDecayMode[mode.pop("counter_weight_decay_mode").upper()]
+    rate = LearningRateMode[mode.pop("learning_rate_mode").upper()]
+    return CounterBasedRegularizationDefinition(
+        **mode,
+        counter_weight_decay_mode=decay,
+        learning_rate_mode=rate,
+        tail_id_threshold=threshold,
+    )
 
 
 def _first_rate(config: EmbeddingOptimizerConfig, name: str) -> float:
@@ -142,8 +173,18 @@ def _check_honoured_on_cpu(config: EmbeddingOptimizerConfig, table: BaseEmbeddin
             f"emb_optimizer_config: {algorithm}.max_norm is {section.max_norm} {on_cpu}: leave it "
             "out"
         )
+    mode = getattr(section, "weight_decay_mode", None)
+    if mode == "decouple_global":
+        raise ValueError(
+            f"emb_optimizer_config: {algorithm}.weight_decay_mode is {mode} for the table "
+            f"{table.name}, which FBGEMM does not have on the CPU, only l2, decouple, counter and "
+            "cowclip"
+        )
+    if mode == "counter":
+        _check_counter_on_cpu(section.counter, table.name)
     # Row-wise Adagrad has a second CPU kernel, for float32 tables of one feature, without decay.
     decays = table.data_type != DataType.FP32 or len(table.feature_names) > 1
+    decays |= mode in ("counter", "cowclip")  # a kernel of their own
     if getattr(section, "weight_decay", 0) > 0 and not decays:
         raise ValueError(
             f"emb_optimizer_config: {algorithm}.weight_decay is {section.weight_decay} {on_cpu}, "
@@ -153,4 +194,17 @@ def _check_honoured_on_cpu(config: EmbeddingOptimizerConfig, table: BaseEmbeddin
         raise ValueError(
             f"emb_optimizer_config: stochastic_rounding is true {on_cpu}, where float16 tables "
             "round to nearest: leave it out"
+        )
+
+
+def _check_counter_on_cpu(counter: EmbeddingCounterConfig, table: str) -> None:
+    """Raises if updates depend on the greatest counter, for which FBGEMM looks on CUDA only."""
+    name = "learning_rate_mode"
+    if counter.tail_id_threshold_is_ratio:
+        name = "tail_id_threshold_is_ratio"
+    if counter.reads_max_counter:
+        raise ValueError(
+            f"emb_optimizer_config: rowwise_adagrad.counter.{name} is {getattr(counter, name)} "
+            f"for the table {table}, but on the CPU FBGEMM never looks for the greatest counter, "
+            "which this needs: choose the learning_rate_mode equal or counter_sgd, and no ratio"
         )

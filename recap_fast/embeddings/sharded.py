@@ -34,7 +34,8 @@ def set_table_optimizers(
     * A data-parallel table is not fused: it trains in the group of dense embeddings, with plain
       SGD, and `build_optimizer` refuses another algorithm for it.
     * Column-wise, each shard of a row-wise algorithm has an accumulator of its own, of the mean
-      over its columns. `build_optimizer` refuses ema_rowwise_adagrad, which would mix up halves.
+      over its columns; so it has counters and norms, in the modes of weight decay that have them.
+      `build_optimizer` refuses ema_rowwise_adagrad, which would mix up halves.
     * Row-wise, mean pooling divides after the kernel, so `gradient_clipping` clips what is already
       divided by the length of the bag.
     * On the CPU, torchrec does not copy the model's weights into the shards: they start from new
@@ -60,11 +61,18 @@ def set_table_optimizers(
     device = torch.device(device)
     kernels = {}
     for name, table in tables.items():
-        algorithm, _ = emb_optimizer_config.for_table(table.config.name).algorithm
+        algorithm, section = emb_optimizer_config.for_table(table.config.name).algorithm
         if algorithm == "lars_sgd":
             raise ValueError(
                 f"emb_optimizer_config chooses lars_sgd for the table {table.config.name}, of "
                 "which torchrec's model parallel cannot show the state; choose another"
+            )
+        counter = getattr(section, "counter", None)
+        if counter is not None and counter.reads_max_counter:
+            raise ValueError(
+                f"emb_optimizer_config: the rates of the table {table.config.name} depend on the "
+                "greatest counter of a kernel, which torchrec's model parallel cannot show: choose "
+                "the rowwise_adagrad.counter.learning_rate_mode equal or counter_sgd, and no ratio"
             )
         kernels[name] = table_kernel(emb_optimizer_config, table.config, device)
 

@@ -10,6 +10,7 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from recap_fast.config import EmbeddingOptimizerConfig
+from tests.embeddings.decay_reference import update_by_counter, update_cowclip
 
 
 def table(
@@ -85,6 +86,9 @@ class ReferenceTable:
         per_element = self.algorithm == "adagrad"
         self.sum = torch.zeros_like(self.weight if per_element else self.weight[:, 0])
         self.passes = 0
+        self.prev_iter = torch.zeros_like(self.weight[:, 0])
+        self.row_counter = torch.zeros_like(self.weight[:, 0])
+        self.max_gap = 0  # the most passes between two updates of a row
 
     def forward(self, training: bool = True) -> None:
         """What a forward pass does to the table."""
@@ -119,6 +123,12 @@ class ReferenceTable:
 
     def _rowwise_adagrad(self, row: int, gradient: torch.Tensor, rate: float) -> None:
         decay, mode = self.section.weight_decay, self.section.weight_decay_mode
+        if mode in ("counter", "cowclip"):
+            self._count(row, getattr(self.section, mode).counter_halflife)
+            update_row = update_by_counter if mode == "counter" else update_cowclip
+            update_row(self, row, gradient, rate)
+            self.prev_iter[row] = self.passes
+            return
         if mode == "l2":
             gradient = gradient + decay * self.weight[row]
         self.sum[row] += (gradient**2).mean()
@@ -127,6 +137,17 @@ class ReferenceTable:
         self.weight[row] -= rate * gradient / (self.sum[row].sqrt() + self.section.eps)
 
     _ema_rowwise_adagrad = _rowwise_adagrad
+
+    def _count(self, row: int, halflife: int) -> None:
+        gap = self.gap(row)
+        self.max_gap = max(self.max_gap, gap)
+        kept = {0: 0.0}.get(halflife, 1.0) if halflife <= 0 else 2 ** (-gap / halflife)
+        self.row_counter[row] = 1 + kept * self.row_counter[row]
+
+    def gap(self, row: int) -> int:
+        """How many passes ago a row was updated, this one included; 1 if it never was."""
+        last = int(self.prev_iter[row])
+        return self.passes - last if last else 1
 
     def _round(self) -> None:
         if self.config.data_type == DataType.FP16:

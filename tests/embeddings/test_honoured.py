@@ -203,7 +203,9 @@ def test_a_section_has_what_fbgemm_hands_to_the_kernel(algorithm: str, lookup: s
     ours = {"beta_1": "beta1", "beta_2": "beta2"}
     ours["rowwise_bias_correction"] = "use_rowwise_bias_correction"
     _, section = config_of(**{algorithm: {}}).algorithm
-    assert {ours.get(name, name) for name in type(section).model_fields} == handed
+    # For another kernel or for the module: see test_row_decay.py.
+    elsewhere = {"counter", "cowclip", "decouple_global"}
+    assert {ours.get(name, name) for name in type(section).model_fields} - elsewhere == handed
 
 
 def mode_keys(function: Any) -> set[str]:
@@ -270,7 +272,7 @@ def test_modes_on_cuda() -> None:
 STATES = {
     "sgd": {},
     "adagrad": {"sum": (6, 8)},
-    "rowwise_adagrad": {"sum": (6,)},
+    "rowwise_adagrad": {"sum": (6,)},  # more of them in test_row_decay.py
     "ema_rowwise_adagrad": {"sum": (6,), "step": (1,)},
     "ensemble_rowwise_adagrad": {"sum": (6,), "ema": (6, 8), "step": (1,)},
     "adam": {"exp_avg": (6, 8), "exp_avg_sq": (6, 8), "step": (1,)},

@@ -182,9 +182,15 @@ def test_row_wise_mean_pooling(results: dict[str, list[dict[str, Any]]]) -> None
 def test_column_wise_each_shard_has_an_accumulator_of_its_own(
     results: dict[str, list[dict[str, Any]]],
 ) -> None:
-    """As if each half of the columns were a table."""
     _, options, _ = CASES["rowwise_adagrad column_wise"]
     optimizer = EmbeddingOptimizerConfig(**options)
+    found = whole_tables(CONFIGS, results["rowwise_adagrad column_wise"])
+    assert_equal_tables(found, train_halves_alone(optimizer))
+    assert not torch.equal(found["a"], train_alone(CONFIGS, optimizer, STEPS)["a"])
+
+
+def train_halves_alone(optimizer: EmbeddingOptimizerConfig) -> dict[str, torch.Tensor]:
+    """Returns the tables after training in one process, as if each half of the columns were one."""
     starts = Tables(CONFIGS).ebc.embedding_bags
     expected = {}
     for config in CONFIGS:
@@ -201,9 +207,7 @@ def test_column_wise_each_shard_has_an_accumulator_of_its_own(
             )
             halves.append(alone[config.name])
         expected[config.name] = torch.cat(halves, dim=1)
-    found = whole_tables(CONFIGS, results["rowwise_adagrad column_wise"])
-    assert_equal_tables(found, expected)
-    assert not torch.equal(found["a"], train_alone(CONFIGS, optimizer, STEPS)["a"])
+    return expected
 
 
 def columns_of_gradients(
