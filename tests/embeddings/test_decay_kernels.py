@@ -66,6 +66,12 @@ def test_sections_have_what_fbgemm_hands_to_the_kernel() -> None:
     assert {names.get(name, name) for name in handed - own} == {*ours, "grad_sum_decay"}
 
 
+def test_global_decay_has_what_fbgemm_reads() -> None:
+    source = inspect.getsource(SplitTableBatchedEmbeddingBagsCodegen)
+    read = set(re.findall(r"global_weight_decay\.(\w+)$", source, flags=re.MULTILINE))
+    assert read == EmbeddingGlobalDecayConfig.model_fields.keys()
+
+
 @pytest.mark.parametrize(
     ("section", "theirs"),
     [
