@@ -24,14 +24,14 @@ logger = logging.getLogger("recap_fast")
 _WRAPPERS = (keyed.KeyedOptimizerWrapper, keyed.OptimizerWrapper)
 
 
-def _walk(optimizer: Optimizer) -> Iterator[Optimizer]:
+def walk(optimizer: Optimizer) -> Iterator[Optimizer]:
     """`optimizer` and all that it wraps or combines, however deep: in order, the outer first."""
     yield optimizer
     if isinstance(optimizer, keyed.CombinedOptimizer):
         for _, part in optimizer.optimizers:
-            yield from _walk(part)
+            yield from walk(part)
     elif isinstance(optimizer, _WRAPPERS):
-        yield from _walk(optimizer._optimizer)
+        yield from walk(optimizer._optimizer)
 
 
 def leaves(optimizer: Optimizer) -> Iterator[Optimizer]:
@@ -40,7 +40,7 @@ def leaves(optimizer: Optimizer) -> Iterator[Optimizer]:
     They own param groups and state: `torch.optim` optimizers, fused embedding optimizers, and keyed
     optimizers of classes unknown here.
     """
-    for inner in _walk(optimizer):
+    for inner in walk(optimizer):
         if not isinstance(inner, (*_WRAPPERS, keyed.CombinedOptimizer)):
             yield inner
 
@@ -110,7 +110,7 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
     def state(self) -> Mapping[Tensor, Any]:
         """The state of every parameter that has any."""
         composed = (keyed.KeyedOptimizerWrapper, keyed.CombinedOptimizer)
-        owners = [inner for inner in _walk(self) if not isinstance(inner, composed)]
+        owners = [inner for inner in walk(self) if not isinstance(inner, composed)]
         return {param: state for owner in owners for param, state in owner.state.items()}
 
     @property
@@ -204,7 +204,7 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
     def _new_states(self, wanted: Callable[[Tensor], bool]) -> list[_NewState]:
         """The state to give to each wanted dense parameter that has none; nothing is changed."""
         new_states, memory = [], StateMemory()
-        for wrapper in _walk(self):
+        for wrapper in walk(self):
             if isinstance(wrapper, WarmupOptimizer):
                 param = wrapper._warmup_param
                 if wanted(param) and not has_state(wrapper.state.get(param)):

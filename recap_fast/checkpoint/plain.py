@@ -1,0 +1,56 @@
+"""Plain values: what JSON can hold and give back as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_SCALARS = (type(None), bool, int, float, str)
+
+
+def check_plain(value: Any, name: str) -> None:
+    """Raises TypeError unless JSON gives `value` back as it is.
+
+    Args:
+        value: None, a bool, int, float, str, or lists and dicts with str keys of such.
+        name: what errors call it.
+    """
+    if type(value) in _SCALARS:
+        return
+    if type(value) is list:
+        for index, item in enumerate(value):
+            check_plain(item, f"{name}[{index}]")
+        return
+    if type(value) is not dict:
+        raise TypeError(
+            f"{name} is a {type(value).__name__}: a checkpoint holds None, bool, int, float, str, "
+            "and lists and dicts of these"
+        )
+    for key, item in value.items():
+        if type(key) is not str:
+            raise TypeError(f"{name} has the key {key!r}: the keys of a dict must be str")
+        check_plain(item, f"{name}[{key!r}]")
+
+
+def option_to_plain(value: Any, name: str) -> Any:
+    """Returns an option of a param group as a plain value: a tuple as a list, a tensor as a number.
+
+    Raises:
+        TypeError: it is something else; the message says `name`.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, tuple):
+        return [option_to_plain(item, name) for item in value]
+    check_plain(value, name)
+    return value
+
+
+def option_like(own: Any, saved: Any) -> Any:
+    """Returns a saved option with the type of the one it replaces; a tensor is filled in place."""
+    if isinstance(own, torch.Tensor):
+        return own.fill_(saved)
+    if isinstance(own, tuple):
+        return tuple(option_like(a, b) for a, b in zip(own, saved, strict=True))
+    return saved

@@ -1,0 +1,173 @@
+"""Writes checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.optim import Optimizer
+
+from recap_fast.checkpoint import folders, manifest
+from recap_fast.checkpoint.contents import Description, describe, merge, tensor_tree
+from recap_fast.checkpoint.errors import CheckpointError
+from recap_fast.checkpoint.plain import check_plain
+from recap_fast.checkpoint.ranks import Ranks
+from recap_fast.checkpoint.restore import scheduler_state
+from recap_fast.checkpoint.trained import trained_params
+
+
+def save(
+    directory: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any = None,
+    *,
+    extra: Any = None,
+    keep: int = 2,
+    process_group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Writes a checkpoint, whole or not at all; all processes of a training call it together.
+
+    It is written into a hidden folder in `directory`, and flushed to the disk; when it is complete,
+    one rename gives it the name `step-00000123`. A process, or the machine, that dies at any moment
+    leaves the last complete checkpoint as it was; what is left over, the next save removes.
+
+    Args:
+        directory: of the checkpoints of one training, made if it is missing; on several machines,
+            one that they share. Two trainings must not save into one directory.
+        step: how many steps were taken, 0 or more. A checkpoint of the same step is replaced.
+        model: wrapped or not (DDP, torch.compile, FSDP2, torchrec's model parallel). What processes
+            have copies of, buffers too, is that of the first one.
+        optimizer: from `build_optimizer`, or any keyed one of torchrec's or optimizer of torch's.
+        scheduler: anything with a `state_dict` of plain values.
+        extra: small plain values, equal on all processes, that `load` gives back: None, bool, int,
+            float, str, and lists and dicts of these.
+        keep: how many checkpoints to leave in `directory`, this one included; older ones are
+            removed.
+        process_group: the processes that save; None for all, or for this one alone if
+            torch.distributed is not initialised.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: On any of the processes, something could not be written; on all of them.
+            There is no new checkpoint, and those that were there are still there.
+        TypeError, ValueError: An argument is not as above, or the optimizer is of another model;
+            nothing was written.
+    """
+    ranks = Ranks(process_group)
+    directory = Path(directory)
+    content: list[Any] = []
+    complaints: list[str] = []
+
+    def collect() -> tuple[Description, str]:
+        _check_arguments(step, keep, extra)
+        trained = trained_params(model, optimizer)
+        state = scheduler_state(scheduler)
+        check_plain(state, "the state of the scheduler")
+        content[:] = tensor_tree(model, trained), state
+        return describe(trained), json.dumps([step, keep, str(directory), state, extra])
+
+    parts = ranks.together("collect what to save", collect)
+    _check_same([same for _, same in parts])
+    tree, state = content
+    described = merge(description for description, _ in parts)
+
+    def complete() -> Path:
+        for name in files:
+            if not (folder / name).is_file():
+                raise CheckpointError(
+                    f"{folder / name} was written by another process, but is not here: the "
+                    "directory must be one that all processes share"
+                )
+        what = {"step": step, "processes": ranks.size, "files": files, "tensors": _shapes(metadata)}
+        how = {"optimizer": dataclasses.asdict(described), "scheduler": state, "extra": extra}
+        manifest.write(folder, what | how)
+        target = folders.publish(folder, step, complaints)
+        folders.prune(directory, step, keep, complaints)
+        return target
+
+    folder = ranks.on_first(
+        "begin a checkpoint", lambda: folders.begin(directory, step, complaints)
+    )
+    try:
+        metadata = _write_tensors(folder, tree, ranks)
+        written = ranks.together("read back what was written", lambda: _own_files(folder, ranks))
+        files = {name: each for part in written for name, each in part.items()}
+        target = ranks.on_first("complete the checkpoint", complete)
+    except BaseException:
+        if ranks.is_first:
+            folders.discard(folder)
+        raise
+    for complaint in complaints:
+        warnings.warn(complaint, stacklevel=2)
+    return target
+
+
+def _check_arguments(step: int, keep: int, extra: Any) -> None:
+    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
+        if type(value) is not int:
+            raise TypeError(f"{name} must be an int, found {value!r}")
+        if value < least:
+            raise ValueError(f"{name}={value} must be {least} or more")
+    check_plain(extra, "extra")
+
+
+def _check_same(texts: list[str]) -> None:
+    names = ("step", "keep", "directory", "the state of the scheduler", "extra")
+    for rank, text in enumerate(texts):
+        for name, first, other in zip(names, json.loads(texts[0]), json.loads(text), strict=True):
+            if json.dumps(first) != json.dumps(other):  # which finds NaN equal to itself
+                raise ValueError(
+                    f"{name} is not the same on all processes: {first!r} on process 0, and "
+                    f"{other!r} on process {rank}"
+                )
+
+
+def _write_tensors(folder: Path, tree: dict[str, Any], ranks: Ranks) -> Metadata:
+    writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False)
+    # The first process has the buffers that DDP copies to the others before each forward pass.
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            return dcp.save(tree, storage_writer=writer, planner=planner, process_group=ranks.group)
+    except CheckpointException as error:  # derived from BaseException
+        raise CheckpointError(f"could not write a checkpoint: {reasons(error)}") from error
+
+
+def reasons(error: CheckpointException) -> str:
+    """Returns what went wrong, on which processes."""
+    return "; ".join(
+        f"process {rank}: {type(cause).__name__}: {cause}"
+        for rank, (cause, _) in sorted(error.failures.items())
+    )
+
+
+def _own_files(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Describes the files that this process wrote."""
+    folders.sync(folder)
+    patterns = [f"__{ranks.rank}_*", *([".metadata"] if ranks.is_first else [])]
+    return {
+        path.name: manifest.describe_file(path)
+        for pattern in patterns
+        for path in folder.glob(pattern)
+    }
+
+
+def _shapes(metadata: Metadata) -> dict[str, dict[str, Any]]:
+    return {
+        key: {"shape": list(each.size), "dtype": str(each.properties.dtype).removeprefix("torch.")}
+        for key, each in metadata.state_dict_metadata.items()
+    }
