@@ -1,0 +1,168 @@
+"""Trainings killed at random moments, which go on from their checkpoints as if nothing had been."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torchrec.distributed.types import ShardedTensor
+
+import recap_fast
+from recap_fast import checkpoint
+from recap_fast.demo import data, processes
+from recap_fast.demo.model import build_model
+from tests.distributed.sharded_models import local_parts, shard_tables
+from tests.distributed.small_training import BATCH_SIZE, RATINGS, SIZES, configs, table_sizes
+
+STEPS = 30
+SAVE_EVERY = 2
+LONGEST_LIFE = 0.5  # seconds from the first step on; all of the training takes about a second
+
+
+def train(folder: str) -> None:
+    """Trains to the end, from the newest checkpoint on; saves often, and what comes of it."""
+    torch.set_num_threads(1)
+    dataset = data.synthetic(RATINGS, seed=0)
+    share = processes.share()
+    dense_config, embedding_config = configs("adam", "rowwise_adagrad")
+    model = build_model(0, table_sizes=table_sizes(dataset), **SIZES)
+    model = shard_tables(model, embedding_config, "table_wise")
+    optimizer, scheduler = recap_fast.build_optimizer(
+        model, dense_config, embedding_config, clip_grad_norm=1.0
+    )
+    loaded = checkpoint.load(f"{folder}/checkpoints", model, optimizer, scheduler)
+    start = 0 if loaded is None else loaded.step
+    batches = dataset.batches(BATCH_SIZE, seed=0, share=share, start=start)
+    Path(folder, f"begun{share.rank}").touch()
+    for step in range(start, STEPS):
+        batch = next(batches)
+        optimizer.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits(model(batch), batch.labels).backward()
+        optimizer.step()
+        scheduler.step()
+        if (step + 1) % SAVE_EVERY == 0:
+            checkpoint.save(f"{folder}/checkpoints", step + 1, model, optimizer, scheduler)
+    state = {"model": model.state_dict(), **optimizer.state_dict()["state"]}
+    own = {
+        f"{name}.{key}": [part.clone() for part, _ in local_parts(value)]
+        for name, entries in state.items()
+        for key, value in entries.items()
+        if isinstance(value, (torch.Tensor, ShardedTensor))
+    }
+    torch.save(own, f"{folder}/final{share.rank}.pt")
+
+
+def _main(rank: int, world_size: int, folder: str, attempt: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+    )
+    store = dist.FileStore(f"{folder}/store{attempt}", world_size)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store)
+    try:
+        train(folder)
+        dist.barrier()
+    except RuntimeError:
+        os._exit(3)  # the other one was killed
+    dist.destroy_process_group()
+
+
+class Training:
+    """The processes of a training in a folder, which may be killed and started again."""
+
+    def __init__(self, folder: Path, world_size: int) -> None:
+        folder.mkdir()
+        self.folder, self._world_size, self._attempts = folder, world_size, 0
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["torchrec", "torchrec.distributed", "recap_fast"])
+
+    def start(self) -> None:
+        for begun in self.folder.glob("begun*"):
+            begun.unlink()
+        self._processes = [
+            self._context.Process(
+                target=_main, args=(rank, self._world_size, str(self.folder), self._attempts)
+            )
+            for rank in range(self._world_size)
+        ]
+        self._attempts += 1
+        for process in self._processes:
+            process.start()
+
+    def live(self, seconds: float) -> None:
+        """Waits until all have begun, and then for `seconds`, or until one has ended."""
+        while not all((self.folder / f"begun{r}").exists() for r in range(self._world_size)):
+            assert all(process.is_alive() or process.exitcode == 0 for process in self._processes)
+            time.sleep(0.005)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and any(process.is_alive() for process in self._processes):
+            time.sleep(0.001)
+
+    def kill(self, rank: int) -> bool:
+        """Kills one process; the others notice. Returns whether it was in the middle of a save."""
+        self._processes[rank].kill()
+        for process in self._processes:
+            process.join(timeout=60)
+            assert process.exitcode is not None, "the others wait for the dead"
+        return any((self.folder / "checkpoints").glob(".saving-*"))
+
+    def finish(self) -> list[dict[str, list[torch.Tensor]]]:
+        """Waits for the end; returns what each process has."""
+        for process in self._processes:
+            process.join(timeout=120)
+            assert process.exitcode == 0
+        return [torch.load(self.folder / f"final{r}.pt") for r in range(self._world_size)]
+
+
+def check(tmp_path: Path, world_size: int, kills: int, seed: int) -> None:
+    undisturbed = Training(tmp_path / "undisturbed", world_size)
+    undisturbed.start()
+    expected = undisturbed.finish()
+
+    draw = random.Random(seed)
+    killed = Training(tmp_path / "killed", world_size)
+    in_saves = done = 0
+    for _ in range(kills):
+        killed.start()
+        seconds, rank = draw.uniform(0, LONGEST_LIFE), draw.randrange(world_size)
+        killed.live(seconds)
+        in_save = killed.kill(rank)
+        in_saves += in_save
+        steps = sorted(path.name for path in (killed.folder / "checkpoints").glob("step-*"))
+        print(f"killed process {rank} after {seconds:.3f} s, in a save: {in_save}; {steps}")
+        if (killed.folder / "final0.pt").exists():  # too late; begin again from the start
+            done += 1
+            killed = Training(tmp_path / f"killed{done}", world_size)
+    killed.start()
+    found = killed.finish()
+    print(f"{kills} kills, {in_saves} of them in a save")
+
+    for rank, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.keys() == theirs.keys()
+        assert len(theirs) > 50
+        for name, parts in theirs.items():
+            for own, other in zip(ours[name], parts, strict=True):
+                assert torch.equal(own, other), (rank, name)
+    leftovers = [path.name for path in (killed.folder / "checkpoints").glob(".*")]
+    assert leftovers == [], "the saves after a death clean up"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_training_ends_as_if_undisturbed(tmp_path: Path, world_size: int) -> None:
+    check(tmp_path, world_size, kills=3, seed=world_size)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_training_killed_twenty_times_ends_as_if_undisturbed(
+    tmp_path: Path, world_size: int
+) -> None:
+    check(tmp_path, world_size, kills=20, seed=10 + world_size)
