@@ -87,6 +87,7 @@ class Training:
     def start(self) -> None:
         for begun in self.folder.glob("begun*"):
             begun.unlink()
+        self._left_before = self._unfinished_saves()
         self._processes = [
             self._context.Process(
                 target=_main, args=(rank, self._world_size, str(self.folder), self._attempts)
@@ -112,7 +113,10 @@ class Training:
         for process in self._processes:
             process.join(timeout=60)
             assert process.exitcode is not None, "the others wait for the dead"
-        return any((self.folder / "checkpoints").glob(".saving-*"))
+        return bool(self._unfinished_saves() - self._left_before)
+
+    def _unfinished_saves(self) -> set[Path]:
+        return set((self.folder / "checkpoints").glob(".saving-*"))
 
     def finish(self) -> list[dict[str, list[torch.Tensor]]]:
         """Waits for the end; returns what each process has."""
