@@ -62,7 +62,10 @@ def begin(directory: Path, step: int, complaints: list[str]) -> Path:
 
 
 def publish(folder: Path, step: int, complaints: list[str]) -> Path:
-    """Gives a folder that is complete the name that says so; returns its new path."""
+    """Gives a folder that is complete the name that says so; returns its new path.
+
+    If that fails, all is as it was before.
+    """
     sync(folder)
     target = folder.parent / folder_name(step)
     replaced = folder.parent / f".replaced-{target.name}"
@@ -70,11 +73,13 @@ def publish(folder: Path, step: int, complaints: list[str]) -> Path:
         os.rename(target, replaced)
     try:
         os.rename(folder, target)
+        sync(folder.parent)
     except OSError:
+        if not folder.exists():
+            os.rename(target, folder)
         if replaced.exists():
             os.rename(replaced, target)
         raise
-    sync(folder.parent)
     if replaced.exists():
         _remove(replaced, complaints)
     return target
@@ -85,7 +90,12 @@ def prune(directory: Path, step: int, keep: int, complaints: list[str]) -> None:
 
     Those of later steps are of another past, and only complained of.
     """
-    others = [(own_step, path) for path, own_step, _ in _complete(directory) if own_step != step]
+    try:
+        found = list(_complete(directory))
+    except OSError as error:
+        complaints.append(f"could not remove earlier checkpoints in {directory}: {error}")
+        return
+    others = [(own_step, path) for path, own_step, _ in found if own_step != step]
     later = sorted(path.name for own_step, path in others if own_step > step)
     if later:
         complaints.append(

@@ -144,23 +144,24 @@ def trained_params(model: nn.Module, optimizer: Optimizer) -> list[TrainedParam]
     names: dict[int, str] = {}
     for name, param in model.named_parameters():
         names.setdefault(id(param), bare(name))
-    for name, param in getattr(optimizer, "params", {}).items():
-        names.setdefault(id(param), bare(name))
+    # A fused table is not always shown as the same tensor; of others, a name alone proves nothing.
+    keyed = {id(param): bare(name) for name, param in getattr(optimizer, "params", {}).items()}
     found = []
     for inner in walk(optimizer):
         if isinstance(inner, WarmupOptimizer):
             param = inner._warmup_param
-            found.append(TrainedParam(names[id(param)], param, inner, {}))
+            found.append(TrainedParam(keyed[id(param)], param, inner, {}))
     for leaf in leaves(optimizer):
+        own_names = {**keyed, **names} if isinstance(leaf, FusedOptimizer) else names
         for index, group in enumerate(leaf.param_groups):
             for place, param in enumerate(group["params"]):
-                if id(param) not in names:
+                if id(param) not in own_names:
                     raise ValueError(
                         f"parameter {place} of param group {index} of the optimizer, of shape "
                         f"{tuple(param.shape)}, is not a parameter of the model: was the optimizer "
                         "made for another, or before the model was moved or sharded?"
                     )
-                found.append(TrainedParam(names[id(param)], param, leaf, group))
+                found.append(TrainedParam(own_names[id(param)], param, leaf, group))
     return found
 
 

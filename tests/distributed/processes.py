@@ -48,7 +48,7 @@ def run(
     """
     context = multiprocessing.get_context("forkserver")
     # Imported once, in the server, from which every process is forked.
-    context.set_forkserver_preload(["torchrec", "torchrec.distributed", "recap_fast"])
+    context.set_forkserver_preload(["torchrec.distributed", "recap_fast.checkpoint"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_main, args=(rank, world_size, backend, folder, function, args))

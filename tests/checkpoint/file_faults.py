@@ -1,0 +1,92 @@
+"""Lets the k-th use of a file system end a process, or fail, without any timing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+DIED = 99  # exit status
+_EVENTS = frozenset(
+    {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
+)
+
+
+class Faults:
+    """Counts uses of the file system, before they happen: all that Python audits, and flushes.
+
+    Made once in a process that then ends, since an audit hook cannot be removed.
+    """
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._action: Callable[[], None] | None = None
+        sys.addaudithook(self._hook)
+        fsync = os.fsync
+
+        def counted_fsync(descriptor: int) -> None:
+            self._count()
+            fsync(descriptor)
+
+        os.fsync = counted_fsync
+
+    @contextmanager
+    def at(self, use: int, action: Callable[[], None]) -> Iterator[None]:
+        """Calls `action` instead of the `use`-th use from now on; the first is 1."""
+        self._left, self._action = use, action
+        try:
+            yield
+        finally:
+            self._action = None
+
+    @property
+    def came(self) -> bool:
+        """Whether there were that many."""
+        return self._left <= 0
+
+    def _hook(self, event: str, _: Any) -> None:
+        if event in _EVENTS:
+            self._count()
+
+    def _count(self) -> None:
+        if self._action is not None:
+            self._left -= 1
+            if self._left == 0:
+                self._action()
+
+
+def die() -> None:
+    """Ends the process at once, as a kill would."""
+    os._exit(DIED)
+
+
+def disk_is_full() -> None:
+    """Fails once."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def dies(function: Callable[[], Any]) -> bool:
+    """Calls `function` in a fork of this process, which has one thread; whether it died."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)  # an exception
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, DIED), f"neither died nor came to its end: {status}"
+    return status == DIED
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns what `function`, of a module's own, returns in a new process with one thread."""
+    with ProcessPoolExecutor(1, get_context("forkserver"), torch.set_num_threads, (1,)) as pool:
+        return pool.submit(function, *args).result()

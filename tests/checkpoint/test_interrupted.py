@@ -1,0 +1,153 @@
+"""A save that dies or fails at any use of the file system leaves the checkpoints as they were."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recap_fast.checkpoint import CheckpointError, load, save
+from tests.checkpoint.file_faults import Faults, die, dies, disk_is_full, in_own_process
+from tests.checkpoint.small_training_state import Training, small
+
+# The step that is saved, how many are kept, and what there is then.
+CASES = {
+    "new": (3, 2, ["step-00000002", "step-00000003"]),
+    "replaced, after a death": (2, 1, ["step-00000002"]),
+}
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+class Scene:
+    """Checkpoints of the steps 1 and 2, and a training that is to save another one."""
+
+    def __init__(self, folder: Path, case: str) -> None:
+        self.step, self.keep, self.expected = CASES[case]
+        self._template, self._folder = folder / "template", folder
+        self._count = itertools.count()
+        self.training = small()
+        for step in (1, 2):
+            save(self._template, step, *self.training.train(1).all, keep=2)
+        self.old = self.training.contents()
+        self.new = self.training.train(1).contents()
+        self._reader = small(seed=1)
+        self.load(self._template)  # imports what is imported late
+        if "after a death" in case:
+            (self._template / "step-00000002").rename(self._template / ".replaced-step-00000002")
+            for index, leftover in enumerate(("saving-step-00000003", "removed-step-00000000")):
+                path = self._template / f".{leftover}-{index:032x}"
+                shutil.copytree(self._template / "step-00000001", path)
+
+    def directory(self) -> Path:
+        """A new copy of it."""
+        path = self._folder / str(next(self._count))
+        shutil.copytree(self._template, path)
+        return path
+
+    def save(self, directory: Path) -> None:
+        save(directory, self.step, *self.training.all, keep=self.keep)
+
+    def load(self, directory: Path) -> tuple[int, dict[str, Any]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a damaged one
+            loaded = load(directory, *self._reader.all)
+        return loaded.step, self._reader.contents()
+
+    def finds_new(self, directory: Path) -> bool:
+        """Whether the newest checkpoint is the one that was to be saved, or else the one before."""
+        step, contents = self.load(directory)
+        if contents == self.new and step == self.step:
+            return True
+        assert (step, contents) == (2, self.old)
+        return False
+
+    def check_next_save(self, directory: Path) -> None:
+        """Whatever happened, the next save cleans up."""
+        self.save(directory)
+        assert names(directory) == self.expected
+        assert self.finds_new(directory)
+        shutil.rmtree(directory)
+
+
+def _die_everywhere(folder: str, case: str) -> list[bool]:
+    scene, faults = Scene(Path(folder), case), Faults()
+
+    def save_and_die(directory: Path, use: int) -> None:
+        with faults.at(use, die):
+            scene.save(directory)
+
+    found = []
+    for use in itertools.count(1):
+        directory = scene.directory()
+        died = dies(lambda directory=directory, use=use: save_and_die(directory, use))
+        found.append(scene.finds_new(directory))
+        if not died:
+            assert names(directory) == scene.expected
+        scene.check_next_save(directory)
+        if not died:
+            return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_save_may_die_at_any_moment(tmp_path: Path, case: str) -> None:
+    found_new = in_own_process(_die_everywhere, str(tmp_path), case)
+    assert len(found_new) > 25
+    published = found_new.index(True)
+    assert not any(found_new[:published]) and all(found_new[published:])
+    assert published > 15 and len(found_new) - published > 5
+
+
+def _fail_everywhere(folder: str, case: str) -> list[bool]:
+    scene, faults = Scene(Path(folder), case), Faults()
+    found = []
+    for use in itertools.count(1):
+        directory = scene.directory()
+        before = names(directory)
+        with faults.at(use, disk_is_full), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                scene.save(directory)
+                saved = True
+            except CheckpointError as error:
+                assert "No space left on device" in str(error)
+                saved = False
+        complaints = [str(warning.message) for warning in caught]
+        failed = faults.came
+        if saved:
+            assert scene.finds_new(directory)
+            assert bool(complaints) == (names(directory) != scene.expected)
+            assert all(said.startswith("could not remove ") for said in complaints)
+        else:
+            assert not scene.finds_new(directory), f"use {use} failed, but there it is"
+            # Nothing but, perhaps, what was put back, as the next save would have done.
+            assert set(names(directory)) <= {*before, "step-00000002"}
+        found.append(saved)
+        scene.check_next_save(directory)
+        if not failed:
+            assert saved
+            return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_disk_may_fail_at_any_moment(tmp_path: Path, case: str) -> None:
+    saved = in_own_process(_fail_everywhere, str(tmp_path), case)
+    assert len(saved) > 25
+    assert saved.count(False) > 15
+
+
+def test_a_training_goes_on_with_what_was_loaded(tmp_path: Path) -> None:
+    undisturbed: Training = small().train(5)
+    training = small().train(2)
+    save(tmp_path, 2, *training.all)
+    training.train(2)  # lost
+    load(tmp_path, *training.all)
+    training.step = 2
+    assert training.train(3).contents() == undisturbed.contents()
