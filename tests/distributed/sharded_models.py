@@ -42,8 +42,11 @@ class FullyShard(DataParallelWrapper):
 def layout(kind: str, number: int, world_size: int) -> ParameterShardingGenerator:
     """How table `number` is laid out: `kind` is table_wise, row_wise, column_wise, data_parallel.
 
-    Or column_wise_reversed, with the first columns on the last process.
+    Or column_wise_reversed, with the first columns on the last process; or first_process, where
+    the whole table is.
     """
+    if kind == "first_process":
+        return table_wise(rank=0, compute_kernel="fused")
     if kind == "table_wise":
         return table_wise(rank=number % world_size, compute_kernel="fused")
     if kind == "row_wise":

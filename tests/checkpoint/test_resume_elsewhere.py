@@ -1,0 +1,267 @@
+"""A training that was saved goes on as if nothing had happened, be it on other processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.checkpoint.resuming import (
+    Setup,
+    Snapshot,
+    assemble_moments,
+    be_refused,
+    load_and_train,
+    on_all,
+    train_and_save,
+)
+from tests.distributed.small_training import largest_difference
+from tests.distributed.test_equivalence import TOLERANCE
+
+
+class Resumed(NamedTuple):
+    """Who saves, and who goes on after some steps of its own, which loading forgets."""
+
+    first: Setup
+    then: Setup
+    steps_before: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.first}->{self.then}" + (f"-after-{self.steps_before}" * bool(self[2]))
+
+
+class Result(NamedTuple):
+    """Moments of a training that was not disturbed, and of one that went on."""
+
+    start: Snapshot
+    saved: Snapshot
+    end: Snapshot
+    loaded: Snapshot
+    resumed_end: Snapshot
+
+
+class Refusal(NamedTuple):
+    """What each process said, and the moments before and after."""
+
+    messages: tuple[str, ...]
+    before: Snapshot
+    after: Snapshot
+
+
+ONE = Setup(tables="rowwise_adagrad")
+EMA = Setup(tables="ema_rowwise_adagrad")
+ADAGRAD = Setup(tables="adagrad")
+SGD = Setup(tables="sgd")
+COLUMN_SHARDS = Setup(2, "column_wise", "ddp", "rowwise_adagrad")
+SAME = [
+    Resumed(ONE, ONE),
+    Resumed(ADAGRAD, ADAGRAD, 3),
+    Resumed(EMA, EMA),
+    *(
+        Resumed(setup, setup, steps_before=3 * (sharding == "row_wise"))
+        for world_size in (1, 2)
+        for sharding, tables in (
+            ("table_wise", "rowwise_adagrad"),
+            ("row_wise", "rowwise_adagrad"),
+            ("column_wise", "adagrad"),
+            ("data_parallel", "sgd"),
+        )
+        for dense in ("ddp", "fsdp")
+        for setup in [Setup(world_size, sharding, dense, tables)]
+    ),
+    *(
+        Resumed(setup, setup)
+        for setup in (
+            COLUMN_SHARDS,
+            Setup(2, "row_wise", "ddp", "ema_rowwise_adagrad"),
+            Setup(2, "first_process", "fsdp", "rowwise_adagrad"),
+        )
+    ),
+]
+
+
+def between(one: Setup, other: Setup) -> list[Resumed]:
+    return [Resumed(one, other), Resumed(other, one)]
+
+
+ELSEWHERE = [
+    *between(ONE, Setup(2, "table_wise", "ddp", "rowwise_adagrad")),
+    *between(ONE, Setup(2, "row_wise", "fsdp", "rowwise_adagrad")),
+    *between(ADAGRAD, Setup(2, "column_wise", "ddp", "adagrad")),
+    *between(SGD, Setup(2, "data_parallel", "ddp", "sgd")),
+    *between(EMA, Setup(2, "row_wise", "ddp", "ema_rowwise_adagrad")),
+    *between(
+        Setup(1, "row_wise", "fsdp", "rowwise_adagrad"),
+        Setup(2, "first_process", "ddp", "rowwise_adagrad"),
+    ),
+    *between(
+        Setup(2, "table_wise", "ddp", "rowwise_adagrad"),
+        Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
+    ),
+    *between(Setup(2, "row_wise", "fsdp", "adagrad"), Setup(2, "column_wise", "ddp", "adagrad")),
+    # The same shards of columns, on other processes.
+    *between(COLUMN_SHARDS, replace(COLUMN_SHARDS, sharding="column_wise_reversed")),
+]
+# They keep a sum for each row and shard of columns, which has no meaning for other shards.
+REFUSED = [
+    *between(COLUMN_SHARDS, ONE),
+    Resumed(COLUMN_SHARDS, replace(COLUMN_SHARDS, sharding="row_wise")),
+]
+BUILDERS = [
+    resumed
+    for setup in (
+        ONE,
+        replace(ONE, algorithm="sgd"),
+        Setup(2, "table_wise", "ddp", "rowwise_adagrad"),
+        Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
+    )
+    for resumed in between(setup, replace(setup, builder="reference"))
+]
+LONG = [
+    resumed
+    for few in (
+        ONE,
+        Setup(1, "row_wise", "fsdp", "rowwise_adagrad"),
+        Setup(2, "row_wise", "ddp", "rowwise_adagrad"),
+        Setup(2, "table_wise", "fsdp", "rowwise_adagrad"),
+    )
+    for many in (
+        Setup(4, "table_wise", "ddp", "rowwise_adagrad"),
+        Setup(4, "row_wise", "fsdp", "rowwise_adagrad"),
+    )
+    for resumed in between(few, many)
+] + [
+    *between(ADAGRAD, Setup(4, "column_wise", "fsdp", "adagrad")),
+    *between(Setup(2, "column_wise", "ddp", "adagrad"), Setup(4, "column_wise", "fsdp", "adagrad")),
+    *between(SGD, Setup(4, "data_parallel", "ddp", "sgd")),
+    *between(Setup(2, "row_wise", "ddp", "sgd"), Setup(2, "column_wise", "ddp", "sgd")),
+    *between(Setup(2, "table_wise", "fsdp", "sgd"), Setup(2, "data_parallel", "ddp", "sgd")),
+]
+LONG_REFUSED = between(COLUMN_SHARDS, replace(COLUMN_SHARDS, world_size=4))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train_all(
+    cases: list[Resumed], refused: list[Resumed], directory: Path
+) -> tuple[dict[Resumed, Result], dict[Resumed, Refusal]]:
+    setups = list(dict.fromkeys(case.first for case in [*cases, *refused]))
+    folders = {setup: str(directory / str(setup)) for setup in setups}
+    saved = on_all([(train_and_save, setup, folders[setup]) for setup in setups])
+    undisturbed = dict(zip(setups, map(assemble_moments, saved), strict=True))
+    found = on_all(
+        [(load_and_train, case.then, folders[case.first], case.steps_before) for case in cases]
+        + [(be_refused, case.then, folders[case.first]) for case in refused]
+    )
+    results = {
+        case: Result(*undisturbed[case.first], *assemble_moments(ranks))
+        for case, ranks in zip(cases, found[: len(cases)], strict=True)
+    }
+    refusals = {}
+    for case, ranks in zip(refused, found[len(cases) :], strict=True):
+        messages, moments = zip(*ranks, strict=True)
+        refusals[case] = Refusal(messages, *assemble_moments(list(moments)))
+    return results, refusals
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Of all that two processes can do: one case after the other, since processes start slowly."""
+    return train_all([*SAME, *ELSEWHERE, *BUILDERS], REFUSED, tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture(scope="module")
+def long_found(tmp_path_factory):
+    return train_all(LONG, LONG_REFUSED, tmp_path_factory.mktemp("saved_long"))
+
+
+def assert_equal(ours: Snapshot, expected: Snapshot) -> None:
+    assert ours.values.keys() == expected.values.keys()
+    for name, value in expected.values.items():
+        assert torch.equal(ours.values[name], value), name
+    assert ours.rates == expected.rates
+    assert ours.step_counts == expected.step_counts
+
+
+def check_resumed_elsewhere(result: Result) -> None:
+    assert_equal(result.loaded, result.saved)
+    ours, expected = result.resumed_end, result.end
+    assert ours.rates == expected.rates
+    assert ours.step_counts == expected.step_counts
+    before = {name: result.start.values.get(name, 0.0) for name in expected.values}
+    difference, name = largest_difference(ours.values, expected.values, before)
+    assert difference < TOLERANCE, name
+
+
+def check_refused(case: Resumed, refusal: Refusal) -> None:
+    """By the name of the first table, for what it is and is to be."""
+    for message in refusal.messages:
+        assert "'sum' of 'embeddings.embedding_bags.user.weight'" in message
+        said = message.partition("It was written ")[2].partition("; resume with")[0]
+        assert said.split(", and here the table is ") == [
+            SHARDS_SAID[case.first.world_size, case.first.sharding],
+            SHARDS_SAID[case.then.world_size, case.then.sharding],
+        ]
+        assert message.endswith("Nothing was changed")
+    assert_equal(refusal.after, refusal.before)
+
+
+SHARDS_SAID = {
+    (1, "fused"): "with whole rows",
+    (2, "row_wise"): "with whole rows",
+    (2, "column_wise"): "in 2 shards of columns 0 to 7, 8 to 15",
+    (4, "column_wise"): "in 4 shards of columns 0 to 3, 4 to 7, 8 to 11, 12 to 15",
+}
+
+
+@pytest.mark.parametrize("case", SAME, ids=str)
+def test_on_as_many_processes_every_bit_is_the_same(case: Resumed, found) -> None:
+    result = found[0][case]
+    assert_equal(result.loaded, result.saved)
+    assert_equal(result.resumed_end, result.end)
+
+
+@pytest.mark.parametrize("case", ELSEWHERE, ids=str)
+def test_other_processes_and_shards_go_on(case: Resumed, found) -> None:
+    check_resumed_elsewhere(found[0][case])
+
+
+@pytest.mark.parametrize("case", BUILDERS, ids=str)
+def test_the_reference_goes_on_where_the_native_step_was_and_back(case: Resumed, found) -> None:
+    check_resumed_elsewhere(found[0][case])
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_sums_of_column_shards_are_for_the_same_shards_only(case: Resumed, found) -> None:
+    check_refused(case, found[1][case])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_four_processes_go_on_and_are_gone_on_from(case: Resumed, long_found) -> None:
+    check_resumed_elsewhere(long_found[0][case])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LONG_REFUSED, ids=str)
+def test_sums_of_two_column_shards_are_not_for_four(case: Resumed, long_found) -> None:
+    check_refused(case, long_found[1][case])
+
+
+def test_what_is_compared_is_there_and_changes(found) -> None:
+    """Or the tests above would pass with nothing trained."""
+    for result in found[0].values():
+        start, saved, end = result.start, result.saved, result.end
+        assert all(count == 12 for count in end.step_counts.values())
+        assert saved.rates != start.rates and saved.rates != end.rates
+        for name, value in end.values.items():
+            assert not torch.equal(value, saved.values[name]), name
