@@ -90,14 +90,18 @@ def bits(value: Any) -> Any:
     return value.dtype, tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
 
 
-def small(seed: int = 0, width: int = 4, **algorithm: Any) -> Training:
-    """A `Small` with a rate that ramps up; Adam unless `algorithm` says otherwise."""
+def built(model: nn.Module, **algorithm: Any) -> Training:
+    """With a rate that ramps up; Adam unless `algorithm` says otherwise."""
     ramp = {"linear_ramp_to_constant": {"learning_rate": 0.1, "num_ramp_steps": 7}}
     config = OptimizerConfig.model_validate(
         {"learning_rate": ramp, **(algorithm or {"adam": {"lr": 0.1}})}
     )
-    model = Small(seed, width)
     return Training(model, *build_optimizer(model, config))
+
+
+def small(seed: int = 0, width: int = 4, **algorithm: Any) -> Training:
+    """A `Small`, `built`."""
+    return built(Small(seed, width), **algorithm)
 
 
 def with_tables(seed: int = 0, **options: Any) -> Training:
