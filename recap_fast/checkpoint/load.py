@@ -25,7 +25,7 @@ from recap_fast.checkpoint.errors import CheckpointError
 from recap_fast.checkpoint.match import Shapes, check_match, shape_of
 from recap_fast.checkpoint.ranks import Ranks
 from recap_fast.checkpoint.restore import Restoration
-from recap_fast.checkpoint.save import reasons
+from recap_fast.checkpoint.save import as_error
 from recap_fast.checkpoint.trained import TrainedParam, trained_params
 
 
@@ -160,4 +160,4 @@ def _read_tensors(path: Path, tree: dict[str, dict[str, Tensor]], ranks: Ranks) 
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.load(tree, storage_reader=dcp.FileSystemReader(path), process_group=ranks.group)
     except CheckpointException as error:  # derived from BaseException
-        raise CheckpointError(f"could not read {path}: {reasons(error)}") from error
+        raise as_error(f"read {path}", error, ranks) from error

@@ -144,15 +144,19 @@ def _write_tensors(folder: Path, tree: dict[str, Any], ranks: Ranks) -> Metadata
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             return dcp.save(tree, storage_writer=writer, planner=planner, process_group=ranks.group)
     except CheckpointException as error:  # derived from BaseException
-        raise CheckpointError(f"could not write a checkpoint: {reasons(error)}") from error
+        raise as_error("write a checkpoint", error, ranks) from error
 
 
-def reasons(error: CheckpointException) -> str:
-    """Returns what went wrong, on which processes."""
-    return "; ".join(
+def as_error(what: str, error: CheckpointException, ranks: Ranks) -> BaseException:
+    """Returns what to raise: says what could not be done, on which processes, and why."""
+    cause, _ = error.failures.get(ranks.rank, (None, None))
+    if isinstance(cause, KeyboardInterrupt):
+        return cause
+    reasons = "; ".join(
         f"process {rank}: {type(cause).__name__}: {cause}"
         for rank, (cause, _) in sorted(error.failures.items())
     )
+    return CheckpointError(f"could not {what}: {reasons}")
 
 
 def _own_files(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:

@@ -67,9 +67,9 @@ def die() -> None:
     os._exit(DIED)
 
 
-def disk_is_full() -> None:
-    """Fails once."""
-    raise OSError(errno.ENOSPC, "No space left on device")
+def disk_fails() -> None:
+    """Once."""
+    raise OSError(errno.EIO, "Input/output error")
 
 
 def dies(function: Callable[[], Any]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -173,6 +174,17 @@ def test_files_of_others_do_no_harm(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         assert load(tmp_path, *other.all).step == 2
     assert other.contents() == contents[1]
+
+
+def test_what_fails_after_all_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    _, path = two_checkpoints(tmp_path)
+    monkeypatch.setattr(dcp.FileSystemReader, "read_data", fail)
+    said = rf"could not read {path}: process 0: OSError: .*; model and optimizer may now be partly"
+    with pytest.raises(CheckpointError, match=said):
+        load(tmp_path, *small(seed=1).all)
 
 
 def _sharded(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from recap_fast.checkpoint import CheckpointError, load, save
-from tests.checkpoint.file_faults import Faults, die, dies, disk_is_full, in_own_process
+from tests.checkpoint.file_faults import Faults, die, dies, disk_fails, in_own_process
 from tests.checkpoint.small_training_state import Training, small
 
 # The step that is saved, how many are kept, and what there is then.
@@ -34,8 +34,9 @@ class Scene:
         self._template, self._folder = folder / "template", folder
         self._count = itertools.count()
         self.training = small()
-        for step in (1, 2):
-            save(self._template, step, *self.training.train(1).all, keep=2)
+        save(self._template, 1, *self.training.train(1).all)
+        self.older = self.training.contents()
+        save(self._template, 2, *self.training.train(1).all)
         self.old = self.training.contents()
         self.new = self.training.train(1).contents()
         self._reader = small(seed=1)
@@ -110,13 +111,13 @@ def _fail_everywhere(folder: str, case: str) -> list[bool]:
     for use in itertools.count(1):
         directory = scene.directory()
         before = names(directory)
-        with faults.at(use, disk_is_full), warnings.catch_warnings(record=True) as caught:
+        with faults.at(use, disk_fails), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 scene.save(directory)
                 saved = True
             except CheckpointError as error:
-                assert "No space left on device" in str(error)
+                assert "Input/output error" in str(error)
                 saved = False
         complaints = [str(warning.message) for warning in caught]
         failed = faults.came
@@ -140,6 +141,42 @@ def test_a_disk_may_fail_at_any_moment(tmp_path: Path, case: str) -> None:
     saved = in_own_process(_fail_everywhere, str(tmp_path), case)
     assert len(saved) > 25
     assert saved.count(False) > 15
+
+
+def _fail_to_load_everywhere(folder: str) -> list[str]:
+    scene, faults = Scene(Path(folder), "new"), Faults()
+    directory = scene.directory()
+    found = []
+    for use in itertools.count(1):
+        own = small(seed=2).train(1)
+        before = own.contents()
+        with faults.at(use, disk_fails), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                step = load(directory, *own.all).step
+            except CheckpointError as error:
+                assert "Input/output error" in str(error)
+                if "may now be partly those of" not in str(error):
+                    assert own.contents() == before
+                    found.append("refused")
+                else:
+                    found.append("partly")
+                continue
+            finally:
+                came = faults.came
+        assert own.contents() == {1: scene.older, 2: scene.old}[step]
+        assert len(warned) == 2 - step
+        found.append(f"step {step}")
+        if not came:
+            return found
+
+
+def test_a_disk_may_fail_while_loading(tmp_path: Path) -> None:
+    found = in_own_process(_fail_to_load_everywhere, str(tmp_path))
+    assert found[0] == "refused"  # the folders cannot be listed
+    assert found[-1] == "step 2"
+    assert found.count("step 1") == 3  # the manifest and both files cannot be read
+    assert "partly" in found  # they can no longer be read, after they were checked
 
 
 def test_a_training_goes_on_with_what_was_loaded(tmp_path: Path) -> None:

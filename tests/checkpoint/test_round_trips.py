@@ -74,6 +74,13 @@ def bfloat16(seed: int) -> Training:
     return built(Small(seed).bfloat16())
 
 
+def tied(seed: int) -> Training:
+    """One parameter in two places."""
+    model = Small(seed)
+    model.again = nn.ModuleDict({"first": model.first})
+    return built(model)
+
+
 class Odd(nn.Module):
     """Parameters of 0 dimensions, without elements, and that are not contiguous."""
 
@@ -138,6 +145,7 @@ CASES: dict[str, Callable[[int], Training]] = {
     "frozen in the optimizer": frozen_in_the_optimizer,
     "without some gradients": without_some_gradients,
     "bfloat16": bfloat16,
+    "tied": tied,
     "odd shapes": lambda seed: built(Odd(seed)),
     "warm-up and clipping": warmed_up,
     "torch's adam": plain(torch.optim.Adam),

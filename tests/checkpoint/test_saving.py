@@ -241,6 +241,24 @@ def test_all_is_on_the_disk_before_it_gets_its_name(
     assert ("sync", directory) in events[published:]
 
 
+def test_an_interrupt_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    training = small()
+    save(tmp_path, 1, *training.all)
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2, *training.all)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_memory_around_a_state_is_not_written(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, *small().train(1).all)
+    # Small states share blocks of a MiB; a tensor takes 1 to 2 KiB as torch.save writes it.
+    assert (path / "__0_0.distcp").stat().st_size < 100_000
+
+
 # Several processes
 
 
