@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recap_fast.checkpoint import CheckpointError, load, save
+from recap_fast.checkpoint import CheckpointError, load, manifest, save
 from tests.checkpoint.file_faults import Faults, die, dies, disk_fails, in_own_process
 from tests.checkpoint.small_training_state import Training, small
 
@@ -89,6 +89,9 @@ def _die_everywhere(folder: str, case: str) -> list[bool]:
         directory = scene.directory()
         died = dies(lambda directory=directory, use=use: save_and_die(directory, use))
         found.append(scene.finds_new(directory))
+        for path in directory.glob("step-*"):  # not only the newest is whole
+            files = manifest.read(path)["files"]
+            assert manifest.find_damage(path, files, files) == ""
         if not died:
             assert names(directory) == scene.expected
         scene.check_next_save(directory)

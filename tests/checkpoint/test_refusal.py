@@ -196,6 +196,24 @@ def test_nothing_is_changed(tmp_path: Path, name: str) -> None:
         assert own.train(1).contents() == undisturbed.train(1).contents()
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_state_that_does_not_fit(tmp_path: Path, steps: int) -> None:
+    saved = plain(torch.optim.Adam).train(1)
+    state = saved.optimizer.state
+    state[saved.model.first.weight]["exp_avg"] = torch.zeros(4, 3, dtype=torch.float64)
+    del state[saved.model.last.bias]["exp_avg_sq"]
+    save(tmp_path, 1, *saved.all)
+    own = plain(torch.optim.Adam).train(steps)
+    before = own.contents()
+    said = (
+        "it lacks 'exp_avg_sq' of 'last.bias'; 'exp_avg' of 'first.weight' was (4, 3) float64, "
+        "but here is (4, 3) float32; nothing was changed"
+    )
+    with pytest.raises(CheckpointMismatchError, match=re.escape(said)):
+        load(tmp_path, *own.all)
+    assert own.contents() == before
+
+
 def test_five_are_named(tmp_path: Path) -> None:
     save(tmp_path, 0, *small().all)
     model = Small(1)

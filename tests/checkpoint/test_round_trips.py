@@ -125,6 +125,14 @@ def warmed_up(seed: int) -> Training:
     )
 
 
+def tables_without_scheduler(seed: int) -> Training:
+    """Nothing but the checkpoint tells the kernels what rate the saved training had."""
+    rate = {"constant": 0.1 * (seed + 1)}
+    training = with_tables(seed, rowwise_adagrad={}, learning_rate=rate)
+    training.scheduler = None
+    return training
+
+
 def scheduled(seed: int) -> Training:
     training = plain(torch.optim.SGD, momentum=0.9)(seed)
     training.scheduler = StepLR(training.optimizer, step_size=2, gamma=0.5)
@@ -141,6 +149,7 @@ CASES: dict[str, Callable[[int], Training]] = {
     "adagrad tables": lambda seed: with_tables(seed, adagrad={}),
     "sgd tables": lambda seed: with_tables(seed, sgd={}),
     "tables that count": lambda seed: with_tables(seed, ema_rowwise_adagrad={}),
+    "tables without scheduler": tables_without_scheduler,
     "frozen": frozen,
     "frozen in the optimizer": frozen_in_the_optimizer,
     "without some gradients": without_some_gradients,

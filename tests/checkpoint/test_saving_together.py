@@ -1,0 +1,104 @@
+"""Several processes save together: they agree, and what one cannot do fails on all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from recap_fast.checkpoint import CheckpointError, load, manifest, save
+from tests.checkpoint.small_training_state import small
+from tests.distributed.processes import run
+
+
+def names(directory: str | Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+def _refusals(directory: str, cases: list[list[dict[str, Any]]]) -> list[tuple[str, str]]:
+    """What each case, arguments by rank, raises."""
+    raised = []
+    for per_rank in cases:
+        given = {"directory": directory, "step": 1, **per_rank[dist.get_rank()]}
+        with pytest.raises((TypeError, ValueError)) as caught:
+            save(given.pop("directory"), given.pop("step"), *small().all, **given)
+        raised.append((type(caught.value).__name__, str(caught.value)))
+    return raised
+
+
+def test_processes_must_agree(tmp_path: Path) -> None:
+    differing = {
+        "step": (1, 2),
+        "keep": (1, 2),
+        "extra": ({"a": 1}, {"a": 1.0}),
+        "directory": (str(tmp_path / "a"), str(tmp_path / "b")),
+    }
+    cases = [[{name: value} for value in values] for name, values in differing.items()]
+    one_refuses = [{}, {"extra": {1, 2}}]
+    first, second = run(2, _refusals, str(tmp_path / "new"), [*cases, one_refuses])
+    assert first == second
+    *disagreements, refusal = first
+    for (name, (one, other)), found in zip(differing.items(), disagreements, strict=True):
+        said = f"{name} is not the same on all processes: {one!r} on process 0, and {other!r} on"
+        assert found == ("ValueError", f"{said} process 1")
+    assert refusal[0] == "TypeError" and refusal[1].startswith("extra is a set")
+    assert names(tmp_path) == []
+
+
+_STAGES = {
+    "write": (dcp.FileSystemWriter, "write_data"),
+    "flush": (os, "fsync"),
+    "manifest": (manifest, "write"),
+}
+
+
+def _save_where_one_cannot(directory: str, cases: list[tuple[int, str]]) -> list[Any]:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    training = small().train(1)
+    save(directory, 1, *training.all)
+    found = []
+    for failing, stage in cases:
+        training.train(1)
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == failing:
+                patch.setattr(*_STAGES[stage], full)
+            with pytest.raises(CheckpointError) as raised:
+                save(directory, 2, *training.all)
+        dist.barrier()  # until the first process has removed what it began
+        found.append((str(raised.value), names(directory)))
+        dist.barrier()
+    save(directory, 3, *training.all)
+    other = small(seed=1)
+    assert load(directory, *other.all).step == 3
+    assert other.contents() == training.contents()
+    return found
+
+
+def test_what_one_process_cannot_write_fails_on_all(tmp_path: Path) -> None:
+    cases = [(0, "write"), (1, "write"), (1, "flush"), (0, "manifest")]
+    for outcomes in run(2, _save_where_one_cannot, str(tmp_path), cases):
+        for (failing, _), (message, left) in zip(cases, outcomes, strict=True):
+            assert "No space left on device" in message
+            assert f"process {failing}: OSError" in message
+            assert left == ["step-00000001"]
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def _save_alone(directory: str) -> tuple[int, bool]:
+    rank = dist.get_rank()
+    own = [dist.new_group([each]) for each in range(2)][rank]
+    training = small(seed=rank).train(1)
+    save(f"{directory}/{rank}", 1, *training.all, extra=rank, process_group=own)
+    other = small(seed=5)
+    loaded = load(f"{directory}/{rank}", *other.all, process_group=own)
+    return loaded.extra, other.contents() == training.contents()
+
+
+def test_groups_of_processes_save_by_themselves(tmp_path: Path) -> None:
+    assert run(2, _save_alone, str(tmp_path)) == [(0, True), (1, True)]
