@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torchrec.distributed.types import ShardedTensor
 
 import recap_fast
 import recap_fast.reference
 from recap_fast import checkpoint
-from recap_fast.config import (
-    EmbeddingEmaRowwiseAdagradConfig,
-    EmbeddingOptimizerConfig,
-    LearningRate,
-    PiecewiseConstant,
-    RecapOptimizerConfig,
-)
+from recap_fast.config import EmbeddingOptimizerConfig, RecapOptimizerConfig
 from recap_fast.demo import data, processes
 from recap_fast.demo.model import build_model
 from recap_fast.embeddings import fuse_embeddings
-from recap_fast.embeddings.kernel_optimizer import counts_forward_passes
-from recap_fast.keyed import leaves
+from tests.checkpoint.snapshots import Snapshot, take
 from tests.distributed.processes import run
-from tests.distributed.sharded_models import local_parts, shard_tables
+from tests.distributed.sharded_models import shard_tables
 from tests.distributed.small_training import BATCH_SIZE, RATINGS, SIZES, configs, table_sizes
 
 T = TypeVar("T")
 
 SAVED_STEP, STEPS = 6, 12
-# What torchrec calls the one state of both kinds of Adagrad.
-_STATE_NAMES = {"momentum1": "sum", "momentum_1": "sum"}
-_WRAPPERS = ("_dmp_wrapped_module", "module")
 
 
 @dataclass(frozen=True)
@@ -46,9 +33,10 @@ class Setup:
 
     Attributes:
         world_size: how many processes.
-        sharding: a `layout` of `sharded_models`; "fused" for `fuse_embeddings` in this process.
+        sharding: a `layout` of `sharded_models` for all tables; "mixed" for `MIXED`; "fused" for
+            `fuse_embeddings`.
         dense: "ddp" or "fsdp", for what is not a table.
-        tables: a key of `TABLE_RATES`.
+        tables: an algorithm; "mixed" for adagrad with exceptions.
         algorithm: of the rest, "adam" or "sgd".
         builder: "fast" or "reference".
     """
@@ -65,28 +53,21 @@ class Setup:
         return f"{self.world_size}-" + "-".join(parts)
 
 
-TABLE_RATES = {
-    "sgd": [0.1, 0.3, 0.2],
-    "adagrad": [0.01, 0.02, 0.03],
-    "rowwise_adagrad": [0.01, 0.02, 0.03],
-    "ema_rowwise_adagrad": [0.01, 0.02, 0.03],
+MIXED = {
+    "user": "table_wise",
+    "item": "column_wise",
+    "occupation": "data_parallel",
+    "gender": "column_wise",
+    "age_bucket": "table_wise",
+    "genre": "data_parallel",
 }
-
-
-@dataclass
-class Snapshot:
-    """A training at some moment, as one process or, assembled, all of them see it.
-
-    Attributes:
-        values: whole tensors of the model and of the optimizer's state, by name; as one process
-            sees them, their shape and what it has of them, with its place.
-        rates: by parameter, of the param group and of the kernel that updates it.
-        step_counts: what counts steps, by parameter.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    rates: dict[str, Any] = field(default_factory=dict)
-    step_counts: dict[str, int] = field(default_factory=dict)
+_ALGORITHMS: dict[str, dict[str, Any]] = {
+    "sgd": {"sgd": {}},
+    "adagrad": {"adagrad": {}},
+    "rowwise_adagrad": {"rowwise_adagrad": {}},
+    # Moves the slow halves after passes 4, 8 and 12.
+    "ema_rowwise_adagrad": {"ema_rowwise_adagrad": {"step_ema": 4}},
+}
 
 
 class Training:
@@ -100,7 +81,8 @@ class Training:
         if setup.sharding == "fused":
             self.model = fuse_embeddings(model, table_config)
         else:
-            self.model = shard_tables(model, table_config, setup.sharding, setup.dense)
+            kinds = MIXED if setup.sharding == "mixed" else setup.sharding
+            self.model = shard_tables(model, table_config, kinds, setup.dense)
         builder = recap_fast if setup.builder == "fast" else recap_fast.reference
         self.optimizer, self.scheduler = builder.build_optimizer(
             self.model, dense_config, table_config
@@ -118,91 +100,40 @@ class Training:
             self.optimizer.step()
             self.scheduler.step()
 
-    def snapshot(self) -> Snapshot:
-        found = Snapshot()
-        for name, value in self.model.state_dict().items():
-            found.values[name] = _parts(value)
-        names = {param: bare(name) for name, param in self.optimizer.params.items()}
-        for leaf in leaves(self.optimizer):
-            kernel = getattr(leaf, "_emb_module", None)
-            for group in leaf.param_groups:
-                # Kernels have a float32, and all of them agree on it.
-                rate = float(torch.tensor(group["lr"]))
-                in_use = rate if kernel is None else kernel.get_learning_rate()
-                for param in group["params"]:
-                    found.rates[names[param]] = (rate, in_use)
-                    if kernel is not None and counts_forward_passes(kernel):
-                        found.step_counts[names[param]] = int(kernel.iter_cpu)
-        for name, entries in self.optimizer.state_dict()["state"].items():
-            for key, value in entries.items():
-                key = key.rpartition(".")[2]
-                if key not in ("step", "iter"):
-                    found.values[f"{bare(name)}: {_STATE_NAMES.get(key, key)}"] = _parts(value)
-                elif not is_table(name):
-                    found.step_counts[bare(name)] = int(value)
-        return found
-
 
 def _configs(setup: Setup) -> tuple[RecapOptimizerConfig, EmbeddingOptimizerConfig]:
-    is_ema = setup.tables == "ema_rowwise_adagrad"
-    dense, tables = configs(setup.algorithm, "adagrad" if is_ema else setup.tables)
-    # Before and after the save, the rate changes; and it is another then than at the start.
-    rate = LearningRate(
-        piecewise_constant=PiecewiseConstant(
-            learning_rate_boundaries=[3, 9], learning_rate_values=TABLE_RATES[setup.tables]
-        )
-    )
-    changes: dict[str, Any] = {"learning_rate": rate}
-    if is_ema:  # moves after passes 4, 8 and 12
-        section = EmbeddingEmaRowwiseAdagradConfig(step_ema=4)
-        changes |= {"adagrad": None, "ema_rowwise_adagrad": section}
-    return dense, tables.model_copy(update=changes)
+    dense, _ = configs(setup.algorithm, "sgd")
+    if setup.tables == "mixed":
+        exceptions = {
+            "occupation": {"sgd": {}},
+            "genre": {"sgd": {}, **_rate(0.2, 0.1, 0.3)},
+            "item": _rate(0.03, 0.01, 0.02),
+            "age_bucket": _ALGORITHMS["ema_rowwise_adagrad"],
+        }
+        fields = {"adagrad": {}, "tables": exceptions}
+    else:
+        fields = _ALGORITHMS[setup.tables]
+    rate = _rate(0.1, 0.3, 0.2) if setup.tables == "sgd" else _rate(0.01, 0.02, 0.03)
+    return dense, EmbeddingOptimizerConfig(**rate, **fields)
 
 
-def bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def is_table(name: str) -> bool:
-    return "embedding_bags" in name
-
-
-def _parts(value: torch.Tensor) -> tuple[tuple[int, ...], list[tuple[torch.Tensor, Any]]]:
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    shape = tuple(value.size() if isinstance(value, ShardedTensor) else value.shape)
-    return shape, [(part.clone(), place) for part, place in local_parts(value)]
-
-
-def assemble(ranks: list[Snapshot]) -> Snapshot:
-    """Returns what all processes see together, who agree on what several of them have."""
-    whole = Snapshot()
-    for own in ranks:
-        for name, (shape, parts) in own.values.items():
-            value = whole.values.setdefault(name, torch.full(shape, torch.nan))
-            for part, place in parts:
-                there = value[place]
-                assert there.isnan().all() or torch.equal(there, part), name
-                there.copy_(part)
-        for name, value in own.rates.items():
-            assert whole.rates.setdefault(name, value) == value, name
-        for name, value in own.step_counts.items():
-            assert whole.step_counts.setdefault(name, value) == value, name
-    assert not any(value.isnan().any() for value in whole.values.values())
-    return whole
+def _rate(*values: float) -> dict[str, Any]:
+    """It changes before and after the save, and is another then than at the start."""
+    pieces = {"learning_rate_boundaries": [3, 9], "learning_rate_values": values}
+    return {"learning_rate": {"piecewise_constant": pieces}}
 
 
 def train_and_save(setup: Setup, folder: str) -> list[Snapshot]:
     """On one process: at the start, where it is saved, and at the end."""
     training = Training(setup, seed=0)
-    moments = [training.snapshot()]
+    moments = [take(training.model, training.optimizer)]
     training.train(0, SAVED_STEP)
     checkpoint.save(
         folder, SAVED_STEP, training.model, training.optimizer, training.scheduler, extra="extra"
     )
-    moments.append(training.snapshot())
+    moments.append(take(training.model, training.optimizer))
     training.train(SAVED_STEP, STEPS)
-    return [*moments, training.snapshot()]
+    return [*moments, take(training.model, training.optimizer)]
 
 
 def load_and_train(setup: Setup, folder: str, steps_before: int) -> list[Snapshot]:
@@ -211,19 +142,19 @@ def load_and_train(setup: Setup, folder: str, steps_before: int) -> list[Snapsho
     training.train(0, steps_before)
     found = checkpoint.load(folder, training.model, training.optimizer, training.scheduler)
     assert found == checkpoint.Loaded(SAVED_STEP, "extra", Path(folder) / "step-00000006")
-    moments = [training.snapshot()]
+    moments = [take(training.model, training.optimizer)]
     training.train(found.step, STEPS)
-    return [*moments, training.snapshot()]
+    return [*moments, take(training.model, training.optimizer)]
 
 
 def be_refused(setup: Setup, folder: str) -> tuple[str, list[Snapshot]]:
     """On one process: why loading is refused, and the moments before and after."""
     training = Training(setup, seed=1)
     training.train(0, 2)
-    before = training.snapshot()
+    before = take(training.model, training.optimizer)
     with pytest.raises(checkpoint.CheckpointMismatchError) as caught:
         checkpoint.load(folder, training.model, training.optimizer, training.scheduler)
-    return str(caught.value), [before, training.snapshot()]
+    return str(caught.value), [before, take(training.model, training.optimizer)]
 
 
 def call_each(calls: list[tuple[Callable[..., T], Setup, Any]]) -> list[T]:
@@ -251,8 +182,3 @@ def on_all(calls: list[tuple[Callable[..., T], Setup, Any]]) -> list[list[T]]:
         for index, *by_rank in zip(indices, *ranks, strict=True):
             results[index] = by_rank
     return results
-
-
-def assemble_moments(ranks: list[list[Snapshot]]) -> list[Snapshot]:
-    """Returns what all processes see together at each moment."""
-    return [assemble(list(moment)) for moment in zip(*ranks, strict=True)]

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from tests.checkpoint.resuming import (
-    Setup,
-    Snapshot,
-    assemble_moments,
-    be_refused,
-    load_and_train,
-    on_all,
-    train_and_save,
+from tests.checkpoint.resume_cases import (
+    BUILDERS,
+    ELSEWHERE,
+    LONG,
+    LONG_REFUSED,
+    REFUSED,
+    SAME,
+    Resumed,
 )
+from tests.checkpoint.resuming import be_refused, load_and_train, on_all, train_and_save
+from tests.checkpoint.snapshots import Snapshot, assemble_moments
 from tests.distributed.small_training import largest_difference
 from tests.distributed.test_equivalence import TOLERANCE
 
-
-class Resumed(NamedTuple):
-    """Who saves, and who goes on after some steps of its own, which loading forgets."""
-
-    first: Setup
-    then: Setup
-    steps_before: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.first}->{self.then}" + (f"-after-{self.steps_before}" * bool(self[2]))
+LAYOUTS = {
+    (1, "fused"): "with whole rows",
+    (2, "row_wise"): "with whole rows",
+    (2, "column_wise"): "in 2 shards of columns 0 to 7, 8 to 15",
+    (4, "column_wise"): "in 4 shards of columns 0 to 3, 4 to 7, 8 to 11, 12 to 15",
+}
 
 
 class Result(NamedTuple):
@@ -49,98 +46,6 @@ class Refusal(NamedTuple):
     messages: tuple[str, ...]
     before: Snapshot
     after: Snapshot
-
-
-ONE = Setup(tables="rowwise_adagrad")
-EMA = Setup(tables="ema_rowwise_adagrad")
-ADAGRAD = Setup(tables="adagrad")
-SGD = Setup(tables="sgd")
-COLUMN_SHARDS = Setup(2, "column_wise", "ddp", "rowwise_adagrad")
-SAME = [
-    Resumed(ONE, ONE),
-    Resumed(ADAGRAD, ADAGRAD, 3),
-    Resumed(EMA, EMA),
-    *(
-        Resumed(setup, setup, steps_before=3 * (sharding == "row_wise"))
-        for world_size in (1, 2)
-        for sharding, tables in (
-            ("table_wise", "rowwise_adagrad"),
-            ("row_wise", "rowwise_adagrad"),
-            ("column_wise", "adagrad"),
-            ("data_parallel", "sgd"),
-        )
-        for dense in ("ddp", "fsdp")
-        for setup in [Setup(world_size, sharding, dense, tables)]
-    ),
-    *(
-        Resumed(setup, setup)
-        for setup in (
-            COLUMN_SHARDS,
-            Setup(2, "row_wise", "ddp", "ema_rowwise_adagrad"),
-            Setup(2, "first_process", "fsdp", "rowwise_adagrad"),
-        )
-    ),
-]
-
-
-def between(one: Setup, other: Setup) -> list[Resumed]:
-    return [Resumed(one, other), Resumed(other, one)]
-
-
-ELSEWHERE = [
-    *between(ONE, Setup(2, "table_wise", "ddp", "rowwise_adagrad")),
-    *between(ONE, Setup(2, "row_wise", "fsdp", "rowwise_adagrad")),
-    *between(ADAGRAD, Setup(2, "column_wise", "ddp", "adagrad")),
-    *between(SGD, Setup(2, "data_parallel", "ddp", "sgd")),
-    *between(EMA, Setup(2, "row_wise", "ddp", "ema_rowwise_adagrad")),
-    *between(
-        Setup(1, "row_wise", "fsdp", "rowwise_adagrad"),
-        Setup(2, "first_process", "ddp", "rowwise_adagrad"),
-    ),
-    *between(
-        Setup(2, "table_wise", "ddp", "rowwise_adagrad"),
-        Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
-    ),
-    *between(Setup(2, "row_wise", "fsdp", "adagrad"), Setup(2, "column_wise", "ddp", "adagrad")),
-    # The same shards of columns, on other processes.
-    *between(COLUMN_SHARDS, replace(COLUMN_SHARDS, sharding="column_wise_reversed")),
-]
-# They keep a sum for each row and shard of columns, which has no meaning for other shards.
-REFUSED = [
-    *between(COLUMN_SHARDS, ONE),
-    Resumed(COLUMN_SHARDS, replace(COLUMN_SHARDS, sharding="row_wise")),
-]
-BUILDERS = [
-    resumed
-    for setup in (
-        ONE,
-        replace(ONE, algorithm="sgd"),
-        Setup(2, "table_wise", "ddp", "rowwise_adagrad"),
-        Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
-    )
-    for resumed in between(setup, replace(setup, builder="reference"))
-]
-LONG = [
-    resumed
-    for few in (
-        ONE,
-        Setup(1, "row_wise", "fsdp", "rowwise_adagrad"),
-        Setup(2, "row_wise", "ddp", "rowwise_adagrad"),
-        Setup(2, "table_wise", "fsdp", "rowwise_adagrad"),
-    )
-    for many in (
-        Setup(4, "table_wise", "ddp", "rowwise_adagrad"),
-        Setup(4, "row_wise", "fsdp", "rowwise_adagrad"),
-    )
-    for resumed in between(few, many)
-] + [
-    *between(ADAGRAD, Setup(4, "column_wise", "fsdp", "adagrad")),
-    *between(Setup(2, "column_wise", "ddp", "adagrad"), Setup(4, "column_wise", "fsdp", "adagrad")),
-    *between(SGD, Setup(4, "data_parallel", "ddp", "sgd")),
-    *between(Setup(2, "row_wise", "ddp", "sgd"), Setup(2, "column_wise", "ddp", "sgd")),
-    *between(Setup(2, "table_wise", "fsdp", "sgd"), Setup(2, "data_parallel", "ddp", "sgd")),
-]
-LONG_REFUSED = between(COLUMN_SHARDS, replace(COLUMN_SHARDS, world_size=4))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -207,20 +112,10 @@ def check_refused(case: Resumed, refusal: Refusal) -> None:
     for message in refusal.messages:
         assert "'sum' of 'embeddings.embedding_bags.user.weight'" in message
         said = message.partition("It was written ")[2].partition("; resume with")[0]
-        assert said.split(", and here the table is ") == [
-            SHARDS_SAID[case.first.world_size, case.first.sharding],
-            SHARDS_SAID[case.then.world_size, case.then.sharding],
-        ]
+        layouts = [LAYOUTS[each.world_size, each.sharding] for each in (case.first, case.then)]
+        assert said.split(", and here the table is ") == layouts
         assert message.endswith("Nothing was changed")
     assert_equal(refusal.after, refusal.before)
-
-
-SHARDS_SAID = {
-    (1, "fused"): "with whole rows",
-    (2, "row_wise"): "with whole rows",
-    (2, "column_wise"): "in 2 shards of columns 0 to 7, 8 to 15",
-    (4, "column_wise"): "in 4 shards of columns 0 to 3, 4 to 7, 8 to 11, 12 to 15",
-}
 
 
 @pytest.mark.parametrize("case", SAME, ids=str)
@@ -247,7 +142,7 @@ def test_sums_of_column_shards_are_for_the_same_shards_only(case: Resumed, found
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", LONG, ids=str)
-def test_four_processes_go_on_and_are_gone_on_from(case: Resumed, long_found) -> None:
+def test_many_processes_go_on_and_are_gone_on_from(case: Resumed, long_found) -> None:
     check_resumed_elsewhere(long_found[0][case])
 
 

@@ -42,8 +42,9 @@ class FullyShard(DataParallelWrapper):
 def layout(kind: str, number: int, world_size: int) -> ParameterShardingGenerator:
     """How table `number` is laid out: `kind` is table_wise, row_wise, column_wise, data_parallel.
 
-    Or column_wise_reversed, with the first columns on the last process; or first_process, where
-    the whole table is.
+    Or column_wise_reversed, with the first columns on the last process; first_process, where the
+    whole table is; or, for example, columns_on_0110, with a shard of columns for each digit, which
+    is the process.
     """
     if kind == "first_process":
         return table_wise(rank=0, compute_kernel="fused")
@@ -53,6 +54,9 @@ def layout(kind: str, number: int, world_size: int) -> ParameterShardingGenerato
         return row_wise(compute_kernel="fused")
     if kind == "data_parallel":
         return data_parallel()
+    if kind.startswith("columns_on_"):
+        ranks = [int(digit) for digit in kind.removeprefix("columns_on_")]
+        return column_wise(ranks=ranks, compute_kernel="fused")
     ranks = list(range(world_size))
     if kind == "column_wise_reversed":
         return column_wise(ranks=ranks[::-1], compute_kernel="fused")
