@@ -52,11 +52,12 @@ class Training:
 
     def train(self, steps: int) -> Training:
         for _ in range(steps):
-            self.optimizer.zero_grad()
             self.backward(self.model, self.step)
             self.optimizer.step()
             if self.scheduler is not None:
                 self.scheduler.step()
+            # Not before the backward pass: it would pass the rates on to the tables' kernels.
+            self.optimizer.zero_grad()
             self.step += 1
         return self
 
