@@ -7,10 +7,12 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem
 from torchrec.distributed.types import ShardedTensor
 
 import recap_fast
@@ -58,7 +60,30 @@ def train(folder: str) -> None:
     torch.save(own, f"{folder}/final{share.rank}.pt")
 
 
-def _main(rank: int, world_size: int, folder: str, attempt: int) -> None:
+def stop_in_save(folder: str, number: int) -> None:
+    """Has this process stand still in its `number`-th save, with half of the tensors written."""
+    write_item, items = filesystem._write_item, 0
+    save = checkpoint.save
+
+    def counted_save(*args: Any, **options: Any) -> Path:
+        nonlocal number
+        number -= 1
+        return save(*args, **options)
+
+    def write_and_stop(*args: Any) -> Any:
+        nonlocal items
+        result = write_item(*args)
+        items += number == 0
+        if items == 20:
+            args[1].flush()
+            Path(folder, "stopped").touch()
+            time.sleep(60)
+        return result
+
+    checkpoint.save, filesystem._write_item = counted_save, write_and_stop
+
+
+def _main(rank: int, world_size: int, folder: str, attempt: int, stops: bool) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -67,6 +92,8 @@ def _main(rank: int, world_size: int, folder: str, attempt: int) -> None:
     )
     store = dist.FileStore(f"{folder}/store{attempt}", world_size)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store)
+    if stops and rank == 0:
+        stop_in_save(folder, 3)
     try:
         train(folder)
         dist.barrier()
@@ -84,13 +111,15 @@ class Training:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["torchrec", "torchrec.distributed", "recap_fast"])
 
-    def start(self) -> None:
+    def start(self, stops: bool = False) -> None:
+        """With `stops`, the first process does so in its third save: see `stop_in_save`."""
         for begun in self.folder.glob("begun*"):
             begun.unlink()
         self._left_before = self._unfinished_saves()
         self._processes = [
             self._context.Process(
-                target=_main, args=(rank, self._world_size, str(self.folder), self._attempts)
+                target=_main,
+                args=(rank, self._world_size, str(self.folder), self._attempts, stops),
             )
             for rank in range(self._world_size)
         ]
@@ -115,6 +144,9 @@ class Training:
             assert process.exitcode is not None, "the others wait for the dead"
         return bool(self._unfinished_saves() - self._left_before)
 
+    def complete(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").glob("step-*"))
+
     def _unfinished_saves(self) -> set[Path]:
         return set((self.folder / "checkpoints").glob(".saving-*"))
 
@@ -127,21 +159,30 @@ class Training:
 
 
 def check(tmp_path: Path, world_size: int, kills: int, seed: int) -> None:
+    """Kills once in the middle of a save, and then at random moments."""
     undisturbed = Training(tmp_path / "undisturbed", world_size)
     undisturbed.start()
     expected = undisturbed.finish()
 
     draw = random.Random(seed)
     killed = Training(tmp_path / "killed", world_size)
-    in_saves = done = 0
-    for _ in range(kills):
+    in_saves, done = 1, 0
+    killed.start(stops=True)
+    while not (killed.folder / "stopped").exists():
+        assert all(process.is_alive() for process in killed._processes)
+        time.sleep(0.005)
+    assert killed.kill(0)
+    assert killed.complete() == ["step-00000002", "step-00000004"]
+    for _ in range(kills - 1):
         killed.start()
         seconds, rank = draw.uniform(0, LONGEST_LIFE), draw.randrange(world_size)
         killed.live(seconds)
         in_save = killed.kill(rank)
         in_saves += in_save
-        steps = sorted(path.name for path in (killed.folder / "checkpoints").glob("step-*"))
-        print(f"killed process {rank} after {seconds:.3f} s, in a save: {in_save}; {steps}")
+        print(
+            f"killed process {rank} after {seconds:.3f} s, in a save: {in_save}; "
+            f"{killed.complete()}"
+        )
         if (killed.folder / "final0.pt").exists():  # too late; begin again from the start
             done += 1
             killed = Training(tmp_path / f"killed{done}", world_size)
@@ -169,4 +210,4 @@ def test_a_killed_training_ends_as_if_undisturbed(tmp_path: Path, world_size: in
 def test_a_training_killed_twenty_times_ends_as_if_undisturbed(
     tmp_path: Path, world_size: int
 ) -> None:
-    check(tmp_path, world_size, kills=20, seed=10 + world_size)
+    check(tmp_path, world_size, kills=21, seed=10 + world_size)
