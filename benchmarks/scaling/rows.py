@@ -1,0 +1,63 @@
+"""What FBGEMM allocates for a row of a table: weights and optimizer state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+
+ALGORITHMS: Final = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "adam": EmbOptimType.ADAM,
+}
+DTYPES: Final = {"float32": SparseType.FP32, "float16": SparseType.FP16}
+_ROWS: Final = 4096
+
+
+@dataclass(frozen=True)
+class RowBytes:
+    """Bytes for each row of a table.
+
+    Attributes:
+        algorithm: of `ALGORITHMS`.
+        dtype: of the weights.
+        dim: columns.
+        weights, state: bytes.
+    """
+
+    algorithm: str
+    dtype: str
+    dim: int
+    weights: float
+    state: float
+
+
+def measure(algorithm: str, dtype: str, dim: int) -> RowBytes:
+    """Has FBGEMM lay out a table as for a GPU, on the meta device, where nothing is allocated."""
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(
+        [(_ROWS, dim, EmbeddingLocation.DEVICE, ComputeDevice.CUDA)],
+        optimizer=ALGORITHMS[algorithm],
+        weights_precision=DTYPES[dtype],
+        device=torch.device("meta"),
+    )
+    tensors = dict([*kernel.named_parameters(), *kernel.named_buffers()])
+    weights, state = (
+        sum(
+            tensor.numel() * tensor.element_size()
+            for name, tensor in tensors.items()
+            # Beside these there are a few integers for each table, not for each row.
+            if name.startswith(prefix) and name.endswith("_dev") and tensor.is_floating_point()
+        )
+        for prefix in ("weights", "momentum")
+    )
+    return RowBytes(algorithm, dtype, dim, weights / _ROWS, state / _ROWS)
