@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torchrec.optim.fused import FusedOptimizer
 
 from recap_fast.checkpoint import CheckpointError, load, manifest, save
+from recap_fast.keyed import leaves
+from tests.checkpoint.resuming import Setup, Training
 from tests.checkpoint.small_training_state import small
 from tests.distributed.processes import run
 
@@ -102,3 +105,40 @@ def _save_alone(directory: str) -> tuple[int, bool]:
 
 def test_groups_of_processes_save_by_themselves(tmp_path: Path) -> None:
     assert run(2, _save_alone, str(tmp_path)) == [(0, True), (1, True)]
+
+
+def _differing_buffers(directory: str) -> tuple[bool, list[float]]:
+    """Running statistics as batch normalisation has them after a forward pass: DDP leaves them."""
+    training = small()
+    buffers = [training.model.norm.running_mean, training.model.norm.running_var]
+    for buffer in buffers:
+        buffer.fill_(10.0 + dist.get_rank())
+    save(directory, 1, *training.all)
+    is_unchanged = all((buffer == 10.0 + dist.get_rank()).all() for buffer in buffers)
+    load(directory, *training.all)
+    return is_unchanged, [value for buffer in buffers for value in buffer.tolist()]
+
+
+def test_buffers_are_those_of_the_first_process(tmp_path: Path) -> None:
+    """Since DDP copies these to the others before the next forward pass."""
+    assert run(2, _differing_buffers, str(tmp_path)) == [(True, [10.0] * 8)] * 2
+
+
+def _rates_of_kernels(directory: str) -> list[tuple[float, float]]:
+    """After loading into another rate without a scheduler: of the param groups and the kernels."""
+    saved, own = (Training(Setup(2, "row_wise", tables="sgd"), seed=seed) for seed in range(2))
+    for group in saved.optimizer.param_groups:
+        group["lr"] = 0.125
+    saved.optimizer.sync_fused_learning_rates()
+    save(directory, 0, saved.model, saved.optimizer)
+    load(directory, own.model, own.optimizer)
+    return [
+        (leaf.param_groups[0]["lr"], leaf._emb_module.get_learning_rate())
+        for leaf in leaves(own.optimizer)
+        if isinstance(leaf, FusedOptimizer)
+    ]
+
+
+def test_kernels_of_sharded_tables_get_the_rate_without_a_scheduler(tmp_path: Path) -> None:
+    for rates in run(2, _rates_of_kernels, str(tmp_path)):
+        assert rates and set(rates) == {(0.125, 0.125)}
