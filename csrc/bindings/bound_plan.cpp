@@ -35,19 +35,6 @@ bool is_capturable(const py::dict& group) {
   return truth == 1;
 }
 
-// What a weak reference refers to, as a new reference.
-PyObject* referent(PyObject* weakref) {
-#if PY_VERSION_HEX >= 0x030D0000
-  PyObject* object = nullptr;
-  PyWeakref_GetRef(weakref, &object);
-  return object;
-#else
-  PyObject* const object = PyWeakref_GET_OBJECT(weakref);
-  Py_XINCREF(object);
-  return object;
-#endif
-}
-
 struct DeviceOrder {
   bool operator()(at::Device a, at::Device b) const { return a.index() < b.index(); }
 };
@@ -200,16 +187,12 @@ void BoundPlan::share_step_counter() {
 bool BoundPlan::Owner::unchanged() const {
   static PyObject* const state_name = PyUnicode_InternFromString("state");
   static PyObject* const groups_name = PyUnicode_InternFromString("param_groups");
-  // Plain attributes of the instance. To look them up as Python does, through its classes, takes
-  // three times as long, which shows with a hundred optimizers.
-  const auto self = py::reinterpret_steal<py::object>(referent(optimizer.ptr()));
-  const auto attributes = py::reinterpret_steal<py::object>(
-      self ? PyObject_GenericGetDict(self.ptr(), nullptr) : nullptr);
-  if (!attributes) throw py::error_already_set();
-  PyObject* const dict = attributes.ptr();
-  return PyDict_GetItemWithError(dict, state_name) == state.ptr() &&
-         PyDict_GetItemWithError(dict, groups_name) == param_groups.list().ptr() &&
-         param_groups.unchanged();
+  const auto self = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(optimizer.ptr()));
+  const auto own_state =
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), state_name));
+  const auto groups = py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), groups_name));
+  if (!own_state || !groups) throw py::error_already_set();
+  return own_state.is(state) && groups.is(param_groups.list()) && param_groups.unchanged();
 }
 
 bool BoundPlan::groups_unchanged() {
