@@ -142,9 +142,10 @@ def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> float:
     for part, gradient in zip(parts.part_of_param, gradients, strict=True):
         sums[part] += float(gradient.detach().double().square().sum())
     norm = math.sqrt(parts.total(sums))
-    if math.isfinite(norm) and max_norm / (norm + _EPSILON) < 1:
+    factor = max_norm / (norm + _EPSILON)
+    if math.isfinite(norm) and factor < 1:
         for gradient in gradients:
-            gradient.detach().mul_(max_norm / (norm + _EPSILON))
+            gradient.detach().mul_(factor)
     return norm
 
 

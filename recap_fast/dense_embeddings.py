@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from recap_fast.config import EmbeddingOptimizerConfig, LearningRate
-from recap_fast.names import TABLES, check_table_names, some, table_name
+from recap_fast.names import TABLES, check_table_names, is_table, some, table_name
 
 if TYPE_CHECKING:
     from recap_fast.grouping import DenseGroup
@@ -46,8 +46,7 @@ def check_tables_used(
         if group.role == "dense_embeddings":
             continue
         for name in group.params:
-            is_table = name.split(".")[-3:-2] == [TABLES]
-            if is_table and table_name(name) in emb_optimizer_config.tables:
+            if is_table(name) and table_name(name) in emb_optimizer_config.tables:
                 raise ValueError(
                     f"emb_optimizer_config.tables has options for {table_name(name)!r}, but "
                     f"{name!r} is not fused, and belongs to the group {group.name!r}, whose "

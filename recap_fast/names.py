@@ -33,6 +33,11 @@ def modules_by_name(params: Iterable[str]) -> dict[str, list[str]]:
     return {full: name.split(".")[:-1] for full, name in without_wrappers(params).items()}
 
 
+def is_table(param_name: str) -> bool:
+    """Returns whether a parameter is the weights of a table of an `EmbeddingBagCollection`."""
+    return param_name.split(".")[-3:-2] == [TABLES]
+
+
 def table_name(param_name: str) -> str:
     """Returns what an embedding table is called, given the name of its weights."""
     return param_name.removesuffix(".weight").rpartition(".")[2]
@@ -47,9 +52,7 @@ def check_table_names(
         emb_optimizer_config: What to check.
         param_names: FQNs; a table's is "<path>.embedding_bags.<table>.weight".
     """
-    known = dict.fromkeys(
-        table_name(name) for name in param_names if name.split(".")[-3:-2] == [TABLES]
-    )
+    known = dict.fromkeys(table_name(name) for name in param_names if is_table(name))
     for name in emb_optimizer_config.tables:
         if name in known:
             continue

@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
+from recap_fast.embeddings.kernels import OPTIMIZERS
+
 ALGORITHMS: Final = {
-    "sgd": EmbOptimType.EXACT_SGD,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "adam": EmbOptimType.ADAM,
+    name: OPTIMIZERS[name]
+    for name in ("sgd", "rowwise_adagrad", "partial_rowwise_adam", "adagrad", "adam")
 }
 DTYPES: Final = {"float32": SparseType.FP32, "float16": SparseType.FP16}
 _ROWS: Final = 4096

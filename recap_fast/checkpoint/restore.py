@@ -16,7 +16,8 @@ from recap_fast.checkpoint.errors import CheckpointMismatchError
 from recap_fast.checkpoint.match import groups_by_param
 from recap_fast.checkpoint.plain import option_like, option_to_plain
 from recap_fast.checkpoint.trained import TrainedParam
-from recap_fast.names import TABLES
+from recap_fast.embeddings.kernel_optimizer import set_forward_passes
+from recap_fast.names import is_table
 from recap_fast.shim import RecapLRShim
 from recap_fast.state_memory import StateMemory
 
@@ -109,8 +110,7 @@ class Restoration:
             group[name] = option_like(group[name], value)
         for item in self._trained:
             if item.name in self._passes:
-                item.kernel.iter.fill_(self._passes[item.name])
-                item.kernel.iter_cpu.fill_(self._passes[item.name])
+                set_forward_passes(item.kernel, self._passes[item.name])
         for owner in {
             id(item.owner): item.owner for item in self._trained if item.is_fused
         }.values():
@@ -195,5 +195,5 @@ def _without_tables(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -
     return [
         name
         for name, group in zip(names, dense, strict=True)
-        if not all(param.split(".")[-3:-2] == [TABLES] for param in group["params"])
+        if not all(is_table(param) for param in group["params"])
     ]

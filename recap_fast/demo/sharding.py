@@ -89,13 +89,13 @@ def shard(
         device=device,
         plan=plan,
         sharders=[sharder],
-        data_parallel_wrapper=_FullyShard() if dense == "fsdp" else None,
+        data_parallel_wrapper=FullyShard() if dense == "fsdp" else None,
     )
     _copy_tables(sharded, tables)
     return sharded
 
 
-class _FullyShard(DataParallelWrapper):
+class FullyShard(DataParallelWrapper):
     """FSDP2 for everything but the tables."""
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
@@ -179,7 +179,7 @@ def _copy_tables(model: DistributedModelParallel, tables: dict[str, torch.Tensor
             state[name].copy_(table)
             continue
         for local in state[name].local_shards():
-            local.tensor.copy_(table[_slices(local.metadata)])
+            local.tensor.copy_(table[slices(local.metadata)])
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -198,12 +198,12 @@ def _whole(value: Any, device: torch.device) -> torch.Tensor:
         return value.detach()
     whole = torch.zeros(value.size(), dtype=value.dtype, device=device)
     for local in value.local_shards():
-        whole[_slices(local.metadata)] = local.tensor.detach()
+        whole[slices(local.metadata)] = local.tensor.detach()
     dist.all_reduce(whole)  # every element is in one shard, and 0 elsewhere
     return whole
 
 
-def _slices(metadata: Any) -> tuple[slice, ...]:
+def slices(metadata: Any) -> tuple[slice, ...]:
     """Where a shard lies in the whole tensor."""
     return tuple(
         slice(offset, offset + size)

@@ -29,7 +29,7 @@ STATES = {
     EmbOptimType.LARS_SGD: ("momentum_buffer",),
 }
 # Those whose update depends on the number of forward passes, whatever the mode of weight decay.
-COUNTING = (
+_COUNTING = (
     EmbOptimType.EMAINPLACE_ROWWISE_ADAGRAD,
     EmbOptimType.ENSEMBLE_ROWWISE_ADAGRAD,
     EmbOptimType.ADAM,
@@ -41,10 +41,16 @@ COUNTING = (
 
 def counts_forward_passes(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
     """Returns whether the updates of a kernel depend on how many forward passes it has seen."""
-    return kernel.optimizer in COUNTING or any(
+    return kernel.optimizer in _COUNTING or any(
         getattr(kernel, f"_used_rowwise_adagrad_with_{mode}", False)  # which SSD kernels lack
         for mode in ("counter", "global_weight_decay")
     )
+
+
+def set_forward_passes(kernel: SplitTableBatchedEmbeddingBagsCodegen, count: int) -> None:
+    """Sets how many forward passes a kernel has seen; FBGEMM keeps the number twice."""
+    kernel.iter.fill_(count)
+    kernel.iter_cpu.fill_(count)
 
 
 def reads_max_counter(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
@@ -99,5 +105,4 @@ class KernelOptimizer(EmbeddingFusedOptimizer):
 
     def set_optimizer_step(self, step: int) -> None:
         """Sets the number of forward passes that the module has counted."""
-        self._emb_module.iter.fill_(step)
-        self._emb_module.iter_cpu.fill_(step)
+        set_forward_passes(self._emb_module, step)

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DataParallelWrapper
 from torchrec.distributed.sharding_plan import (
     ParameterShardingGenerator,
     column_wise,
@@ -23,20 +20,10 @@ from torchrec.distributed.types import ShardedTensor, ShardingPlan
 
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.demo.model import MultiTaskRanker
+from recap_fast.demo.sharding import FullyShard, slices
 from recap_fast.embeddings import set_table_optimizers
 
 CPU = torch.device("cpu")
-
-
-class FullyShard(DataParallelWrapper):
-    """FSDP2 for all that is not a table."""
-
-    def wrap(self, dmp, env, device):
-        model = dmp.module.to(device)
-        mesh = init_device_mesh(device.type, (env.world_size,))
-        for part in (*model.backbone.blocks, *model.towers.values()):
-            fully_shard(part, mesh=mesh)
-        fully_shard(model, mesh=mesh, ignored_params=set(model.embeddings.parameters()))
 
 
 def layout(kind: str, number: int, world_size: int) -> ParameterShardingGenerator:
@@ -111,15 +98,4 @@ def local_parts(value: torch.Tensor) -> list[tuple[torch.Tensor, tuple[slice, ..
     """What this process holds of a tensor, and where in the whole it is."""
     if not isinstance(value, ShardedTensor):
         return [(value.detach(), ())]
-    return [
-        (
-            shard.tensor.detach(),
-            tuple(
-                slice(offset, offset + size)
-                for offset, size in zip(
-                    shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True
-                )
-            ),
-        )
-        for shard in value.local_shards()
-    ]
+    return [(shard.tensor.detach(), slices(shard.metadata)) for shard in value.local_shards()]
