@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,12 @@ class NormParts:
     What is replicated, as every plain tensor is under DDP, counts once; each process adds the
     squares of its own shard of a DTensor.
 
+    All processes must agree on the parameters, since `total` has them wait for each other, but not
+    on which of these have a gradient.
+
     Args:
         params: those whose gradients make up the norm.
+        names: what errors call them; else by their shape.
 
     Attributes:
         part_of_param: the number of each parameter's part.
@@ -60,13 +64,15 @@ class NormParts:
         ValueError: a parameter is a DTensor of pending sums (`Partial`).
     """
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
         numbers: dict[Any, int] = {}
         self._groups: list[list[dist.ProcessGroup]] = []
         self._devices: list[str] = []
         self.part_of_param: list[int] = []
-        for param in params:
-            key, groups, device = _sharding(param)
+        for index, param in enumerate(params):
+            key, groups, device = _sharding(
+                param, names[index] if names else f"of shape {tuple(param.shape)}"
+            )
             if key not in numbers:
                 numbers[key] = len(numbers)
                 self._groups.append(groups)
@@ -107,7 +113,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _sharding(param: Tensor) -> tuple[Any, list[dist.ProcessGroup], str]:
+def _sharding(param: Tensor, name: str) -> tuple[Any, list[dist.ProcessGroup], str]:
     """What tells parts apart, the groups to sum over, and the device to do it on."""
     if not _is_dtensor(param):
         return None, [], "cpu"
@@ -116,8 +122,8 @@ def _sharding(param: Tensor) -> tuple[Any, list[dist.ProcessGroup], str]:
     for dim, placement in enumerate(param.placements):
         if placement.is_partial():
             raise ValueError(
-                f"clip_grad_norm: a parameter of shape {tuple(param.shape)} is a DTensor of "
-                "pending sums (Partial); redistribute it"
+                f"clip_grad_norm: parameter {name} is a DTensor of pending sums (Partial), each "
+                "process with a part of every element; redistribute it"
             )
         if not placement.is_replicate():
             dims.append(dim)
@@ -135,12 +141,13 @@ def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> float:
     Returns:
         The norm before clipping, over all processes that share a parameter.
     """
-    params = [param for param in params if param.grad is not None]
     parts = NormParts(params)
     sums = [0.0] * parts.count
-    gradients = [_local(param) for param in params]
-    for part, gradient in zip(parts.part_of_param, gradients, strict=True):
-        sums[part] += float(gradient.detach().double().square().sum())
+    gradients = []
+    for part, param in zip(parts.part_of_param, params, strict=True):
+        if param.grad is not None:
+            gradients.append(_local(param))
+            sums[part] += float(gradients[-1].detach().double().square().sum())
     norm = math.sqrt(parts.total(sums))
     factor = max_norm / (norm + _EPSILON)
     if math.isfinite(norm) and factor < 1:

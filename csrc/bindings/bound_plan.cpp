@@ -302,17 +302,19 @@ void BoundPlan::undo_step_counts() {
 Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_inf) {
   if (!groups_unchanged() || !read_slots()) return Outcome::stale;
   check_captured_rates();
-  const double scale = has_host_values_ ? scalar(grad_scale, "grad_scale", 1.0) : 1.0;
-  const bool skip = has_host_values_ && scalar(found_inf, "found_inf", 0.0) != 0.0;
+  const bool captures = !cuda_parts_.empty() && check_capture();
+  const bool on_host = has_host_values_ && !captures;
+  const double scale = on_host ? scalar(grad_scale, "grad_scale", 1.0) : 1.0;
+  const bool skip = on_host && scalar(found_inf, "found_inf", 0.0) != 0.0;
   const bool clips = clipping_.max_norm > 0.0;
   if (skip && !clips) return Outcome::skipped;
   if (!slots_without_state_.empty() && !skip) return Outcome::needs_state;
-  if (!cuda_parts_.empty()) check_capture();
 
   for (const uint32_t slot : copied_) slots_[slot].copy_in();
   const double factor = clips ? clip(scale, skip) : 1.0;
   if (std::isnan(factor)) return Outcome::skipped;
   fill_values(scale, factor);
+  if (captures) captured_rates_ = rates();
   try {
     run_cuda_parts(grad_scale, found_inf);
   } catch (...) {

@@ -70,7 +70,8 @@ class BoundPlan {
   // Whether a CUDA graph has captured a step: it reads the memory of this plan ever after.
   bool is_captured() const { return !captured_rates_.empty(); }
 
-  // Raises RuntimeError if a learning rate on the host is not the one that was captured.
+  // Raises RuntimeError if a learning rate on the host, or the tensor that has it, is not the one
+  // that was captured.
   void check_captured_rates();
 
   // Whether a step would wait for the device to read the tensor, were the values not computed
@@ -112,6 +113,15 @@ class BoundPlan {
     size_t begin, end;  // its slots
   };
 
+  // A group's learning rate: a number, or NaN and a tensor on the device.
+  struct Rate {
+    double number;
+    at::Tensor tensor;
+
+    bool operator==(const Rate& other) const;
+    std::string text() const;
+  };
+
   struct Clipping {
     double max_norm = 0.0;  // 0: off
     std::vector<uint32_t> part_of_slot;
@@ -130,7 +140,7 @@ class BoundPlan {
   bool groups_unchanged();
   bool read_slots();  // false: a slot changed since the plan was built
   void refuse_shared_memory() const;
-  void check_capture();
+  bool check_capture() const;  // whether this step is captured; raises if a part of it would not be
   double clip(double grad_scale, bool found_inf);
   void fill_values(double grad_scale, double clip);
   void undo_step_counts();
@@ -138,7 +148,7 @@ class BoundPlan {
                                 at::Tensor& kept);
   void run_cuda_parts(const py::object& grad_scale, const py::object& found_inf);
   void remember_gradients();
-  std::vector<double> rates() const;
+  std::vector<Rate> rates() const;
 
   std::vector<Owner> owners_;
   std::vector<Group> groups_;
@@ -161,7 +171,7 @@ class BoundPlan {
   std::vector<Entry> entries_;  // of the group that is being filled in
   cuda::DeviceStep device_step_;
   std::vector<const double*> scheduled_rates_;  // one per group, on the device; null: not scheduled
-  std::vector<double> captured_rates_;          // one per group; empty: no graph captured this plan
+  std::vector<Rate> captured_rates_;            // one per group; empty: no graph captured this plan
   std::vector<char> stepped_last_;  // with device values: had a gradient in the last step
   std::vector<uint32_t> copied_;    // slots that this step must copy in and out
   std::vector<size_t> slots_without_state_;

@@ -5,7 +5,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
-#include <cmath>
+#include <algorithm>
 #include <map>
 #include <sstream>
 
@@ -94,6 +94,7 @@ void BoundPlan::set_schedules(const std::vector<size_t>& groups, const at::Tenso
 std::vector<at::Tensor> BoundPlan::sums_of_squares(const std::vector<uint32_t>& part_of_slot,
                                                    size_t parts) {
   if (!groups_unchanged() || !read_slots()) return {};
+  check_capture();
   // torch's kernel takes tensors of one device and dtype at a time.
   using Kind = std::tuple<uint32_t, at::Device, at::ScalarType>;
   const auto before = [](const Kind& a, const Kind& b) {
@@ -130,54 +131,77 @@ bool BoundPlan::wants_device_values(const py::object& scalar) const {
          !cuda_parts_.empty();
 }
 
-void BoundPlan::check_capture() {
+bool BoundPlan::check_capture() const {
+  std::vector<at::Device> captured;
   for (const CudaPart& part : cuda_parts_) {
-    if (!is_capturing(part.device())) continue;
-    if (!device_values_) {
-      throw std::runtime_error(
-          "a CUDA graph would repeat the learning rates and step counts of this one step: create "
-          "the optimizer with capturable=True");
-    }
-    for (size_t slot = 0; slot < slots_.size(); ++slot) {
-      if (stepped_last_[slot] && !step_.grads[slot]) {
-        throw std::runtime_error(
-            "parameter " + slots_[slot].name() +
-            " has no gradient while a CUDA graph is captured, but had one in the step before: the "
-            "graph would never update it. Capture the backward pass too, or call "
-            "requires_grad_(False) and take a step first");
-      }
-    }
-    captured_rates_ = rates();
-    return;
+    if (is_capturing(part.device())) captured.push_back(part.device());
   }
+  if (captured.empty()) return false;
+  if (!device_values_) {
+    throw std::runtime_error(
+        "a CUDA graph would repeat the learning rates and step counts of this one step: create "
+        "the optimizer with capturable=True");
+  }
+  const auto is_captured = [&](at::Device device) {
+    return std::find(captured.begin(), captured.end(), device) != captured.end();
+  };
+  const auto refuse = [&](const std::string& what, at::Device device) {
+    throw std::runtime_error(what + " on " + device.str() +
+                             " would change now, but not when the CUDA graph that is captured on " +
+                             captured.front().str() +
+                             " is replayed: leave what is there to an optimizer of its own, and "
+                             "its steps out of the graph");
+  };
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    const at::Device device = slots_[slot].param().device();
+    if (step_.grads[slot]) {
+      if (!is_captured(device)) refuse("parameter " + slots_[slot].name(), device);
+    } else if (stepped_last_[slot] && is_captured(device)) {
+      throw std::runtime_error(
+          "parameter " + slots_[slot].name() +
+          " has no gradient while a CUDA graph is captured, but had one in the step before: the "
+          "graph would never update it. Capture the backward pass too, or call "
+          "requires_grad_(False) and take a step first");
+    }
+  }
+  for (const CudaPart& part : cuda_parts_) {
+    if (part.rates() && !is_captured(part.device())) refuse("the learning rates", part.device());
+  }
+  return true;
 }
 
-std::vector<double> BoundPlan::rates() const {
-  std::vector<double> rates;
-  for (const Group& group : groups_) rates.push_back(group.reader.hyper().lr());
+bool BoundPlan::Rate::operator==(const Rate& other) const {
+  return tensor.is_same(other.tensor) && (tensor.defined() || number == other.number);
+}
+
+std::string BoundPlan::Rate::text() const {
+  std::ostringstream text;
+  tensor.defined() ? text << "a tensor on the device" : text << number;
+  return text.str();
+}
+
+std::vector<BoundPlan::Rate> BoundPlan::rates() const {
+  std::vector<Rate> rates;
+  for (const Group& group : groups_) {
+    rates.push_back({group.reader.hyper().lr(), group.reader.device_lr()});
+  }
   return rates;
 }
 
 void BoundPlan::check_captured_rates() {
   if (captured_rates_.empty()) return;
+  for (Group& group : groups_) group.reader.refresh();
+  const std::vector<Rate> present = rates();
   for (size_t i = 0; i < groups_.size(); ++i) {
-    GroupReader& reader = groups_[i].reader;
-    reader.refresh();
-    const double captured = captured_rates_[i], rate = reader.hyper().lr();
-    // A rate in device memory shows as NaN.
-    if (scheduled_rates_[i] || rate == captured || (std::isnan(rate) && std::isnan(captured)))
-      continue;
-    const auto shown = [](double lr) {
-      std::ostringstream number;
-      number << lr;
-      return std::isnan(lr) ? "a tensor on the device" : number.str();
-    };
-    std::ostringstream text;
-    text << "the lr of " << reader.name() << " changed from " << shown(captured) << " to "
-         << shown(rate)
-         << " after a CUDA graph was captured, which goes on with the former; set a tensor on the "
-            "device as lr and change its value, or create RecapLRShim with device_schedule=True";
-    throw std::runtime_error(text.str());
+    const Rate& captured = captured_rates_[i];
+    if (scheduled_rates_[i] || present[i] == captured) continue;
+    const bool both = captured.tensor.defined() && present[i].tensor.defined();
+    throw std::runtime_error(
+        "the lr of " + groups_[i].reader.name() + " changed from " + captured.text() + " to " +
+        (both ? "another" : present[i].text()) +
+        " after a CUDA graph was captured, which goes on with the former; before the capture, set "
+        "a tensor on the device as lr, whose value you change, or create RecapLRShim with "
+        "device_schedule=True");
   }
 }
 

@@ -1,6 +1,7 @@
 #include "cuda_part.h"
 
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 
 #include "devices.h"
 
@@ -24,7 +25,9 @@ namespace {
 Plan plan_of(const std::vector<Slot>& slots) { return {slots, cut_tiles(slots, cuda::kTileSize)}; }
 
 template <typename Step>
-void run_on(cuda::Engine& engine, const Step& step, void* stream) {
+void run_on(at::Device device, cuda::Engine& engine, const Step& step, void* stream) {
+  // Going back to a device without a context, torch's guard makes none there.
+  const c10::DeviceGuard guard(device);
   py::gil_scoped_release release;  // a launch waits while the queue of the device is full
   engine.run(step, stream);
 }
@@ -37,18 +40,23 @@ CudaPart::CudaPart(at::Device device, const std::vector<Slot>& slots) : device_(
         "the optimizer must build its plan before a CUDA graph is captured: take a step with the "
         "same parameters and gradients first, and change neither param groups nor state after it");
   }
+  const c10::DeviceGuard guard(device);
   engine_ = std::make_unique<EngineHolder>(device, plan_of(slots));
 }
 
-void CudaPart::run(const Step& step) { run_on(engine_->engine, step, current_stream(device_)); }
+void CudaPart::run(const Step& step) {
+  run_on(device_, engine_->engine, step, current_stream(device_));
+}
 
 void CudaPart::run(const cuda::DeviceStep& step) {
   void* const stream = current_stream(device_);
   if (stream != last_stream_ && !is_capturing(device_)) {
-    keep_for_current_stream(counts_);
+    for (const at::Tensor& tensor : {counts_, schedules_, rates_, epoch_}) {
+      if (tensor.defined()) keep_for_current_stream(tensor);
+    }
     last_stream_ = stream;
   }
-  run_on(engine_->engine, step, stream);
+  run_on(device_, engine_->engine, step, stream);
 }
 
 #else  // devices.cpp sends no tensor here
@@ -67,6 +75,8 @@ CudaPart::CudaPart(CudaPart&&) noexcept = default;
 
 void CudaPart::set_schedules(const at::Tensor& schedules, const at::Tensor& rates,
                              const at::Tensor& epoch) {
+  // Made on whichever stream; `run` takes care of those to come.
+  for (const at::Tensor& tensor : {schedules, rates, epoch}) keep_for_current_stream(tensor);
   schedules_ = schedules;
   rates_ = rates;
   epoch_ = epoch;

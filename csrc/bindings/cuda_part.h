@@ -43,9 +43,9 @@ class CudaPart {
 
   at::Device device_;
   std::unique_ptr<EngineHolder> engine_;
-  at::Tensor counts_;            // float32, one per slot of the plan
-  void* last_stream_ = nullptr;  // that used them
+  at::Tensor counts_;  // float32, one per slot of the plan
   at::Tensor schedules_, rates_, epoch_;
+  void* last_stream_ = nullptr;  // that used these
   cuda::RateTable rate_table_;
 };
 

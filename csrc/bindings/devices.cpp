@@ -1,5 +1,6 @@
 #include "devices.h"
 
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #if defined(RECAP_WITH_CUDA)
@@ -39,6 +40,7 @@ void keep_for_current_stream(const at::Tensor& tensor) {
 
 bool is_capturing(at::Device device) {
 #if defined(RECAP_WITH_CUDA)
+  const c10::DeviceGuard guard(device);
   return cuda::is_capturing(device_number(device), current_stream(device));
 #else
   (void)device;

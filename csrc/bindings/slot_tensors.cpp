@@ -41,6 +41,13 @@ bool sharded_alike(const py::object& a, const py::object& b) {
                               first.attr("mesh").equal(second.attr("mesh")));
 }
 
+bool has_pending_sums(const py::object& dtensor) {
+  for (const py::handle placement : dtensor.attr("placements")) {
+    if (placement.attr("is_partial")().cast<bool>()) return true;
+  }
+  return false;
+}
+
 bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   return a.sizes() == b.sizes() &&
          (a.strides() == b.strides() || (a.is_contiguous() && b.is_contiguous()));
@@ -113,6 +120,11 @@ std::optional<SlotTensors::Refusal> SlotTensors::refusal() const {
   if (param().is_inference() && !c10::InferenceMode::is_enabled()) {
     return runtime_error(
         " is an inference tensor, which cannot be updated outside inference mode; clone() it");
+  }
+  if (shard_ && has_pending_sums(object_)) {
+    return runtime_error(
+        " is a DTensor of pending sums (Partial), each process with a part of every element; "
+        "redistribute it");
   }
   if (at::has_internal_overlap(param()) == at::MemOverlap::Yes) {
     return runtime_error(" of shape ", param().sizes(), " and strides ", param().strides(),
@@ -279,6 +291,11 @@ const void* SlotTensors::gradient(const at::Tensor& whole, bool& needs_copy) {
 }
 
 void SlotTensors::copy_in() {
+  // The copies belong to the stream on which they were made.
+  if (engine_for(param().device()) == EngineKind::cuda) {
+    if (dense_param_.defined()) keep_for_current_stream(dense_param_);
+    if (dense_grad_.defined()) keep_for_current_stream(dense_grad_);
+  }
   if (dense_param_.defined()) dense_param_.copy_(param().detach());
   if (dense_grad_.defined()) dense_grad_.copy_(grad().detach());
 }

@@ -19,7 +19,8 @@ void check(cudaError_t error, int device, const char* what) {
                            cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
-// Makes a device current, and the former one again at the end.
+// Makes a device current, and the former one again at the end. That makes a context there, if there
+// is none: a caller that may be on such a device makes ours current by other means.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
@@ -129,8 +130,9 @@ class Engine::Implementation {
   }
 
   void release() {
-    if (ticket_ && !captured_) cudaFreeAsync(ticket_, last_stream_);
     if (moved_) cudaEventDestroy(moved_);
+    if (!ticket_ || captured_ || captures(device_, last_stream_)) return;
+    cudaFreeAsync(ticket_, last_stream_);
   }
 
   // Makes `stream` wait for what this engine did on the stream before. So the table is there before

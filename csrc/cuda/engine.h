@@ -27,7 +27,8 @@ class Engine {
   Engine(int device, const Plan& plan, void* stream);
 
   // Frees in the order of the last stream that ran a step: a step that is still running keeps its
-  // table. What a graph has captured is not freed: nothing tells when the last graph is gone.
+  // table. What a graph has captured is not freed: nothing tells when the last graph is gone. Nor
+  // is anything while that stream is being captured, since the graph would take the free.
   ~Engine();
 
   Engine(const Engine&) = delete;

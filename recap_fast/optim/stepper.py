@@ -71,6 +71,8 @@ class Stepper:
             Exception: naming the parameter or param group that cannot be stepped. Parameters,
                 states and step counts are then as they were.
         """
+        for plan in self._captured:
+            plan.check_captured_rates()
         if self._plan is None:
             self._build()
         if self._max_norm is not None and self._plan.has_cuda_parts:
@@ -121,8 +123,9 @@ class Stepper:
 
     def check_captured_rates(self) -> None:
         """Raises RuntimeError if a rate on the host differs from that in a captured CUDA graph."""
-        if self._plan is not None:
-            self._plan.check_captured_rates()
+        plans = self._captured if self._plan is None else (*self._captured, self._plan)
+        for plan in plans:
+            plan.check_captured_rates()
 
     def _avoid_waiting_for(self, *scalars: Tensor | None) -> None:
         """Has values computed on the device from the first step on that would wait for it."""
@@ -139,8 +142,10 @@ class Stepper:
         self._plan = None
 
     def _build(self, first: Sequence[int] = ()) -> None:
-        self._drop_plan()
+        """Puts another plan in the place of the present one, which stays if that fails."""
         sources = []
+        params: list[Tensor] = []
+        all_names: list[str] = []
         optimizers = self._optimizers()
         for number, (optimizer, names_of) in enumerate(zip(optimizers, self._names, strict=True)):
             where = f" of optimizer {number}" if len(optimizers) > 1 else ""
@@ -152,28 +157,24 @@ class Stepper:
                 ]
                 own_names = group.get("param_names", ())
                 names[: len(own_names)] = own_names[: len(names)]
+                params += group["params"]
+                all_names += names
                 sources.append(
                     native.GroupSource(optimizer.algorithm, name, group, optimizer.state, names)
                 )
-        self._plan = native.BoundPlan(sources, optimizers, list(first), self._device_values)
-        if self._max_norm is not None:
-            self._clip(optimizers)
-            if self._plan.has_cuda_parts and not self._device_values:
-                self._device_values = True
-                return self._build(first)
-        for rates in self._device_rates:
-            self._plan.set_schedules(rates.groups, rates.schedules, rates.rates, rates.epoch)
-
-    def _clip(self, optimizers: Sequence[FusedOptimizer]) -> None:
-        self._norm_parts = parts = NormParts(
-            param
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for param in group["params"]
-        )
-        if not self._plan.has_cuda_parts:
+        # Before the plan, which changes where step counts are.
+        parts = None if self._max_norm is None else NormParts(params, all_names)
+        plan = native.BoundPlan(sources, optimizers, list(first), self._device_values)
+        if parts is not None and plan.has_cuda_parts and not self._device_values:
+            self._device_values = True
+            return self._build(first)
+        if parts is not None and not plan.has_cuda_parts:
             total = None if parts.is_local else parts.total
-            self._plan.set_clipping(self._max_norm, parts.part_of_param, parts.count, total)
+            plan.set_clipping(self._max_norm, parts.part_of_param, parts.count, total)
+        for rates in self._device_rates:
+            plan.set_schedules(rates.groups, rates.schedules, rates.rates, rates.epoch)
+        self._drop_plan()
+        self._plan, self._norm_parts = plan, parts
 
     def _step_with_new_state(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
         """Makes the state that is missing and steps; takes it back if the step is not taken."""
@@ -187,7 +188,7 @@ class Stepper:
         memory = StateMemory()
         made = [(slots[i][0].state, slots[i][2], new_state(*slots[i], memory)) for i in first]
         before = [dict(states[param]) if param in states else None for states, param, _ in made]
-        outcome = None
+        plan, outcome = self._plan, None
         try:
             for states, param, state in made:
                 states.setdefault(param, {}).update(state)
@@ -195,7 +196,8 @@ class Stepper:
             outcome = self._run(grad_scale, found_inf)
         finally:
             if outcome != native.STEPPED:
-                self._drop_plan()
+                if self._plan is not plan:
+                    self._drop_plan()
                 for (states, param, _), entries in zip(made, before, strict=True):
                     if entries is None:
                         states.pop(param, None)

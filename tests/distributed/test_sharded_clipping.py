@@ -10,14 +10,27 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.sharding_plan import (
+    construct_module_sharding_plan,
+    data_parallel,
+    table_wise,
+)
+from torchrec.distributed.types import ShardingPlan
 from torchrec.optim import keyed
 
+from recap_fast import build_optimizer
 from recap_fast.clipping import NormParts
+from recap_fast.embeddings import set_table_optimizers
 from recap_fast.keyed import CombinedOptimizer
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.combined import FusedCombinedOptimizer
 from tests.distributed.processes import device, run
+from tests.embeddings.examples import config_of
+from tests.embeddings.reference import table
+from tests.embeddings.training import DENSE, Tables
 
 KINDS = {
     "fast": (FusedCombinedOptimizer, FusedAdam),
@@ -56,6 +69,10 @@ def backward(model, step, scale=1.0):
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def train(kind, shard):
@@ -166,3 +183,123 @@ def test_replicas_of_shards_count_once():
         assert parts == [0, 1, 1]
         assert norm == 6.0  # of nine twos
         assert values == pytest.approx([clipped] * 6, rel=1e-6)
+
+
+def without_gradients_on_one_rank(kind):
+    """Rank 1's head alone has gradients, as where a branch of the model was not taken."""
+    model = make_model()
+    fully_shard(model["body"])
+    optimizer = combine(model, kind, clip_grad_norm=0.5)
+    backward(model, 0)
+    if dist.get_rank() == 1:
+        model["body"].zero_grad()
+    squares = {
+        name: sum(
+            float(local(param.grad).square().sum())
+            for param in module.parameters()
+            if param.grad is not None
+        )
+        for name, module in model.items()
+    }
+    optimizer.step()
+    return squares, float(optimizer.grad_norm)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_need_not_have_gradients_of_the_same_params(kind):
+    """All wait for each other as often, or one would for ever."""
+    ranks = run(2, without_gradients_on_one_rank, kind, timeout=40)
+    (squares, norm), (other_squares, other_norm) = ranks
+    assert other_squares["body"] == 0 < squares["body"]
+    expected = math.sqrt(squares["body"] + squares["head"])
+    assert norm == other_norm == pytest.approx(expected, rel=1e-6)
+
+
+def pending(values):
+    """A DTensor whose value is the sum of what the processes hold."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return DTensor.from_local(values, mesh, [Partial()])
+
+
+def clip_param_of_pending_sums(kind, has_gradient):
+    """The messages of two steps, and what became of the other parameter."""
+    combined, adam = KINDS[kind]
+    params = {"plain": nn.Parameter(torch.ones(3)), "sums": nn.Parameter(pending(torch.ones(3)))}
+    optimizer = combined(
+        [keyed.KeyedOptimizerWrapper(params, lambda p: adam(p, lr=0.1))], clip_grad_norm=0.5
+    )
+    params["plain"].grad = torch.ones(3)
+    if has_gradient:
+        params["sums"].grad = pending(torch.ones(3))
+    messages = []
+    for _ in range(2):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            optimizer.step()
+        messages.append(str(error.value))
+    return messages, params["plain"].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_a_param_of_pending_sums_is_refused_at_every_step(kind, has_gradient):
+    for messages, plain in run(2, clip_param_of_pending_sums, kind, has_gradient):
+        assert all("pending sums (Partial)" in message for message in messages)
+        if kind == "fast":
+            assert all("sums" in message.split("pending")[0] for message in messages)
+        assert plain == [1.0] * 3
+
+
+def clip_gradient_of_pending_sums(kind):
+    combined, _ = KINDS[kind]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = {
+        "replica": nn.Parameter(distribute_tensor(torch.ones(2), mesh, [Replicate()])),
+        "shards": nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)])),
+    }
+    sgd = FusedSGD if kind == "fast" else torch.optim.SGD
+    optimizer = combined(
+        [keyed.KeyedOptimizerWrapper(params, lambda p: sgd(p, lr=1.0))], clip_grad_norm=2.0
+    )
+    for param in params.values():
+        param.grad = pending(torch.full(param.shape, 1.0 + 2 * dist.get_rank()))
+    optimizer.step()
+    return float(optimizer.grad_norm), [param.full_tensor().tolist() for param in params.values()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_of_pending_sums_counts_as_their_sum(kind):
+    norm = math.sqrt(8 * 4.0**2)
+    clipped = 1 - 4.0 * 2.0 / norm
+    for found, values in run(2, clip_gradient_of_pending_sums, kind):
+        assert found == pytest.approx(norm, rel=1e-6)
+        for value, size in zip(values, (2, 6), strict=True):
+            assert value == pytest.approx([clipped] * size, rel=1e-5)
+
+
+def build_with_table(kernel):
+    """The message, if there is one, with a table on one process and another on all."""
+    tables = [table("a", "user"), table("b", "item")]
+    model = Tables(tables)
+    layouts = {"a": table_wise(rank=1, compute_kernel=kernel), "b": data_parallel()}
+    plan = construct_module_sharding_plan(
+        model.ebc, layouts, local_size=2, world_size=2, device_type="cpu"
+    )
+    config = config_of(sgd={})
+    sharded = DistributedModelParallel(
+        set_table_optimizers(model, config, "cpu"),
+        device=torch.device("cpu"),
+        plan=ShardingPlan({"ebc": plan}),
+        sharders=[EmbeddingBagCollectionSharder()],
+    )
+    build_optimizer(sharded, DENSE, config)
+    try:
+        build_optimizer(sharded, DENSE, config, clip_grad_norm=1.0)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_sharded_table_that_is_not_fused_has_no_global_norm():
+    assert run(2, build_with_table, "fused") == [None] * 2
+    for message in run(2, build_with_table, "dense"):
+        assert "ebc.embedding_bags.a.weight is sharded table_wise and not fused" in message

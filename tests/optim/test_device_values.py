@@ -23,6 +23,7 @@ from recap_fast.config import (
 )
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.combined import FusedCombinedOptimizer
+from recap_fast.optim.stepper import Stepper
 from recap_fast.shim import RecapLRShim
 from tests.optim.helpers import (
     EMULATED,
@@ -338,6 +339,69 @@ def test_a_gradient_that_is_missing_during_capture_is_named(
     assert [optimizer.state[param]["step"].item() for param in params] == [2, 1]
 
 
+@pytest.fixture
+def host(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device whose work no graph captures, where tensors of a test may have to be empty."""
+    if EMULATED:
+        monkeypatch.setenv("RECAP_EMULATED_HOST", "1")
+        return torch.device("meta")
+    return torch.device("cpu")
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_parameter_that_a_capture_would_leave_out_is_named(
+    max_norm: float | None,
+    device: torch.device,
+    host: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = parameters(2, device=device)
+    outside = nn.Parameter(torch.empty(0, device=host))
+    outside.grad = torch.empty(0, device=host)
+    groups = [{"params": params, "capturable": True}, {"params": [outside], "capturable": False}]
+    optimizer = FusedAdam(groups)
+    stepper = Stepper([optimizer], max_norm=max_norm)
+    stepper.step(None, None)
+    before = snapshot(optimizer, params)
+    message = f"parameter 0 of param group 1 on {host} would change now, but not when"
+    with _capturing(monkeypatch), pytest.raises(RuntimeError, match=message):
+        stepper.step(None, None)
+    assert_unchanged(before, optimizer, params)
+    assert optimizer.state[outside]["step"].item() == 1
+    outside.grad = None
+    with _capturing(monkeypatch):
+        stepper.step(None, None)
+    assert optimizer.state[outside]["step"].item() == 1
+
+
+def test_a_plan_that_must_be_replaced_during_capture_stays(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To free its memory would be a part of the graph."""
+    params = parameters(3, device=device)
+    grad, params[2].grad = params[2].grad, None
+    optimizer = FusedAdam(params, capturable=True)
+    optimizer.step()
+    plan = optimizer._stepper._plan
+    moved = params[0].data
+    for change, undo in (
+        (lambda: setattr(params[2], "grad", grad), lambda: setattr(params[2], "grad", None)),
+        (
+            lambda: setattr(params[0], "data", moved.clone()),
+            lambda: setattr(params[0], "data", moved),
+        ),
+    ):
+        change()
+        before = snapshot(optimizer, params)
+        with _capturing(monkeypatch), pytest.raises(RuntimeError, match="before a CUDA graph"):
+            optimizer.step()
+        assert optimizer._stepper._plan is plan
+        assert_unchanged(before, optimizer, params)
+        undo()
+        optimizer.step()
+        assert optimizer._stepper._plan is plan
+
+
 def test_a_rate_changed_on_the_host_after_capture_is_refused(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +413,43 @@ def test_a_rate_changed_on_the_host_after_capture_is_refused(
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.2
     with pytest.raises(RuntimeError, match=r"param group 0 changed from 0\.1 to 0\.2 after a CUDA"):
+        optimizer.step()
+
+
+def test_a_captured_rate_may_not_change_under_a_later_plan_either(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph still has it."""
+    optimizer, scheduler, params = _scheduled(device, device_schedule=False)
+    optimizer.step()
+    with _capturing(monkeypatch):
+        optimizer.step()
+    params[0].data = params[0].data.clone()  # moved
+    optimizer.step()
+    before = snapshot(optimizer, params)
+    rate = optimizer.param_groups[1]["lr"]
+    optimizer.param_groups[1]["lr"] = rate + 0.5
+    with pytest.raises(RuntimeError, match="param group 0 of optimizer 1 changed from"):
+        optimizer.step()
+    assert_unchanged(before, optimizer, params)
+    optimizer.param_groups[1]["lr"] = rate
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="param group 0 of optimizer 2 changed from"):
+        scheduler.step()
+
+
+def test_another_tensor_as_rate_after_capture_is_refused(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = torch.tensor(0.1, device=device)
+    optimizer = FusedAdam(parameters(2, device=device), lr=rate, capturable=True)
+    optimizer.step()
+    with _capturing(monkeypatch):
+        optimizer.step()
+    rate.fill_(0.2)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = rate.clone()
+    with pytest.raises(RuntimeError, match="from a tensor on the device to another after"):
         optimizer.step()
 
 

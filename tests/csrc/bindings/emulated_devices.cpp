@@ -10,7 +10,19 @@ namespace recap {
 
 bool has_cuda_engine() { return true; }
 
+namespace {
+
+// Variables of the environment that tests set to 1.
+bool is_set(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value && *value == '1';
+}
+
+}  // namespace
+
+// With RECAP_EMULATED_HOST, meta tensors, which must be empty, are those of the host.
 EngineKind engine_for(at::Device device) {
+  if (device.is_meta() && is_set("RECAP_EMULATED_HOST")) return EngineKind::cpu;
   return device.is_cpu() ? EngineKind::cuda : EngineKind::none;
 }
 
@@ -23,10 +35,6 @@ void* current_stream(at::Device) {
 
 void keep_for_current_stream(const at::Tensor&) {}
 
-// Set by tests: RECAP_EMULATED_CAPTURE=1.
-bool is_capturing(at::Device) {
-  const char* capturing = std::getenv("RECAP_EMULATED_CAPTURE");
-  return capturing && *capturing == '1';
-}
+bool is_capturing(at::Device) { return is_set("RECAP_EMULATED_CAPTURE"); }
 
 }  // namespace recap
