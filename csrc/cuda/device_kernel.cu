@@ -33,17 +33,16 @@ RECAP_DEVICE bool take_last_ticket(const DeviceArgumentsHeader& header) {
   return atomicAdd(header.ticket, 1u) == header.block_count - 1;
 }
 
-// `has_values`: the block updates a tile of `slot`.
-RECAP_DEVICE void find(const DeviceArgumentsHeader& header, bool has_values, uint32_t slot,
+// `grad` is that of `slot`, if the block updates a tile of it.
+RECAP_DEVICE void find(const DeviceArgumentsHeader& header, SlotGrad grad, uint32_t slot,
                        Found& found) {
   found.skips = header.found_inf && load_from<float>(header.found_inf) != 0.0f;
   found.epoch = header.rates.epoch ? load_from<int64_t>(header.rates.epoch) : 0;
-  if (!has_values) {
+  if (!grad.bits) {
     found.is_last = take_last_ticket(header);
     return;
   }
-  const uint8_t entry = table<uint8_t>(header, header.entry_of_slot)[slot];
-  const DeviceGroup& group = table<DeviceGroup>(header, header.groups)[entry];
+  const DeviceGroup& group = table<DeviceGroup>(header, header.groups)[grad.entry()];
   const double count = load_from<float>(header.counts + slot);
   const StepInputs inputs = {learning_rate(group), count + 1.0, count == 0.0,
                              header.grad_scale ? load_from<float>(header.grad_scale) : 1.0};
@@ -56,10 +55,10 @@ RECAP_DEVICE void find(const DeviceArgumentsHeader& header, bool has_values, uin
 RECAP_DEVICE void move_on(const DeviceArgumentsHeader& header, const Found& found) {
   __threadfence();
   if (!found.skips) {
-    const auto* const grads = table<const void*>(header, header.grads);
+    const auto* const grads = table<SlotGrad>(header, header.grads);
     for (uint32_t slot = threadIdx.x; slot < header.slots; slot += kThreads) {
       float* const count = header.counts + slot;
-      if (grads[slot]) store_to(count, load_from<float>(count) + 1.0f);
+      if (grads[slot].bits) store_to(count, load_from<float>(count) + 1.0f);
     }
   }
   const RateTable& rates = header.rates;
@@ -78,17 +77,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) update_til
   const DeviceArgumentsHeader& header = arguments.header;
   __shared__ Found found;
   const TileEntry* const tile = header.tiles + blockIdx.x;
-  const void* grad = nullptr;
+  SlotGrad grad;
   uint32_t slot = 0;
   if (blockIdx.x < header.tile_count) {
     slot = tile->slot - header.first_slot;
-    grad = table<const void*>(header, header.grads)[slot];
+    grad = table<SlotGrad>(header, header.grads)[slot];
   }
-  if (threadIdx.x == 0) find(header, grad != nullptr, slot, found);
+  if (threadIdx.x == 0) find(header, grad, slot, found);
   __syncthreads();
-  if (grad && !found.skips) {
+  if (grad.bits && !found.skips) {
     update_tile_of_any_dtype(*tile, found.values.update, found.values.float32, found.values.float64,
-                             grad);
+                             grad.address());
   }
   // Not before the update, whose registers it would need.
   if (found.is_last) move_on(header, found);

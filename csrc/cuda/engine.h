@@ -46,9 +46,9 @@ class Engine {
   // but nowhere to count.
   void run(const DeviceStep& step, void* stream);
 
-  // How many kernel launches that takes: one for up to some 3,300 slots in 64 groups with values
-  // from the host, or 3,100 without, more beyond; none without gradients, but one if there are
-  // rates.
+  // How many kernel launches that takes: one for up to some 3,700 slots in 64 groups with values
+  // from the host (3,200 if one is float64), or 3,500 with those of the device, more beyond; none
+  // without gradients, but one if there are rates.
   int launches(const Step& step);
   int launches(const DeviceStep& step);
 

@@ -18,12 +18,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   // A reference: as a copy, its unused parts would hold registers.
   const TileEntry& tile = header.tiles[blockIdx.x];
   const uint32_t slot = tile.slot - header.first_slot;
-  const void* const grad = table<const void*>(header, header.grads)[slot];
-  if (!grad) return;
-  const uint8_t entry = table<uint8_t>(header, header.entry_of_slot)[slot];
+  const SlotGrad grad = table<SlotGrad>(header, header.grads)[slot];
+  if (!grad.bits) return;
+  const uint32_t entry = grad.entry();
   update_tile_of_any_dtype(tile, table<Update>(header, header.updates)[entry],
                            table<UpdateValues<float>>(header, header.float32_values)[entry],
-                           table<UpdateValues<double>>(header, header.float64_values)[entry], grad);
+                           table<UpdateValues<double>>(header, header.float64_values)[entry],
+                           grad.address());
 }
 
 template <int kBytes>

@@ -22,17 +22,29 @@ struct alignas(16) TileEntry {
   Dtype dtype;
 };
 
+// The address of a slot's gradient, and in the highest byte its entry, which is an index into the
+// tables per entry: a process's own addresses end at 2^56, even with five levels of page tables.
+struct SlotGrad {
+  static constexpr int kAddressBits = 56;
+
+  uint64_t bits = 0;  // 0: the slot is skipped
+
+  RECAP_INLINE const void* address() const {
+    return reinterpret_cast<const void*>(bits & ((uint64_t{1} << kAddressBits) - 1));
+  }
+  RECAP_INLINE uint32_t entry() const { return static_cast<uint32_t>(bits >> kAddressBits); }
+};
+
 // The front of the parameter if values come from the host. Offsets are in bytes from the header's
 // own address.
 struct ArgumentsHeader {
   const TileEntry* tiles;  // of the launch's first block
-  uint32_t first_slot;     // the tables per slot start with it
-  uint32_t grads;          // offset of const void*, one per slot; null: the slot is skipped
+  uint32_t first_slot;     // of `grads`
+  uint32_t grads;          // offset of SlotGrad, one per slot
   uint32_t
       float64_values;  // offset of UpdateValues<double>, one per entry, if some slot needs them
   uint32_t float32_values;  // offset of UpdateValues<float>, one per entry
   uint32_t updates;         // offset of Update, one per entry
-  uint32_t entry_of_slot;   // offset of uint8_t, one per slot
 };
 
 // The same if they come from the device. An entry is a group.
@@ -44,11 +56,10 @@ struct DeviceArgumentsHeader {
   RateTable rates;                      // of a step's last launch, else empty
   uint32_t first_slot;
   uint32_t slots;
-  uint32_t tile_count;     // blocks beyond it have no tile
-  uint32_t block_count;    // at least 1
-  uint32_t grads;          // offset of const void*, one per slot
-  uint32_t groups;         // offset of DeviceGroup, one per entry
-  uint32_t entry_of_slot;  // offset of uint8_t, one per slot
+  uint32_t tile_count;   // blocks beyond it have no tile
+  uint32_t block_count;  // at least 1
+  uint32_t grads;        // offset of SlotGrad, one per slot
+  uint32_t groups;       // offset of DeviceGroup, one per entry
 };
 
 template <typename Header, int kBytes>
@@ -62,6 +73,6 @@ struct alignas(8) Arguments {
 // CUDA 12.1 on.
 constexpr int kSmallArguments = 4096;
 constexpr int kLargeArguments = 32760;
-constexpr int kMaxEntries = 256;  // entry_of_slot is a byte
+constexpr int kMaxEntries = 1 << (64 - SlotGrad::kAddressBits);
 
 }  // namespace recap::cuda

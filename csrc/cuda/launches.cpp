@@ -81,8 +81,7 @@ bool Launches::accept(const Demand& demand, uint32_t slot) {
   uint16_t& entry = entry_of_[demand.entry_of_slot[slot]];
   const size_t entries = entries_.size() + (entry == kNoEntry ? 1 : 0);
   const bool float64 = float64_ || is_float64_[slot];
-  const size_t bytes = demand.header_bytes +
-                       (slot + 1 - begin_) * (sizeof(void*) + sizeof(uint8_t)) +
+  const size_t bytes = demand.header_bytes + (slot + 1 - begin_) * sizeof(SlotGrad) +
                        entries * (demand.entry_bytes + (float64 ? demand.float64_bytes : 0));
   if (entries > kMaxEntries || bytes > kLargeArguments) return false;
   if (entry == kNoEntry) {
@@ -122,13 +121,12 @@ void Launches::write(const Step& step, const TileEntry* tiles, unsigned char* ou
   header.tiles = tiles + first_tile();
   header.first_slot = begin_;
   header.grads = sizeof header;
-  header.float64_values = header.grads + slots * sizeof(void*);
+  header.float64_values = header.grads + slots * sizeof(SlotGrad);
   header.float32_values =
       header.float64_values + (float64_ ? entries_.size() * sizeof(UpdateValues<double>) : 0);
   header.updates = header.float32_values + entries_.size() * sizeof(UpdateValues<float>);
-  header.entry_of_slot = header.updates + entries_.size() * sizeof(Update);
   std::memcpy(out, &header, sizeof header);
-  std::memcpy(out + header.grads, &step.grads[begin_], slots * sizeof(void*));
+  write_grads(step.grads, step.values_of_slot, out + header.grads);
   for (size_t i = 0; i < entries_.size(); ++i) {
     const Values& values = step.values[entries_[i]];
     if (float64_) {
@@ -139,7 +137,6 @@ void Launches::write(const Step& step, const TileEntry* tiles, unsigned char* ou
                 sizeof values.float32);
     out[header.updates + i] = static_cast<unsigned char>(values.update);
   }
-  write_entry_of_slot(step.grads, step.values_of_slot, out + header.entry_of_slot);
 }
 
 void Launches::write(const DeviceStep& step, const TileEntry* tiles, uint32_t* ticket,
@@ -157,24 +154,27 @@ void Launches::write(const DeviceStep& step, const TileEntry* tiles, uint32_t* t
   header.tile_count = this->tiles();
   header.block_count = blocks();
   header.grads = sizeof header;
-  header.groups = header.grads + slots * sizeof(void*);
-  header.entry_of_slot = header.groups + entries_.size() * sizeof(DeviceGroup);
+  header.groups = header.grads + slots * sizeof(SlotGrad);
   std::memcpy(out, &header, sizeof header);
-  if (slots == 0) return;
-  std::memcpy(out + header.grads, &step.grads[begin_], slots * sizeof(void*));
+  write_grads(step.grads, step.group_of_slot, out + header.grads);
   for (size_t i = 0; i < entries_.size(); ++i) {
     std::memcpy(out + header.groups + i * sizeof(DeviceGroup), &step.groups[entries_[i]],
                 sizeof(DeviceGroup));
   }
-  write_entry_of_slot(step.grads, step.group_of_slot, out + header.entry_of_slot);
 }
 
-void Launches::write_entry_of_slot(const std::vector<const void*>& grads,
-                                   const std::vector<uint32_t>& entry_of_slot,
-                                   unsigned char* out) const {
+void Launches::write_grads(const std::vector<const void*>& grads,
+                           const std::vector<uint32_t>& entry_of_slot, unsigned char* out) const {
   for (uint32_t slot = begin_; slot < end_; ++slot) {
-    out[slot - begin_] =
-        grads[slot] ? static_cast<unsigned char>(entry_of_[entry_of_slot[slot]]) : 0;
+    SlotGrad grad;
+    if (grads[slot]) {
+      const auto address = reinterpret_cast<uintptr_t>(grads[slot]);
+      if (address >> SlotGrad::kAddressBits) {
+        throw std::invalid_argument("a gradient's address has more than 56 bits");
+      }
+      grad.bits = uint64_t{entry_of_[entry_of_slot[slot]]} << SlotGrad::kAddressBits | address;
+    }
+    std::memcpy(out + (slot - begin_) * sizeof grad, &grad, sizeof grad);
   }
 }
 

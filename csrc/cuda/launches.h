@@ -55,8 +55,8 @@ class Launches {
   bool is_active(const Demand& demand, uint32_t slot) const;
   uint32_t next_active(const Demand& demand, uint32_t slot) const;  // `slot` or a later one
   bool accept(const Demand& demand, uint32_t slot);  // false: the slot does not fit any more
-  void write_entry_of_slot(const std::vector<const void*>& grads,
-                           const std::vector<uint32_t>& entry_of_slot, unsigned char* out) const;
+  void write_grads(const std::vector<const void*>& grads,
+                   const std::vector<uint32_t>& entry_of_slot, unsigned char* out) const;
 
   std::vector<char> is_float64_;              // per slot
   std::vector<uint32_t> first_tile_of_slot_;  // and the number of tiles at the end

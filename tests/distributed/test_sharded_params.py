@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedSGD
 from tests.distributed.processes import device, run
@@ -131,6 +131,31 @@ def gradient_of_other_rows():
 def test_a_gradient_that_is_sharded_otherwise_is_redistributed(make_gradient):
     """As with torch: the backward of a sum gives a replicated one, for example."""
     assert run(2, step_with, make_gradient) == [(1.0 - rows()).tolist()] * 2
+
+
+def step_pending_sums():
+    """A parameter of which each process has a part of every element; returns the errors."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plain = nn.Parameter(torch.ones(3))
+    sums = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    optimizer = FusedAdam([("plain", plain), ("sums", sums)], lr=0.1)
+    messages = []
+    for param in (plain, sums):
+        param.grad = torch.ones_like(param)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            messages.append(str(error))
+    assert sums.to_local().tolist() == [1.0] * 3
+    assert optimizer.state[plain]["step"].item() == 1
+    return messages
+
+
+def test_a_param_of_pending_sums_is_refused_by_name():
+    """The update of a part is not a part of the update."""
+    for messages in run(2, step_pending_sums):
+        (message,) = messages
+        assert "parameter sums is a DTensor of pending sums (Partial)" in message
 
 
 def step_with_plain_state():

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.gpu import activity
 from recap_fast.optim import FusedAdam
 from tests.gpu.helpers import Mixed, assert_same_bits, everything, spin
-from tests.optim.helpers import numbers, parameters, set_grads
+from tests.optim.helpers import laid_out, numbers, parameters, set_grads
 
 
 def _expected(steps: int) -> Mixed:
@@ -60,9 +60,15 @@ def test_steps_on_changing_streams(capturable: bool, device: torch.device) -> No
     assert_same_bits(run.tensors(), _expected(12).tensors())
 
 
-def test_a_plan_is_replaced_while_its_last_step_runs(device: torch.device) -> None:
-    """On another stream: the memory of the old plan must last as long as the step."""
+@pytest.mark.parametrize("layout", ["contiguous", "gaps"])
+def test_a_plan_is_replaced_while_its_last_step_runs(layout: str, device: torch.device) -> None:
+    """On another stream: the memory of the old plan must last as long as the step.
+
+    With gaps, that includes dense copies of parameters and gradients.
+    """
     run, expected = Mixed(device), Mixed("cpu")
+    for param in run.params:
+        param.data = laid_out(param.data, layout)
     late = {}
     for each in (run, expected):
         each.set_grads(0)
@@ -82,7 +88,10 @@ def test_a_plan_is_replaced_while_its_last_step_runs(device: torch.device) -> No
         for other in others:
             other.set_grads(0)
             other.step()
+    # The same on the stream that made the old plan, and waits for none.
+    taken = [torch.full_like(p, 7.0) for p in run.params for _ in range(4)]
     torch.cuda.synchronize()
+    assert all(bool((own == 7.0).all()) for own in taken)
     expected.step()
     expected.optimizers[0].add_param_group({"params": late[expected]})
     expected.step()

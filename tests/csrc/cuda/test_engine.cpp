@@ -54,12 +54,12 @@ std::vector<Tensor> many_small(int count, int entries, Dtype dtype = Dtype::floa
   return tensors;
 }
 
-// What one parameter of `bytes` bytes has room for: after a header of 32 bytes, an address and a
-// byte per slot, and per entry its values, in double too if a slot needs them, and a byte.
+// What one parameter of `bytes` bytes has room for: after a header of 32 bytes, 8 per slot, and per
+// entry its values, in double too if a slot needs them, and a byte.
 int slots_that_fit(int bytes, int entries, Dtype dtype) {
   const int per_entry = sizeof(recap::UpdateValues<float>) + 1 +
                         (dtype == Dtype::float64 ? sizeof(recap::UpdateValues<double>) : 0);
-  return (bytes - 32 - entries * per_entry) / 9;
+  return (bytes - 32 - entries * per_entry) / 8;
 }
 
 }  // namespace
@@ -173,9 +173,26 @@ TEST(the_smallest_argument_that_fits_is_used) {
   }
 }
 
-TEST(one_launch_has_room_for_3300_tensors_in_64_groups) {
-  CHECK(slots_that_fit(recap::cuda::kLargeArguments, 64, Dtype::float32) >= 3300);
+TEST(one_launch_has_room_for_3500_tensors_in_64_groups) {
+  Twin twin(many_small(3500, 64));
+  const size_t launches = emulation::machine().launches.size();
+  check_step(twin);
+  CHECK_EQ(emulation::machine().launches.size(), launches + 1);
+  CHECK(slots_that_fit(recap::cuda::kLargeArguments, 64, Dtype::float64) >= 3200);
   CHECK(slots_that_fit(recap::cuda::kSmallArguments, 12, Dtype::float32) >= 400);
+}
+
+TEST(an_address_that_leaves_no_room_for_the_entry_is_refused) {
+  Twin twin(many_small(3, 1));
+  emulation::Machine& machine = emulation::machine();
+  emulation::Stream* stream = machine.stream(0);
+  Engine engine(0, twin.cuda.plan, stream);
+  recap::Step step = twin.cuda.step;
+  step.grads[1] = reinterpret_cast<const void*>(uintptr_t{1} << 56);
+  const size_t launches = machine.launches.size();
+  CHECK(throws_naming("56 bits", [&] { engine.run(step, stream); }));
+  CHECK_EQ(machine.launches.size(), launches);
+  machine.synchronize();
 }
 
 TEST(what_does_not_fit_follows_in_further_launches) {
@@ -235,6 +252,24 @@ TEST(steps_and_engines_may_be_gone_before_they_run) {
   CHECK_EQ(machine.allocated.size(), size_t{0});
 }
 
+TEST(an_engine_that_goes_while_its_stream_is_captured_is_no_part_of_the_graph) {
+  Twin twin({{Update::adam, Dtype::float32, 100}});
+  emulation::Machine& machine = emulation::machine();
+  emulation::Stream* stream = machine.stream(0);
+  {
+    Engine engine(0, twin.cuda.plan, stream);
+    engine.run(twin.cuda.step, stream);
+    machine.synchronize();
+    stream->capturing = true;
+  }
+  stream->capturing = false;
+  CHECK_EQ(stream->captured.size(), size_t{0});
+  // So its table is not freed.
+  CHECK_EQ(machine.allocated.size(), size_t{1});
+  std::free(const_cast<void*>(machine.allocated.begin()->first));
+  machine.allocated.clear();
+}
+
 TEST(each_engine_uses_its_device_and_restores_the_current_one) {
   Twin on_first({{Update::adam, Dtype::float32, 100}});
   Twin on_second({{Update::adagrad, Dtype::float32, 100}});
@@ -260,7 +295,7 @@ TEST(each_engine_uses_its_device_and_restores_the_current_one) {
 }
 
 TEST(a_failed_launch_names_the_device_and_leaves_the_engine_usable) {
-  Twin twin(many_small(4000, 1));
+  Twin twin(many_small(5000, 1));
   emulation::Machine& machine = emulation::machine();
   emulation::Stream* stream = machine.stream(1);
   Engine engine(1, twin.cuda.plan, stream);
