@@ -143,6 +143,7 @@ class Stepper:
 
     def _build(self, first: Sequence[int] = ()) -> None:
         """Puts another plan in the place of the present one, which stays if that fails."""
+        self.check_captured_rates()
         sources = []
         params: list[Tensor] = []
         all_names: list[str] = []
