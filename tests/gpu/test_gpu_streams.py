@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,6 +167,31 @@ def test_a_device_that_is_not_current() -> None:
         twin.step()
     assert torch.cuda.current_device() == 0
     assert_same_bits(everything(optimizer, params), everything(twin, expected))
+
+
+_STEP_IN_A_NEW_THREAD = """
+import threading
+import torch
+from recap_fast.optim import FusedAdam
+
+param = torch.nn.Parameter(torch.ones(3, device="cuda:1"))
+param.grad = torch.ones_like(param)
+optimizer = FusedAdam([param])
+optimizer.step()
+print(torch._C._cuda_hasPrimaryContext(0))
+thread = threading.Thread(target=optimizer.step)
+thread.start()
+thread.join()
+print(torch._C._cuda_hasPrimaryContext(0), optimizer.state[param]["step"].item())
+"""
+
+
+@needs_two
+def test_a_device_that_is_not_used_gets_no_context() -> None:
+    """It would take hundreds of MB there. In a new thread the first device is the current one."""
+    command = [sys.executable, "-c", _STEP_IN_A_NEW_THREAD]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "2.0"]
 
 
 def test_parameters_on_the_host_and_on_a_device_in_one_optimizer(device: torch.device) -> None:
