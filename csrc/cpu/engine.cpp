@@ -32,7 +32,8 @@ void* advance(void* address, int64_t bytes) {
   return address ? static_cast<char*>(address) + bytes : nullptr;
 }
 
-void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const Tile& tile) {
+void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const Tile& tile,
+              Ahead& ahead) {
   const void* grad = step.grads[tile.slot];
   if (!grad) return;
   const Slot& slot = plan.slots[tile.slot];
@@ -43,27 +44,14 @@ void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const 
   arrays.grad = static_cast<const char*>(grad) + offset;
   for (int k = 0; k < kMaxStates; ++k) arrays.state[k] = advance(slot.state[k], offset);
   arrays.size = tile.size;
-  arrays.following = slot.size - tile.begin - tile.size;
-  kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](values, arrays);
-}
-
-// Asks for the first elements of a tile that is soon to run: with many small tensors, each starts
-// with a miss in every array.
-void prefetch_tile(const Plan& plan, const Step& step, const Tile& tile) {
-  if (!step.grads[tile.slot]) return;
-  const Slot& slot = plan.slots[tile.slot];
-  const int64_t offset = tile.begin * dtype_size(slot.dtype);
-  __builtin_prefetch(advance(slot.param, offset), 1);
-  __builtin_prefetch(static_cast<const char*>(step.grads[tile.slot]) + offset);
-  for (void* state : slot.state) __builtin_prefetch(advance(state, offset), 1);
+  kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](values, arrays, ahead);
 }
 
 void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, size_t begin,
                size_t end) {
-  constexpr size_t kAhead = 4;
+  Ahead ahead(plan, step, begin, end);
   for (size_t tile = begin; tile < end; ++tile) {
-    if (tile + kAhead < end) prefetch_tile(plan, step, plan.tiles[tile + kAhead]);
-    run_tile(kernels, plan, step, plan.tiles[tile]);
+    run_tile(kernels, plan, step, plan.tiles[tile], ahead);
   }
 }
 

@@ -12,28 +12,6 @@
 namespace recap::cpu {
 namespace {
 
-// A processor's own prefetcher does not keep up with a loop over several streams of memory, and
-// stops at the end of a page. So what is updated this much later is asked for, a block at a time.
-constexpr int64_t kAheadBytes = 2048;
-constexpr int64_t kBlockBytes = 256;
-
-template <int kWrite, typename T>
-RECAP_INLINE void prefetch(const T* elements, int64_t bytes) {
-  for (int64_t offset = 0; offset < bytes; offset += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(elements) + offset, kWrite);
-  }
-}
-
-template <int kStates, typename T>
-RECAP_INLINE void prefetch_all(const T* param, const T* grad, const T* state0, const T* state1,
-                               const T* state2, int64_t begin, int64_t bytes) {
-  prefetch<1>(param + begin, bytes);
-  prefetch<0>(grad + begin, bytes);
-  if constexpr (kStates > 0) prefetch<1>(state0 + begin, bytes);
-  if constexpr (kStates > 1) prefetch<1>(state1 + begin, bytes);
-  if constexpr (kStates > 2) prefetch<1>(state2 + begin, bytes);
-}
-
 template <typename Algorithm, typename T, typename Values>
 RECAP_INLINE void update_range(const Values& h, T* __restrict param, const T* __restrict grad,
                                T* __restrict state0, T* __restrict state1, T* __restrict state2,
@@ -53,18 +31,19 @@ RECAP_INLINE void update_range(const Values& h, T* __restrict param, const T* __
   }
 }
 
-// The elements [0, size), after which `following` more are updated soon.
-template <typename Algorithm, typename T, typename Values>
+// A block at a time, with a request for later memory before each.
+template <typename Algorithm, typename T, typename Values, typename Requests>
 RECAP_INLINE void update_blocks(const Values& h, T* __restrict param, const T* __restrict grad,
                                 T* __restrict state0, T* __restrict state1, T* __restrict state2,
-                                int64_t size, int64_t following) {
-  constexpr int64_t kBlock = kBlockBytes / sizeof(T), kAhead = kAheadBytes / sizeof(T);
+                                int64_t size, Requests& ahead) {
+  constexpr int64_t kBlock = kBlockBytes / sizeof(T);
   int64_t begin = 0;
-  for (; begin + kBlock <= size && begin + kAhead + kBlock <= size + following; begin += kBlock) {
-    prefetch_all<Algorithm::kStates>(param, grad, state0, state1, state2, begin + kAhead,
-                                     kBlockBytes);
+  for (; begin + kBlock <= size; begin += kBlock) {
+    ahead.next_block();
     update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, begin + kBlock);
   }
+  if (begin == size) return;
+  ahead.next_block();
   update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, size);
 }
 
@@ -80,15 +59,15 @@ RECAP_INLINE constexpr bool slow(const Values&) {
 
 // Adam's loop is compiled twice: where it knows that the averages are slow, the compiler drops what
 // the update selects by that, which is much of what is not waiting for a root or a quotient.
-template <typename Algorithm, typename T>
+template <typename Algorithm, typename T, typename Requests>
 void update_all(const Values& values, T* __restrict param, const T* __restrict grad,
                 T* __restrict state0, T* __restrict state1, T* __restrict state2, int64_t size,
-                int64_t following) {
+                Requests& ahead) {
   const auto h = values.in<typename Compute<T>::type>().template of<Algorithm>();
   if (slow(h)) {
-    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, following);
+    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, ahead);
   } else {
-    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, following);
+    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, ahead);
   }
 }
 
@@ -131,39 +110,40 @@ void store_all(const float* __restrict from, Float16* __restrict to, int64_t siz
   for (; i < size; ++i) store(from[i], to[i]);
 }
 
+struct NoRequests {
+  RECAP_INLINE void next_block() {}
+};
+
 // A block at a time, small enough to stay in the first-level cache.
 template <typename Algorithm>
 void update_wide(const Values& values, Float16* param, const Float16* grad, Float16* const* state,
-                 int64_t size, int64_t following) {
-  constexpr int64_t kBlock = kBlockBytes / sizeof(Float16), kAhead = kAheadBytes / sizeof(Float16);
+                 int64_t size, Ahead& ahead) {
+  constexpr int64_t kBlock = kBlockBytes / sizeof(Float16);
   alignas(64) float wide_param[kBlock], wide_grad[kBlock], wide_state[kMaxStates][kBlock];
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int64_t count = size - begin < kBlock ? size - begin : kBlock;
-    if (begin + kAhead + kBlock <= size + following) {
-      prefetch_all<Algorithm::kStates>(param, grad, state[0], state[1], state[2], begin + kAhead,
-                                       kBlockBytes);
-    }
+    ahead.next_block();
     load_all(param + begin, wide_param, count);
     load_all(grad + begin, wide_grad, count);
     for (int k = 0; k < Algorithm::kStates; ++k) load_all(state[k] + begin, wide_state[k], count);
+    NoRequests in_cache;
     update_all<Algorithm, float>(values, wide_param, wide_grad, wide_state[0], wide_state[1],
-                                 wide_state[2], count, 0);
+                                 wide_state[2], count, in_cache);
     store_all(wide_param, param + begin, count);
     for (int k = 0; k < Algorithm::kStates; ++k) store_all(wide_state[k], state[k] + begin, count);
   }
 }
 
 template <typename Algorithm, typename T>
-void kernel(const Values& values, const Arrays& arrays) {
+void kernel(const Values& values, const Arrays& arrays, Ahead& ahead) {
   T* param = static_cast<T*>(arrays.param);
   const T* grad = static_cast<const T*>(arrays.grad);
   T* state[kMaxStates];
   for (int k = 0; k < kMaxStates; ++k) state[k] = static_cast<T*>(arrays.state[k]);
   if constexpr (__is_same(T, Float16)) {
-    update_wide<Algorithm>(values, param, grad, state, arrays.size, arrays.following);
+    update_wide<Algorithm>(values, param, grad, state, arrays.size, ahead);
   } else {
-    update_all<Algorithm, T>(values, param, grad, state[0], state[1], state[2], arrays.size,
-                             arrays.following);
+    update_all<Algorithm, T>(values, param, grad, state[0], state[1], state[2], arrays.size, ahead);
   }
 }
 

@@ -1,8 +1,7 @@
 // The table of loops that one instruction set offers.
 #pragma once
 
-#include "../plan/plan.h"
-#include "../plan/step.h"
+#include "ahead.h"
 
 namespace recap::cpu {
 
@@ -12,10 +11,9 @@ struct Arrays {
   const void* grad;
   void* state[kMaxStates];
   int64_t size;
-  int64_t following;  // elements after these that will be updated soon
 };
 
-using Kernel = void (*)(const Values& values, const Arrays& arrays);
+using Kernel = void (*)(const Values& values, const Arrays& arrays, Ahead& ahead);
 
 // Squares and sums in double, in an order that is the same for every instruction set.
 using SumOfSquares = double (*)(const void* elements, int64_t size);
