@@ -5,7 +5,8 @@ inside, and on workloads that lack one part after another; the differences are r
 
 * `optimizer.step()`, the stepper's step, the native call alone: the Python around each;
 * tensors that have a gradient but no elements: everything but the loops over elements;
-* the same tensors without gradients: the checks that nothing has changed since the plan was made.
+* the same tensors without gradients: the checks that nothing has changed since the plan was made;
+* the same again with further entries in each param group, which are compared and no more.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from benchmarks.workloads import Workload
 _WORKLOADS: Final = ("B", "D", "E", "F", "DEMO")
 _ROUNDS: Final = 100
 _CALLS: Final = 10
+_FURTHER_ENTRIES: Final = 16
+
+WHOLE: Final = "optimizer.step()"
 
 
 def _without_elements(peer: peers.Peer) -> None:
@@ -67,11 +71,17 @@ def _medians(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     return {name: statistics.median(of_call) / 1e3 for name, of_call in times.items()}
 
 
+def _still(workload: Workload) -> peers.Peer:
+    """A step of it checks that the plan holds, and finds no gradient."""
+    peer = _build(workload)
+    _without_elements(peer)
+    return peer
+
+
 def parts(workload: Workload) -> dict[str, float]:
     """Microseconds of a warm step of `recap_fast` with Adam, in all and by part."""
-    whole, empty, still = _build(workload), _build(workload), _build(workload)
+    whole, empty, still = _build(workload), _build(workload), _still(workload)
     _without_elements(empty)
-    _without_elements(still)
     stepper = _stepper(whole)
     calls = {
         "step": whole.step,
@@ -84,13 +94,38 @@ def parts(workload: Workload) -> dict[str, float]:
         param.grad = None
     times = _medians(calls)
     return {
-        "optimizer.step()": times["step"],
+        WHOLE: times["step"],
         "- torch's and our Python around it": times["step"] - times["stepper"],
         "- Python of the stepper": times["stepper"] - times["native"],
         "- checks that the plan holds": times["still"],
         "- gradients and values of the step": times["empty"] - times["still"],
         "- loops over elements": times["native"] - times["empty"],
     }
+
+
+def nanoseconds_per_entry(workload: Workload) -> float:
+    """What it takes to compare one entry of a param group with that of the step before."""
+    few, many = _still(workload), _still(workload)
+    for group in many.param_groups:
+        group.update({f"entry {i}": i for i in range(_FURTHER_ENTRIES)})
+    calls = {"few": _native_call(few), "many": _native_call(many)}
+    for param in few.params + many.params:
+        param.grad = None
+    times = _medians(calls)
+    further = _FURTHER_ENTRIES * len(workload.groups)
+    return (times["many"] - times["few"]) * 1e3 / further
+
+
+def measure() -> list[dict[str, Any]]:
+    """The parts of E, F and F in one group, with one thread, and what an entry costs in F."""
+    torch.set_num_threads(1)
+    found = [
+        {"workload": workload.name, "groups": len(workload.groups), "microseconds": parts(workload)}
+        for workload in (workloads.E, workloads.F, workloads.F.in_one_group())
+    ]
+    found[1]["nanoseconds_per_entry"] = nanoseconds_per_entry(workloads.F)
+    found[1]["entries"] = len(_build(workloads.F).param_groups[0])
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

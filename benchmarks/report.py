@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import documents, growth, machine
+from benchmarks import breakdown, documents, growth, machine
 from benchmarks.measurement import Measurement, measure
 from benchmarks.plan import ENTRIES, GROWTH_BUDGET_SECONDS
 
@@ -82,7 +82,8 @@ def _run(arguments: argparse.Namespace, facts: Mapping[str, Any]) -> dict[str, A
         begin = time.monotonic()
         curves = growth.measure(GROWTH_BUDGET_SECONDS * scale)
         results["growth"] = [vars(c) for c in curves]
-        _say(f"growth: {time.monotonic() - begin:.0f} s")
+        results["breakdown"] = breakdown.measure()
+        _say(f"growth and breakdown: {time.monotonic() - begin:.0f} s")
     return results
 
 

@@ -11,6 +11,9 @@ from benchmarks.measurement import IN_ONE_GROUP, Measurement
 
 _OURS: Final = "recap_fast"
 
+# Of as many groups and tensors, of one element each.
+_ONE_ELEMENT_TWINS: Final = {"B": "E", "D": "F"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -42,15 +45,40 @@ class Target:
         """What the figure would be if recap_fast were as fast as the ceiling, or None."""
         return self._of("ceiling", measurements, threads)
 
-    def _of(self, peer: str, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
-        key = (self.workload, self.algorithm, self.cache, threads)
+    def of_ceiling_and_checks(
+        self, measurements: Sequence[Measurement], threads: int
+    ) -> Quartiles | None:
+        """What the figure would be at the time of the ceiling and of our step without elements.
+
+        None if the workload has no twin of as many groups and tensors of one element.
+        """
+        own = self._measurement(self.workload, measurements, threads)
+        twin = self._measurement(_ONE_ELEMENT_TWINS.get(self.workload), measurements, threads)
+        if own is None or twin is None or "ceiling" not in own.timings.microseconds:
+            return None
+        checks = twin.timings.time(_OURS).median
+        times = own.timings.microseconds
+        both = [None if t is None else t + checks for t in times["ceiling"]]
+        try:
+            return self.figure(Timings(times | {"ceiling and checks": both}), "ceiling and checks")
+        except KeyError:
+            return None
+
+    def _measurement(
+        self, workload: str | None, measurements: Sequence[Measurement], threads: int
+    ) -> Measurement | None:
+        key = (workload, self.algorithm, self.cache, threads)
         for m in measurements:
             if (m.workload, m.algorithm, m.cache, m.threads) == key:
-                try:
-                    return self.figure(m.timings, peer)
-                except KeyError:
-                    return None
+                return m
         return None
+
+    def _of(self, peer: str, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
+        m = self._measurement(self.workload, measurements, threads)
+        try:
+            return None if m is None else self.figure(m.timings, peer)
+        except KeyError:
+            return None
 
     def met(self, figure: Quartiles, threads: int) -> bool:
         limit = self.limits[threads]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import documents, headline, machine, page, report
+from benchmarks import breakdown, documents, headline, machine, page, report
 from benchmarks.growth import DIMENSIONS
 from benchmarks.interleave import Quartiles, Timings, interleave
 from benchmarks.measurement import Measurement
@@ -83,7 +83,7 @@ def test_slow_peers_take_part_in_every_fourth_round(cache: Any) -> None:
     taken = [t is not None for t in timings.microseconds["slow"]]
     assert taken == [True, False, False, False] * 2
     assert all(t is not None for t in timings.microseconds["fast"])
-    assert calls.count("fast") == 2 + 8 * (1 if cache == "cold" else 2)
+    assert calls.count("fast") == 2 + 8 * (1 if cache == "cold" else 3)
 
 
 def test_a_cold_round_renews_gradients_and_both_set_learning_rates() -> None:
@@ -159,6 +159,43 @@ def test_the_page_shows_losing_rows() -> None:
     assert "| A, Adam: time over torch fused | ≤ 0.97 / ≤ 0.9 | 0.90 (0.90 to 0.95) met | " in text
     assert "1.20 (1.20 to 1.20) **not met**; the ceiling 1.10 |" in text
     assert "DeepSpeed: not installed." in text
+
+
+def test_a_limit_with_the_checks() -> None:
+    target = _target("D, cold: speed-up over torch fused")
+    lost = _measurement(
+        workload="D",
+        timings=Timings({"recap_fast": [50.0], "torch fused": [100.0], "ceiling": [20.0]}),
+    )
+    assert target.of_ceiling_and_checks([lost], threads=1) is None
+    twin = _measurement(workload="F", timings=Timings({"recap_fast": [5.0]}))
+    assert target.of_ceiling_and_checks([lost, twin], threads=1).median == 4.0
+    results = {"machine": _FACTS, "measurements": [lost.to_json(), twin.to_json()]}
+    text = page.render(results, "x.json", {})
+    assert "**not met**; the ceiling 5.00x; with the checks 4.00x |" in text
+
+
+def test_the_page_shows_what_a_group_costs() -> None:
+    parts = {breakdown.WHOLE: 40.0, "- checks": 30.0}
+    single = {breakdown.WHOLE: 20.1, "- checks": 10.2}
+    results = {
+        "machine": _FACTS,
+        "measurements": [_measurement().to_json()],
+        "breakdown": [
+            {
+                "workload": "F",
+                "groups": 100,
+                "microseconds": parts,
+                "entries": 14,
+                "nanoseconds_per_entry": 2.5,
+            },
+            {"workload": "F-1", "groups": 1, "microseconds": single},
+        ],
+    }
+    text = page.render(results, "x.json", {})
+    assert "| optimizer.step() | 40.0 | 20.1 | 201 |" in text
+    assert "61 ns are left" in text
+    assert "takes 35 ns" in text
 
 
 def test_peak_memory_stands_beside_time() -> None:
