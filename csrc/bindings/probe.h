@@ -70,7 +70,7 @@ class Probe {
     __builtin_prefetch(object_);
     prefetch_all(leaf_);
     prefetch_all(storage_);
-    prefetch_all(static_cast<const torch::autograd::AutogradMeta*>(meta_));
+    if (meta_) __builtin_prefetch(&static_cast<const torch::autograd::AutogradMeta*>(meta_)->grad_);
     prefetch_all(last_grad_);
     prefetch_all(last_grad_storage_);
     __builtin_prefetch(state_dict_);
