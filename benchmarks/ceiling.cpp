@@ -1,5 +1,5 @@
-// The ceiling: a trivial loop that reads and writes what one optimizer step must, and computes next to
-// nothing. Compiled and loaded by ceiling.py.
+// The ceiling: a trivial loop that reads and writes what one optimizer step must, and computes next
+// to nothing. Compiled and loaded by ceiling.py.
 //
 // Each thread takes one contiguous run of all elements. OpenMP is switched on but not linked: the
 // calls resolve to the runtime that torch has loaded, so that two thread pools never compete.
@@ -38,16 +38,17 @@ void run(const Tensors& t, int64_t begin, int64_t end, float rate) {
     const int64_t from = std::max(begin, first) - first;
     const int64_t to = std::min(end - first, t.sizes[k]);
     if (from >= to) continue;
-    add<kStates>(t.params[k] + from, t.grads[k] + from, kStates > 0 ? t.states[0][k] + from : nullptr,
+    add<kStates>(t.params[k] + from, t.grads[k] + from,
+                 kStates > 0 ? t.states[0][k] + from : nullptr,
                  kStates > 1 ? t.states[1][k] + from : nullptr, to - from, rate);
   }
 }
 
 }  // namespace
 
-extern "C" void recap_ceiling(float* const* params, const float* const* grads, float* const* states0,
-                              float* const* states1, const int64_t* sizes, int64_t count,
-                              int states, int max_threads, float rate) {
+extern "C" void recap_ceiling(float* const* params, const float* const* grads,
+                              float* const* states0, float* const* states1, const int64_t* sizes,
+                              int64_t count, int states, int max_threads, float rate) {
   const Tensors tensors{params, grads, {states0, states1}, sizes, count};
   int64_t total = 0;
   for (int64_t k = 0; k < count; ++k) total += sizes[k];

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _revision() -> str | None:
+    """What git calls the code that runs, with `-dirty` if it has not been committed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 def describe() -> dict[str, Any]:
     """Facts that can be committed; `busy` is the load average before the run, per core."""
     info = build_info()
@@ -68,6 +79,7 @@ def describe() -> dict[str, Any]:
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "instruction_set": info["instruction_set"],
         "busy": round(os.getloadavg()[0] / _cores(), 2),
+        "revision": _revision(),
         "date": datetime.date.today().isoformat(),
     }
 

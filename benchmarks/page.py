@@ -145,8 +145,8 @@ def _machine(facts: Mapping[str, Any]) -> str:
         f"{facts['memory_gb']} GB, {facts['system']}, transparent huge pages "
         f"`{facts['transparent_huge_pages']}`; Python {facts['python']}, torch {facts['torch']} "
         f"({facts['torch_instruction_set']}), {deepspeed}; instruction set in use: "
-        f"{facts['instruction_set']}. {facts['date']}, load per core before the run "
-        f"{facts['busy']}.\n"
+        f"{facts['instruction_set']}. Revision {facts.get('revision')}, {facts['date']}, "
+        f"load per core before the run {facts['busy']}.\n"
     )
 
 
