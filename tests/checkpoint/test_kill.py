@@ -57,7 +57,8 @@ def train(folder: str) -> None:
         for key, value in entries.items()
         if isinstance(value, (torch.Tensor, ShardedTensor))
     }
-    torch.save(own, f"{folder}/final{share.rank}.pt")
+    torch.save(own, f"{folder}/unfinished{share.rank}.pt")
+    os.replace(f"{folder}/unfinished{share.rank}.pt", f"{folder}/final{share.rank}.pt")
 
 
 def stop_in_save(folder: str, number: int) -> None:
@@ -150,54 +151,75 @@ class Training:
     def _unfinished_saves(self) -> set[Path]:
         return set((self.folder / "checkpoints").glob(".saving-*"))
 
-    def finish(self) -> list[dict[str, list[torch.Tensor]]]:
-        """Waits for the end; returns what each process has."""
+    def finish(self) -> None:
+        """Waits for the end."""
         for process in self._processes:
             process.join(timeout=120)
             assert process.exitcode == 0
-        return [torch.load(self.folder / f"final{r}.pt") for r in range(self._world_size)]
+
+    def finals(self) -> dict[int, dict[str, list[torch.Tensor]]]:
+        """What each process has after the last step, by rank; of those that have come so far."""
+        paths = {r: self.folder / f"final{r}.pt" for r in range(self._world_size)}
+        return {rank: torch.load(path) for rank, path in paths.items() if path.exists()}
 
 
 def check(tmp_path: Path, world_size: int, kills: int, seed: int) -> None:
-    """Kills once in the middle of a save, and then at random moments."""
+    """Kills once in the middle of a save, and then at random moments.
+
+    When all is done before a kill, that one does not count, and another training begins.
+    """
     undisturbed = Training(tmp_path / "undisturbed", world_size)
     undisturbed.start()
-    expected = undisturbed.finish()
+    undisturbed.finish()
+    expected = undisturbed.finals()
+    assert len(expected) == world_size and all(len(own) > 50 for own in expected.values())
 
     draw = random.Random(seed)
     killed = Training(tmp_path / "killed", world_size)
-    in_saves, done = 1, 0
     killed.start(stops=True)
     while not (killed.folder / "stopped").exists():
         assert all(process.is_alive() for process in killed._processes)
         time.sleep(0.005)
     assert killed.kill(0)
     assert killed.complete() == ["step-00000002", "step-00000004"]
-    for _ in range(kills - 1):
+    in_time, in_saves, done = 1, 1, 0
+    while in_time < kills:
         killed.start()
         seconds, rank = draw.uniform(0, LONGEST_LIFE), draw.randrange(world_size)
         killed.live(seconds)
         in_save = killed.kill(rank)
-        in_saves += in_save
         print(
             f"killed process {rank} after {seconds:.3f} s, in a save: {in_save}; "
             f"{killed.complete()}"
         )
-        if (killed.folder / "final0.pt").exists():  # too late; begin again from the start
+        finals = killed.finals()
+        if finals:  # too late
+            assert_equal(finals, expected)
             done += 1
             killed = Training(tmp_path / f"killed{done}", world_size)
+            continue
+        in_time += 1
+        in_saves += in_save
     killed.start()
-    found = killed.finish()
-    print(f"{kills} kills, {in_saves} of them in a save")
-
-    for rank, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        assert ours.keys() == theirs.keys()
-        assert len(theirs) > 50
-        for name, parts in theirs.items():
-            for own, other in zip(ours[name], parts, strict=True):
-                assert torch.equal(own, other), (rank, name)
+    killed.finish()
+    finals = killed.finals()
+    assert len(finals) == world_size
+    assert_equal(finals, expected)
+    print(f"{in_time} kills, {in_saves} of them in a save; {done + 1} trainings")
     leftovers = [path.name for path in (killed.folder / "checkpoints").glob(".*")]
     assert leftovers == [], "the saves after a death clean up"
+
+
+def assert_equal(
+    found: dict[int, dict[str, list[torch.Tensor]]],
+    expected: dict[int, dict[str, list[torch.Tensor]]],
+) -> None:
+    """Bit for bit, for the processes that were `found`."""
+    for rank, ours in found.items():
+        assert ours.keys() == expected[rank].keys()
+        for name, parts in expected[rank].items():
+            for own, other in zip(ours[name], parts, strict=True):
+                assert torch.equal(own, other), (rank, name)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
