@@ -54,10 +54,10 @@ class Training:
         for _ in range(steps):
             self.backward(self.model, self.step)
             self.optimizer.step()
+            # Not after the scheduler: it would pass the rates on to the tables' kernels.
+            self.optimizer.zero_grad()
             if self.scheduler is not None:
                 self.scheduler.step()
-            # Not before the backward pass: it would pass the rates on to the tables' kernels.
-            self.optimizer.zero_grad()
             self.step += 1
         return self
 

@@ -113,7 +113,6 @@ def train(
         scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": steps[0]})
     names = [name for of_table in model_names(configs) for name in of_table]
     for step in steps:
-        combined.zero_grad()
         pooled, factor = model(global_batch(step, begin, end))
         flat = [grad for of_table in gradients(configs, BATCH, step).values() for grad in of_table]
         loss = sum(
@@ -123,6 +122,8 @@ def train(
         # The gradients are averaged over the processes.
         (loss * factor * ranks).backward()
         combined.step()
+        # Between the two: after the scheduler, it would pass the new rates on to the kernels.
+        combined.zero_grad()
         scheduler.step()
     return combined
 
