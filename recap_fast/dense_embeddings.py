@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 # What the original calls their group.
 DENSE_EMBEDDINGS = "dense_ebc"
 
+_OPTIONS = ("gradient_clipping", "stochastic_rounding")
+_HOW_TO_FUSE = (
+    "(recap_fast.embeddings.fuse_embeddings; for torchrec's model parallel set_table_optimizers, "
+    "and another sharding than data-parallel)"
+)
+
 
 def check_embedding_config(
     emb_optimizer_config: EmbeddingOptimizerConfig,
@@ -41,18 +47,32 @@ def check_embedding_config(
 def check_tables_used(
     emb_optimizer_config: EmbeddingOptimizerConfig, groups: Iterable[DenseGroup]
 ) -> None:
-    """Raises if a table has options of its own, but is trained as a dense parameter is."""
+    """Raises if a table has options beside its rate, but is trained as a dense parameter is."""
     for group in groups:
         if group.role == "dense_embeddings":
             continue
-        for name in group.params:
-            if is_table(name) and table_name(name) in emb_optimizer_config.tables:
+        for name in filter(is_table, group.params):
+            not_fused = (
+                f"but {name!r} is not fused, and belongs to the group {group.name!r}, whose "
+                "optimizer trains it"
+            )
+            if table_name(name) in emb_optimizer_config.tables:
                 raise ValueError(
-                    f"emb_optimizer_config.tables has options for {table_name(name)!r}, but "
-                    f"{name!r} is not fused, and belongs to the group {group.name!r}, whose "
-                    "optimizer trains it: leave them out, or fuse the table first "
-                    "(recap_fast.embeddings.fuse_embeddings)"
+                    f"emb_optimizer_config.tables has options for {table_name(name)!r}, "
+                    f"{not_fused}: leave them out, or fuse it first {_HOW_TO_FUSE}"
                 )
+            for option in _chosen(emb_optimizer_config):
+                raise ValueError(
+                    f"emb_optimizer_config chooses {option} for all tables, {not_fused}: fuse it "
+                    f"first {_HOW_TO_FUSE}, or choose {option} in emb_optimizer_config.tables, for "
+                    "those that are fused"
+                )
+
+
+def _chosen(config: EmbeddingOptimizerConfig) -> list[str]:
+    """Names what a configuration wants of kernels, beside the rate; the default is nothing."""
+    algorithm = [] if config.algorithm_is_default else [config.algorithm[0]]
+    return algorithm + [name for name in _OPTIONS if getattr(config, name)]
 
 
 def split_by_schedule(
@@ -82,7 +102,7 @@ def split_by_schedule(
     for algorithm in dict.fromkeys(config.algorithm[0] for config in configs.values()):
         if algorithm != "sgd":
             _refuse(algorithm, [n for n, c in configs.items() if c.algorithm[0] == algorithm])
-    for field in ("gradient_clipping", "stochastic_rounding"):
+    for field in _OPTIONS:
         chosen = [name for name, config in configs.items() if getattr(config, field)]
         if chosen:
             _refuse(field, chosen)
@@ -104,7 +124,5 @@ def split_by_schedule(
 def _refuse(what: str, names: Iterable[str]) -> None:
     raise ValueError(
         f"emb_optimizer_config chooses {what}, but {some(names)} are not fused, and such tables "
-        "train with plain sgd only; choose that, or fuse them first "
-        "(recap_fast.embeddings.fuse_embeddings; for torchrec's model parallel "
-        "set_table_optimizers, and another sharding than data-parallel)"
+        f"train with plain sgd only; choose that, or fuse them first {_HOW_TO_FUSE}"
     )

@@ -355,6 +355,25 @@ def test_options_of_a_table_in_a_group_of_everything_are_refused() -> None:
 # Shared parameters
 
 
+@pytest.mark.parametrize("config", [SINGLE_TASK, GENERIC], ids=["single task", "generic"])
+@pytest.mark.parametrize("option", [{"rowwise_adagrad": {}}, {"sgd": {}}, {"gradient_clipping": 1}])
+def test_options_of_all_tables_in_a_group_of_everything_are_refused(
+    option: dict[str, object], config: RecapOptimizerConfig | OptimizerConfig
+) -> None:
+    """One table is fused and has them, the other would be trained without."""
+    model = EmbeddingRanker()
+    fused = {TABLES[0]: model.ebc.embedding_bags["t_user"].weight}
+    message = (
+        rf"chooses {next(iter(option))} for all tables, but '{TABLES[1]}' is not fused, and "
+        r"belongs to the group .*: fuse it first .*, or choose .* in emb_optimizer_config\.tables"
+    )
+    with pytest.raises(ValueError, match=message):
+        group_parameters(model, config, embedding_config(**option), fused)
+    # As it says: the options of the fused one alone, or the rate alone.
+    group_parameters(model, config, embedding_config(tables={"t_user": option}), fused)
+    group_parameters(model, config, embedding_config(stochastic_rounding=False), fused)
+
+
 def tied(first: str, second: str) -> Tree:
     model = Tree("towers.a.weight", "x.weight", first)
     model.put(second, model.get_parameter(first))
@@ -473,6 +492,13 @@ ERRORS = {
         embedding_config(tables={"t": own_rate(0.2)}),
         "tables has options for 't', but 'towers.a.ebc.embedding_bags.t.weight' is not fused, and "
         "belongs to the group 'a'",
+    ),
+    "another algorithm, and a table of a tower": (
+        Tree("towers.a.ebc.embedding_bags.t.weight", "x.weight", "ebc.embedding_bags.u.weight"),
+        multi_task_config(("a",)),
+        embedding_config(tables={"u": {"sgd": {}}}, adagrad={}),
+        "chooses adagrad for all tables, but 'towers.a.ebc.embedding_bags.t.weight' is not fused, "
+        "and belongs to the group 'a'",
     ),
     "embedding rate without tables": (
         Ranker(),
