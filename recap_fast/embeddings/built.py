@@ -6,6 +6,7 @@ from typing import Any
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
 )
 from fbgemm_gpu.tbe.config.optimizer_config import (
     CounterBasedRegularizationDefinition,
@@ -77,6 +78,9 @@ def _check_kernel(
     wanted = kernel_arguments(config)
     if config.algorithm_is_default:
         del wanted["optimizer"]
+    else:
+        for name, value in _defaults(config).items():
+            wanted.setdefault(name, value)
     for name, value in wanted.items():
         found = _argument(kernel, name)
         if found != value:
@@ -85,6 +89,17 @@ def _check_kernel(
                 f"made with {found!s}: call fuse_embeddings, or set_table_optimizers before "
                 "torchrec's model parallel, with the same configuration"
             )
+
+
+def _defaults(config: EmbeddingOptimizerConfig) -> dict[str, Any]:
+    """Returns FBGEMM's values of what `kernel_arguments` leaves out where it is not given."""
+    _, section = config.algorithm
+    defaults: dict[str, Any] = {}
+    if hasattr(section, "weight_decay_mode"):
+        defaults |= {"weight_decay_mode": WeightDecayMode.NONE, "max_norm": 0.0}
+    if hasattr(section, "rowwise_bias_correction"):
+        defaults["extra_optimizer_config"] = UserEnabledConfigDefinition()
+    return {**defaults, "gradient_clipping": False, "stochastic_rounding": True}
 
 
 def _argument(kernel: SplitTableBatchedEmbeddingBagsCodegen, name: str) -> Any:

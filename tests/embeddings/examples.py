@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    EmbeddingLocation,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recap_fast.config import EmbeddingOptimizerConfig
+from recap_fast.embeddings.kernel_optimizer import KernelOptimizer
+from recap_fast.embeddings.kernels import kernel_arguments
 from tests.models import EmbeddingRanker
 
 # Those of an `EmbeddingRanker`.
@@ -48,3 +55,11 @@ def set_rate(model: nn.Module, rate: float) -> None:
     for group in model.fused_optimizer.param_groups:
         group["lr"] = rate
     model.fused_optimizer.step()
+
+
+def kernel_optimizer(**options: Any) -> KernelOptimizer:
+    """For CUDA, but on the meta device, where FBGEMM makes it all the same."""
+    arguments = kernel_arguments(config_of(**options))
+    specs = [(6, 8, EmbeddingLocation.DEVICE, ComputeDevice.CUDA)]
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(specs, device=torch.device("meta"), **arguments)
+    return KernelOptimizer(["t.weight"], kernel)

@@ -15,7 +15,9 @@ from torchrec.optim import keyed
 
 from recap_fast import build_optimizer, reference
 from recap_fast.embeddings import find_fused_optimizer, fuse_embeddings
-from tests.embeddings.examples import TABLES, config_of, ranker
+from recap_fast.embeddings.built import check_built_kernels
+from recap_fast.embeddings.kernels import OPTIMIZERS
+from tests.embeddings.examples import TABLES, config_of, kernel_optimizer, ranker
 from tests.models import multi_task_config
 
 SGD = config_of()
@@ -136,3 +138,36 @@ def test_another_configuration_is_refused(
     model = fuse_embeddings(ranker(), MADE)
     with pytest.raises(ValueError, match=re.escape(message)):
         build(model, multi_task_config(), config_of(**options))
+
+
+COUNTER = {"weight_decay_mode": "counter", "counter": {"learning_rate_mode": "counter_sgd"}}
+# What a kernel has beyond its algorithm, and what it should have without.
+ADDED: dict[str, tuple[dict[str, Any], str]] = {
+    "clipping": ({"adagrad": {}, "gradient_clipping": 2.0}, "gradient_clipping=False"),
+    "rounding": ({"adagrad": {}, "stochastic_rounding": False}, "stochastic_rounding=True"),
+    "max_norm": ({"rowwise_adagrad": {"max_norm": 2.0}}, "max_norm=0.0"),
+    "counter without decay": ({"rowwise_adagrad": COUNTER}, "weight_decay_mode=0"),
+    "rowwise_bias_correction": (
+        {"adam": {"rowwise_bias_correction": True}},
+        "UserEnabledConfigDefinition(use_rowwise_bias_correction=False",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), ADDED.values(), ids=ADDED)
+def test_what_a_kernel_has_beyond_the_configuration_is_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    fused = kernel_optimizer(**options)
+    check_built_kernels(nn.Module(), fused, config_of(**options))
+    algorithm, *_ = options
+    with pytest.raises(ValueError, match=re.escape(message) + r".* for the table t, but it was"):
+        check_built_kernels(nn.Module(), fused, config_of(**{algorithm: {}}))
+    # No algorithm is chosen: it is the kernel's maker who chose all of that.
+    check_built_kernels(nn.Module(), fused, config_of())
+
+
+@pytest.mark.parametrize("algorithm", OPTIMIZERS)
+def test_a_kernel_of_an_algorithm_alone_is_fine(algorithm: str) -> None:
+    fused = kernel_optimizer(**{algorithm: {}})
+    check_built_kernels(nn.Module(), fused, config_of(**{algorithm: {}}))

@@ -23,7 +23,6 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from recap_fast.config import EmbeddingOptimizerConfig, TableOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
 from recap_fast.embeddings.collection import FusedTableCollection
-from recap_fast.embeddings.kernel_optimizer import KernelOptimizer
 from recap_fast.embeddings.kernels import (
     ON_CPU,
     OPTIMIZERS,
@@ -31,7 +30,7 @@ from recap_fast.embeddings.kernels import (
     kernel_arguments,
     table_kernel,
 )
-from tests.embeddings.examples import config_of
+from tests.embeddings.examples import config_of, kernel_optimizer
 from tests.embeddings.reference import loss_with_gradients, random_gradients, table
 from tests.models import features
 
@@ -281,14 +280,6 @@ STATES = {
     "partial_rowwise_lamb": {"exp_avg": (6, 8), "exp_avg_sq": (6,), "step": (1,)},
     "lars_sgd": {"momentum_buffer": (6, 8)},
 }
-
-
-def kernel_optimizer(**options: Any) -> KernelOptimizer:
-    """For CUDA, but on the meta device, where FBGEMM makes it all the same."""
-    arguments = kernel_arguments(config_of(**options))
-    specs = [(6, 8, EmbeddingLocation.DEVICE, ComputeDevice.CUDA)]
-    kernel = SplitTableBatchedEmbeddingBagsCodegen(specs, device=torch.device("meta"), **arguments)
-    return KernelOptimizer(["t.weight"], kernel)
 
 
 @pytest.mark.parametrize("algorithm", OPTIMIZERS)
