@@ -10,7 +10,7 @@ tables, DDP or FSDP2 takes the rest; `recap_fast.build_optimizer` is called as f
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import sys
 import time
 from collections import deque
@@ -28,7 +28,7 @@ from recap_fast.demo import data, processes
 from recap_fast.demo.errors import DemoError
 from recap_fast.demo.model import build_model, optimizer_configs
 from recap_fast.demo.quiet import quiet_libraries
-from recap_fast.demo.sharding import DENSE, SHARDINGS, shard
+from recap_fast.demo.sharding import DENSE, SHARDINGS, local_tensors, shard
 from recap_fast.demo.train import evaluate
 
 
@@ -39,11 +39,10 @@ def main() -> None:
         device = processes.join(options.timeout)
         with processes.naming_lost_processes(options.timeout):
             train(options, device)
-            dist.barrier()  # else a process that ends first would cut off the others
-    except (DemoError, checkpoint.CheckpointError) as error:
-        print(f"train_distributed.py: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: threads of the process group may still wait for a lost process
-    dist.destroy_process_group()
+            dist.barrier()
+    except BaseException as error:
+        processes.fail(error)
+    processes.leave()
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
@@ -79,7 +78,6 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
             start, skipped = loaded.step, loaded.extra.pop("skipped")
             if loaded.extra != settings:
                 raise DemoError(f"{loaded.path} is of another run: {loaded.extra}, not {settings}")
-
     recent: deque[torch.Tensor] = deque(maxlen=20)
     batches = dataset.batches(options.batch_size, options.seed, share=share, start=start)
     begin = time.perf_counter()
@@ -105,12 +103,16 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
             skipped += 1
         scheduler.step()  # counts batches, skipped ones too
         done = step + 1
-        last = done == options.steps
-        if options.checkpoint_dir and (last or done % options.checkpoint_every == 0):
-            extra = {**settings, "skipped": skipped}
-            checkpoint.save(options.checkpoint_dir, done, model, optimizer, scheduler, extra=extra)
+        if done == options.steps or done % options.checkpoint_every == 0:
+            if not processes.all_finite(*local_tensors(model)):
+                raise DemoError(
+                    f"gradients that are not finite have reached tables before step {done}: start"
+                    " again, which goes on from the last checkpoint, if there is --checkpoint-dir"
+                )
+            if options.checkpoint_dir is not None:
+                what = options.checkpoint_dir, done, model, optimizer, scheduler
+                checkpoint.save(*what, extra={**settings, "skipped": skipped})
     seconds = time.perf_counter() - begin
-
     auc = evaluate(model, dataset, share=share, device=device)
     loss = processes.mean(torch.stack(list(recent)).mean(dim=0)).tolist() if recent else None
     if share.rank == 0:
@@ -135,7 +137,8 @@ def parse() -> argparse.Namespace:
     add("--seed", "of the weights and of the order of the batches", type=at_least(0), default=0)
     add("--sharding", "how to lay out the tables", choices=SHARDINGS, default="planner")
     add("--dense", "what to do with all other parameters", choices=DENSE, default="ddp")
-    add("--clip-grad-norm", "largest global norm of dense gradients", type=float, metavar="NORM")
+    text = "largest global norm of dense gradients; a step whose norm is not finite is skipped"
+    add("--clip-grad-norm", text, type=float, default=math.inf, metavar="NORM")
     add("--checkpoint-dir", "where to save, and whose newest to go on from", type=Path)
     add("--checkpoint-every", "how many steps from one to the next", type=at_least(1), default=100)
     add("--timeout", "seconds without an answer after which to give up", type=float, default=300.0)

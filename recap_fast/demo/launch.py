@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, spawn
 
 from recap_fast.demo.errors import DemoError
+from recap_fast.demo.processes import leave
 
 _TIMEOUT: Final = timedelta(minutes=5)  # of one exchange between the processes
 
@@ -58,5 +59,5 @@ def _main(
     # Interrupted, end at once: threads of the process group still wait for the others.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     function(*args)
-    dist.barrier()  # else a process that ends first would cut off the others
-    dist.destroy_process_group()
+    dist.barrier()
+    leave()

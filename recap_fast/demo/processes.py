@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from recap_fast.checkpoint import CheckpointError
 from recap_fast.demo.errors import DemoError
 from recap_fast.demo.share import Share
 
@@ -72,7 +77,7 @@ def join(timeout: float) -> torch.device:
 def naming_lost_processes(timeout: float) -> Iterator[None]:
     """Raises a plain DemoError when another process has gone or no longer answers.
 
-    What was sent or awaited then may still hold threads of the process group: end with `os._exit`.
+    What was sent or awaited then may still hold threads of the process group: end with `leave`.
 
     Args:
         timeout: what `join` got.
@@ -89,6 +94,31 @@ def naming_lost_processes(timeout: float) -> Iterator[None]:
         raise DemoError(
             f"process {os.environ.get('RANK', '?')} stops: another process {what} ({said})"
         ) from error
+
+
+def leave(status: int = 0) -> NoReturn:
+    """Ends this process at once, without closing the interpreter.
+
+    Threads of the process group outlive `destroy_process_group` as long as anything refers to it.
+    They may wait for a lost process, or let go of a Python object, which in a closing interpreter
+    aborts the process.
+
+    Args:
+        status: 0 if all went well; then call `torch.distributed.barrier` first, else a process that
+            ends early would cut off the others.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Tells of an error, in one line if the user can mend it, and leaves."""
+    if isinstance(error, (DemoError, CheckpointError, ValueError)):
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    leave(1)
 
 
 def _is_of_communication(error: Exception) -> bool:
@@ -118,8 +148,8 @@ def gather(values: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def all_finite(value: torch.Tensor) -> bool:
-    """Whether a value is finite on every process; the same answer on all of them."""
-    bad = (~torch.isfinite(value)).any().float()
+def all_finite(*values: torch.Tensor) -> bool:
+    """Whether values are finite on every process; the same answer on all of them."""
+    bad = torch.stack([~torch.isfinite(value).all() for value in values]).any().float()
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return not bad.item()

@@ -191,6 +191,17 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: _whole(value, device) for name, value in model.state_dict().items()}
 
 
+def local_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """What this process holds of the state dict of a model: of tables, its shards."""
+    tensors: list[torch.Tensor] = []
+    for value in model.state_dict().values():
+        if isinstance(value, ShardedTensor):
+            tensors += [local.tensor for local in value.local_shards()]
+        else:
+            tensors.append(value.to_local() if isinstance(value, DTensor) else value)
+    return tensors
+
+
 def _whole(value: Any, device: torch.device) -> torch.Tensor:
     if isinstance(value, DTensor):
         return value.full_tensor()

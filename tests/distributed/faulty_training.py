@@ -73,31 +73,41 @@ def break_down(kind: str, at: int) -> None:
 
     Args:
         kind: `kill` or `stop`, signals to itself; `nan-batch`: the dense features are not numbers;
-            `nan-gradient`: the gradient of one weight of a tower is not, before it is reduced.
+            `nan-gradient`: the gradient of one weight of a tower is not, before it is reduced;
+            `nan-tables`: the gradients of the pooled embeddings are not.
         at: from 0.
     """
     batches = Dataset.batches
-    gradient_is_bad = False
+    is_at_fault = False
 
     def faulty(self: Dataset, *args, start: int = 0, **options):
-        nonlocal gradient_is_bad
+        nonlocal is_at_fault
         for step, batch in enumerate(batches(self, *args, start=start, **options), start):
-            gradient_is_bad = kind == "nan-gradient" and step == at
+            is_at_fault = step == at
             yield break_batch(kind, batch) if step == at else batch
 
-    def before_forward(layer: torch.nn.Module, _) -> None:
-        if gradient_is_bad:
-            layer.weight.register_hook(
-                lambda gradient: gradient * NAN if gradient_is_bad else gradient
-            )
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * NAN if is_at_fault else gradient
+
+    def before_tower(layer: torch.nn.Module, _) -> None:
+        if is_at_fault:
+            layer.weight.register_hook(spoil)
+
+    def after_embeddings(norm: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        if arguments[0].requires_grad:
+            arguments[0].register_hook(spoil)
 
     Dataset.batches = faulty
     build_model = model.build_model
 
     def build_faulty(*args, **options):
         built = build_model(*args, **options)
-        # FSDP2 puts another weight in place for each forward pass.
-        built.towers["recap__engagement__is_loved"][0].register_forward_pre_hook(before_forward)
+        if kind == "nan-gradient":
+            # FSDP2 puts another weight in place for each forward pass.
+            tower = built.towers["recap__engagement__is_loved"]
+            tower[0].register_forward_pre_hook(before_tower)
+        if kind == "nan-tables":
+            built.embedding_norm.register_forward_pre_hook(after_embeddings)
         return built
 
     model.build_model = build_faulty

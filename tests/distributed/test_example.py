@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from recap_fast.checkpoint import CheckpointError, CheckpointMismatchError
+from recap_fast.demo import processes
 from recap_fast.demo.data import TASKS
 from recap_fast.demo.errors import DemoError
 from recap_fast.demo.sharding import SHARDINGS
@@ -39,6 +41,52 @@ def test_help_tells_how_to_start_and_every_option(
         if default is not None:
             assert re.search(rf"--{name.replace('_', '-')} [^-]*\(default:\s*{default}\)", text)
     assert len(EXAMPLE.read_text().splitlines()) <= 150
+
+
+class Left(BaseException):
+    """In the place of `processes.leave`, which ends the process at once."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (DemoError("no GPU"), "train_distributed.py: no GPU\n"),
+        (CheckpointError("no space"), "train_distributed.py: no space\n"),
+        (CheckpointMismatchError("another model"), "train_distributed.py: another model\n"),
+        (ValueError("too few rows"), "train_distributed.py: too few rows\n"),
+        (KeyError("a mistake"), "KeyError: 'a mistake'\n"),
+        (KeyboardInterrupt(), "KeyboardInterrupt\n"),
+        (None, ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_end_leaves_without_closing_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException | None,
+    said: str,
+) -> None:
+    """What the user can mend is one line, a mistake a traceback."""
+
+    def leave(status: int = 0) -> None:
+        raise Left(status)
+
+    def join(timeout: float) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE)])
+    main = runpy.run_path(str(EXAMPLE))["main"]
+    monkeypatch.setattr(processes, "leave", leave)
+    monkeypatch.setattr(processes, "join", join)
+    monkeypatch.setitem(main.__globals__, "train", lambda options, device: None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    with pytest.raises(Left) as caught:
+        main()
+    assert caught.value.args == ((0,) if error is None else (1,))
+    found = capsys.readouterr().err
+    is_mistake = not isinstance(error, (DemoError, CheckpointError, ValueError, type(None)))
+    assert found.endswith(said) and ("Traceback" in found) == is_mistake
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from recap_fast.demo.errors import DemoError
 from recap_fast.demo.sharding import DENSE
 from tests.distributed import faulty_training
 from tests.distributed.processes import run
@@ -142,6 +144,14 @@ def test_without_torchrun_it_says_how_to_start() -> None:
     assert "RANK" in result.stderr and "`torchrun --nproc-per-node N`" in result.stderr
 
 
+def test_a_wrong_argument_is_one_line() -> None:
+    with Ranks("--clip-grad-norm", "0", WORLD_SIZE="1") as ranks:
+        process = ranks.start(0)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in said
+    assert last_line(said).startswith("train_distributed.py: clip_grad_norm must be None or a num")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -174,18 +184,36 @@ def test_a_bad_batch_of_one_is_skipped_by_all(step: int, part: str) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("part", DENSE)
-def test_a_bad_gradient_of_one_skips_the_dense_step_of_all(part: str) -> None:
-    ranks = run(
-        2,
-        faulty_training.train_with_fault,
-        ("nan-gradient", 1, FAULTY_STEP),
-        "--dense",
-        part,
-        "--clip-grad-norm",
-        "1",
-    )
+@pytest.mark.parametrize("clip", [None, "1"])
+def test_a_bad_gradient_of_one_skips_the_dense_step_of_all(clip: str | None, part: str) -> None:
+    arguments = ["--dense", part, *([] if clip is None else ["--clip-grad-norm", clip])]
+    ranks = run(2, faulty_training.train_with_fault, ("nan-gradient", 1, FAULTY_STEP), *arguments)
     assert ranks[0][1].endswith("0 batches skipped\n")
-    check_like_one_process(ranks, without_step={FAULTY_STEP}, clip_grad_norm=1.0)
+    clip_grad_norm = math.inf if clip is None else float(clip)
+    check_like_one_process(ranks, without_step={FAULTY_STEP}, clip_grad_norm=clip_grad_norm)
+
+
+def spoil_tables(folder: str, part: str) -> tuple[str, list[str]]:
+    """What is said to gradients that are not finite and reach the tables, and what was saved."""
+    saving = ("--checkpoint-dir", folder, "--checkpoint-every", "3", "--dense", part)
+    with pytest.raises(DemoError) as caught:
+        faulty_training.train_with_fault(("nan-tables", 1, FAULTY_STEP), *saving)
+    return str(caught.value), sorted(path.name for path in Path(folder).iterdir())
+
+
+@pytest.mark.parametrize("part", DENSE)
+def test_tables_with_a_bad_gradient_are_not_saved(tmp_path: Path, part: str) -> None:
+    """The loss told nothing, and the backward pass trained them: only a checkpoint helps."""
+    folder = str(tmp_path / "run")
+    for said, saved in run(2, spoil_tables, folder, part):
+        assert said.startswith(
+            "gradients that are not finite have reached tables before step 9: start again"
+        )
+        assert saved == ["step-00000003", "step-00000006"]
+    saving = ("--checkpoint-dir", folder, "--dense", part)
+    ((resumed, _), _) = run(2, faulty_training.train_with_fault, None, *saving)
+    ((undisturbed, _), _) = run(2, faulty_training.train_with_fault, None, "--dense", part)
+    assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
 
 
 @pytest.mark.long
