@@ -32,10 +32,14 @@ from recap_fast.demo.model import MultiTaskRanker
 from recap_fast.embeddings import set_table_optimizers
 
 SHARDINGS: Final = ("planner", "table_wise", "row_wise", "column_wise", "data_parallel")
-"""How to lay out the tables; the first leaves the choice to torchrec's planner."""
+"""How to lay out the tables; the first leaves the choice to torchrec's planner, which may cut the
+columns of tables whose algorithm then trains them as if they were whole."""
 
 DENSE: Final = ("ddp", "fsdp")
 """What becomes of all other parameters: replicas (DDP), or DTensor shards (FSDP2)."""
+
+# Their update of an element depends on no other element of the row, so columns may be apart.
+_BY_ELEMENT: Final = ("sgd", "adagrad", "adam")
 
 # Of the memory of a device, for all that is not a table.
 _RESERVED: Final = 0.4
@@ -82,7 +86,7 @@ def shard(
         f"embeddings.{name}": table.detach().clone()
         for name, table in model.embeddings.named_parameters()
     }
-    plan = _plan(model, sharder, sharding, device)
+    plan = _plan(model, emb_optimizer_config, sharder, sharding, device)
     sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
@@ -108,6 +112,7 @@ class FullyShard(DataParallelWrapper):
 
 def _plan(
     model: MultiTaskRanker,
+    emb_optimizer_config: EmbeddingOptimizerConfig,
     sharder: EmbeddingBagCollectionSharder,
     sharding: str,
     device: torch.device,
@@ -126,7 +131,7 @@ def _plan(
             # tables, of which torchrec 1.8 takes the mean twice.
             constraints={
                 name: ParameterConstraints(
-                    sharding_types=["table_wise", "column_wise"],
+                    sharding_types=_planned_types(emb_optimizer_config.for_table(name)),
                     compute_kernels=["fused"],
                 )
                 for name in names
@@ -141,6 +146,14 @@ def _plan(
         model.embeddings, generators, sharder, on_this_machine, processes, device.type
     )
     return ShardingPlan({"embeddings": module_plan})
+
+
+def _planned_types(config: EmbeddingOptimizerConfig) -> list[str]:
+    """What the planner may choose from for a table of this configuration."""
+    algorithm, section = config.algorithm
+    counts_rows = getattr(section, "rowwise_bias_correction", False)
+    by_element = algorithm in _BY_ELEMENT and not counts_rows
+    return ["table_wise", "column_wise"] if by_element else ["table_wise"]
 
 
 def _generator(

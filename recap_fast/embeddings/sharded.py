@@ -34,8 +34,9 @@ def set_table_optimizers(
     * A data-parallel table is not fused: it trains in the group of dense embeddings, with plain
       SGD, and `build_optimizer` refuses another algorithm for it.
     * Column-wise, each shard of a row-wise algorithm has an accumulator of its own, of the mean
-      over its columns; so it has counters and norms, in the modes of weight decay that have them.
-      `build_optimizer` refuses ema_rowwise_adagrad, which would mix up halves.
+      over its columns; so it has counters and norms, in the modes of weight decay that have them,
+      and with max_norm. lamb and partial_rowwise_lamb scale the step of a shard by the norms of
+      its part of the row. `build_optimizer` refuses ema_rowwise_adagrad, which would mix up halves.
     * Row-wise, mean pooling divides after the kernel, so `gradient_clipping` clips what is already
       divided by the length of the bag.
     * On the CPU, torchrec does not copy the model's weights into the shards: they start from new

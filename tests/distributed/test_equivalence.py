@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 
+from recap_fast.demo import sharding
 from recap_fast.demo.model import MOVIELENS_TABLE_SIZES, build_model
 from recap_fast.demo.sharding import DENSE, SHARDINGS, shard
 from recap_fast.embeddings import fuse_embeddings
+from tests.distributed import small_training
 from tests.distributed.processes import run
 from tests.distributed.small_training import (
     SIZES,
@@ -20,10 +25,10 @@ from tests.distributed.small_training import (
     train_sharded,
 )
 
-# Adam and Adagrad hide gradients that are wrong by a factor, SGD does not. Row-wise Adagrad keeps a
-# mean over the columns of a row, so shards of columns, which the planner may choose, would differ.
+# Adam and Adagrad hide gradients that are wrong by a factor, SGD does not. Row-wise Adagrad, the
+# demo's own, keeps a mean over the columns of a row, so shards of columns would differ.
 ADAPTIVE_TABLES = {
-    "planner": "adagrad",
+    "planner": "rowwise_adagrad",
     "table_wise": "rowwise_adagrad",
     "row_wise": "rowwise_adagrad",
     "column_wise": "adagrad",
@@ -57,13 +62,19 @@ def on_one_process(
     return train(dense, tables, clip_grad_norm=clip_grad_norm, place=place)
 
 
-def check(world_size: int, case: tuple[str, ...], clip_grad_norm: float | None) -> None:
+def check(
+    world_size: int,
+    case: tuple[str, ...],
+    clip_grad_norm: float | None,
+    train_together: Callable[..., dict[str, Any]] = train_sharded,
+) -> list[dict[str, Any]]:
+    """Compares with one process; returns what came of it, by rank."""
     sharding, part, dense, tables = case
     # Tables that are not fused are dense parameters: their gradients count for the norm.
     expected = on_one_process(dense, tables, clip_grad_norm, sharding != "data_parallel")
     ranks = run(
         world_size,
-        functools.partial(train_sharded, clip_grad_norm=clip_grad_norm),
+        functools.partial(train_together, clip_grad_norm=clip_grad_norm),
         sharding,
         part,
         dense,
@@ -84,6 +95,7 @@ def check(world_size: int, case: tuple[str, ...], clip_grad_norm: float | None) 
         assert other["auc"] == ours["auc"] and other["norms"] == ours["norms"]
         for name, weights in ours["after"].items():
             assert torch.equal(other["after"][name], weights), name
+    return ranks
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[2] == "sgd"], ids="-".join)
@@ -102,6 +114,40 @@ def test_two_processes_train_like_one(case: tuple[str, ...]) -> None:
 )
 def test_two_processes_adapt_like_one(case: tuple[str, ...]) -> None:
     check(2, case, None)
+
+
+class ColumnPlanner(EmbeddingShardingPlanner):
+    """Cuts columns wherever it may: only the costs keep torchrec's from it."""
+
+    def __init__(self, *, constraints: dict[str, ParameterConstraints], **options: Any) -> None:
+        cut = {
+            name: ParameterConstraints(
+                sharding_types=each.sharding_types[-1:], compute_kernels=["fused"], min_partition=8
+            )
+            for name, each in constraints.items()
+        }
+        super().__init__(constraints=cut, **options)
+
+
+def train_planned(*arguments: str, **options: Any) -> dict[str, Any]:
+    """`train_sharded` with the `ColumnPlanner`; also how many shards of columns it made."""
+    sharding.EmbeddingShardingPlanner = ColumnPlanner
+    place, shards = sharding.shard, []
+
+    def shard_and_count(*args: Any, **how: Any) -> nn.Module:
+        model = place(*args, **how)
+        plan = model.plan.plan["embeddings"]
+        shards.extend(len(each.ranks) for each in plan.values())
+        return model
+
+    small_training.shard = shard_and_count
+    return {**train_sharded(*arguments, **options), "shards": shards}
+
+
+@pytest.mark.parametrize(("tables", "count"), [("rowwise_adagrad", 1), ("adagrad", 2)])
+def test_the_planner_cuts_no_rows_that_train_as_a_whole(tables: str, count: int) -> None:
+    ranks = check(2, ("planner", "ddp", "adam", tables), None, train_planned)
+    assert ranks[0]["shards"] == [count] * len(MOVIELENS_TABLE_SIZES)
 
 
 @pytest.mark.long
