@@ -18,7 +18,7 @@ from recap_fast.demo import data, processes
 from recap_fast.demo.model import build_model
 from recap_fast.embeddings import fuse_embeddings
 from tests.checkpoint.snapshots import Snapshot, take
-from tests.distributed.processes import run
+from tests.distributed.processes import device, run
 from tests.distributed.sharded_models import shard_tables
 from tests.distributed.small_training import BATCH_SIZE, RATINGS, SIZES, configs, table_sizes
 
@@ -91,7 +91,7 @@ class Training:
     def train(self, first: int, stop: int) -> None:
         batches = self.dataset.batches(BATCH_SIZE, 0, share=processes.share(), start=first)
         for _ in range(first, stop):
-            batch = next(batches)
+            batch = next(batches).to(device())
             self.optimizer.zero_grad()
             loss = nn.functional.binary_cross_entropy_with_logits(
                 self.model(batch), batch.labels, reduction="none"
@@ -168,17 +168,17 @@ def call_each(calls: list[tuple[Callable[..., T], Setup, Any]]) -> list[T]:
     return results
 
 
-def on_all(calls: list[tuple[Callable[..., T], Setup, Any]]) -> list[list[T]]:
+def on_all(calls: list[tuple[Callable[..., T], Setup, Any]], backend: str) -> list[list[T]]:
     """Calls functions on all processes of their setups; returns for each what it returned, by rank.
 
-    Fused tables are trained in this process, without a process group.
+    Fused tables are trained in this process, without a process group, on the CPU.
     """
     sizes = [0 if call[1].sharding == "fused" else call[1].world_size for call in calls]
     results: list[Any] = [None] * len(calls)
     for size in sorted(set(sizes)):
         indices = [index for index, own in enumerate(sizes) if own == size]
         own_calls = [calls[index] for index in indices]
-        ranks = run(size, call_each, own_calls) if size else [call_each(own_calls)]
+        ranks = run(size, call_each, own_calls, backend=backend) if size else [call_each(own_calls)]
         for index, *by_rank in zip(indices, *ranks, strict=True):
             results[index] = by_rank
     return results

@@ -73,7 +73,7 @@ def _parts(value: torch.Tensor) -> tuple[tuple[int, ...], list[tuple[torch.Tenso
     if isinstance(value, DTensor):
         value = value.full_tensor()
     shape = tuple(value.size() if isinstance(value, ShardedTensor) else value.shape)
-    return shape, [(part.clone(), place) for part, place in local_parts(value)]
+    return shape, [(part.to("cpu", copy=True), place) for part, place in local_parts(value)]
 
 
 def assemble(ranks: list[Snapshot]) -> Snapshot:

@@ -57,15 +57,16 @@ def one_thread():
 
 
 def train_all(
-    cases: list[Resumed], refused: list[Resumed], directory: Path
+    cases: list[Resumed], refused: list[Resumed], directory: Path, backend: str
 ) -> tuple[dict[Resumed, Result], dict[Resumed, Refusal]]:
     setups = list(dict.fromkeys(case.first for case in [*cases, *refused]))
     folders = {setup: str(directory / str(setup)) for setup in setups}
-    saved = on_all([(train_and_save, setup, folders[setup]) for setup in setups])
+    saved = on_all([(train_and_save, setup, folders[setup]) for setup in setups], backend)
     undisturbed = dict(zip(setups, map(assemble_moments, saved), strict=True))
     found = on_all(
         [(load_and_train, case.then, folders[case.first], case.steps_before) for case in cases]
-        + [(be_refused, case.then, folders[case.first]) for case in refused]
+        + [(be_refused, case.then, folders[case.first]) for case in refused],
+        backend,
     )
     results = {
         case: Result(*undisturbed[case.first], *assemble_moments(ranks))
@@ -79,14 +80,15 @@ def train_all(
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, table_backend):
     """Of all that two processes can do: one case after the other, since processes start slowly."""
-    return train_all([*SAME, *ELSEWHERE, *BUILDERS], REFUSED, tmp_path_factory.mktemp("saved"))
+    cases, folder = [*SAME, *ELSEWHERE, *BUILDERS], tmp_path_factory.mktemp("saved")
+    return train_all(cases, REFUSED, folder, table_backend)
 
 
 @pytest.fixture(scope="module")
-def long_found(tmp_path_factory):
-    return train_all(LONG, LONG_REFUSED, tmp_path_factory.mktemp("saved_long"))
+def long_found(tmp_path_factory, table_backend):
+    return train_all(LONG, LONG_REFUSED, tmp_path_factory.mktemp("saved_long"), table_backend)
 
 
 def assert_equal(ours: Snapshot, expected: Snapshot) -> None:
@@ -119,10 +121,12 @@ def check_refused(case: Resumed, refusal: Refusal) -> None:
 
 
 @pytest.mark.parametrize("case", SAME, ids=str)
-def test_on_as_many_processes_every_bit_is_the_same(case: Resumed, found) -> None:
+def test_on_as_many_processes_every_bit_is_the_same(case: Resumed, found, table_backend) -> None:
+    """On the CPU; sums of a GPU may come in another order each time."""
     result = found[0][case]
-    assert_equal(result.loaded, result.saved)
-    assert_equal(result.resumed_end, result.end)
+    check_resumed_elsewhere(result)
+    if table_backend == "gloo":
+        assert_equal(result.resumed_end, result.end)
 
 
 @pytest.mark.parametrize("case", ELSEWHERE, ids=str)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -22,7 +23,7 @@ TIMEOUT = datetime.timedelta(seconds=60)  # of one collective
 
 def device() -> torch.device:
     """Where this rank's tensors belong: on the CPU, or with nccl on a GPU of its own."""
-    if dist.get_backend() == "nccl":
+    if dist.is_initialized() and dist.get_backend() == "nccl":
         return torch.device("cuda", dist.get_rank())
     return torch.device("cpu")
 
@@ -40,12 +41,14 @@ def run(
         world_size: how many processes.
         function: importable by name; finds its rank with `torch.distributed.get_rank`.
         args: pickled.
-        backend: of the process group; nccl needs a GPU for each process.
+        backend: of the process group; with nccl and too few GPUs, the test is skipped.
         timeout: seconds for all of it.
 
     Raises:
         RuntimeError: with the tracebacks, if a process failed or did not end in time.
     """
+    if backend == "nccl" and torch.cuda.device_count() < world_size:
+        pytest.skip(f"nccl needs {world_size} CUDA devices")
     context = multiprocessing.get_context("forkserver")
     # Imported once, in the server, from which every process is forked.
     context.set_forkserver_preload(["torchrec.distributed", "recap_fast.checkpoint"])

@@ -22,8 +22,7 @@ from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.demo.model import MultiTaskRanker
 from recap_fast.demo.sharding import FullyShard, slices
 from recap_fast.embeddings import set_table_optimizers
-
-CPU = torch.device("cpu")
+from tests.distributed.processes import device
 
 
 def layout(kind: str, number: int, world_size: int) -> ParameterShardingGenerator:
@@ -69,7 +68,7 @@ def shard_tables(
     if isinstance(kinds, str):
         kinds = dict.fromkeys(names, kinds)
     weights = {name: value.clone() for name, value in model.embeddings.state_dict().items()}
-    set_table_optimizers(model, emb_config, CPU)
+    set_table_optimizers(model, emb_config, device())
     sharder = EmbeddingBagCollectionSharder()
     world_size = dist.get_world_size()
     plan = construct_module_sharding_plan(
@@ -78,11 +77,11 @@ def shard_tables(
         sharder,
         local_size=world_size,
         world_size=world_size,
-        device_type="cpu",
+        device_type=device().type,
     )
     sharded = DistributedModelParallel(
         model,
-        device=CPU,
+        device=device(),
         plan=ShardingPlan({"embeddings": plan}),
         sharders=[sharder],
         data_parallel_wrapper=FullyShard() if dense == "fsdp" else None,

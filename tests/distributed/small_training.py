@@ -26,6 +26,7 @@ from recap_fast.demo.model import build_model, optimizer_configs
 from recap_fast.demo.sharding import shard, whole_state
 from recap_fast.demo.train import evaluate
 from recap_fast.embeddings import fuse_embeddings
+from tests.distributed.processes import device
 
 STEPS = 20
 BATCH_SIZE = 48
@@ -102,7 +103,7 @@ def train(
     losses, norms = [], []
     batches = dataset.batches(BATCH_SIZE, seed=0, share=share)
     for step in range(STEPS):
-        batch = next(batches)
+        batch = next(batches).to(device())
         if step not in without_batch:
             optimizer.zero_grad()
             logits = model(batch)
@@ -118,25 +119,25 @@ def train(
             losses.append(float(processes.mean(loss) if share.processes > 1 else loss))
             if step not in without_step:
                 optimizer.step()
-                norms.append(optimizer.grad_norm)
+                norms.append(None if clip_grad_norm is None else float(optimizer.grad_norm))
         scheduler.step()
     return {
         "before": before,
         "after": state_of(model),
         "losses": losses,
         "norms": norms,
-        "auc": evaluate(model, dataset, batch_size=16, share=share),
+        "auc": evaluate(model, dataset, batch_size=16, share=share, device=device()),
     }
 
 
 def train_sharded(sharding: str, part: str, *optimizers: str, **options: Any) -> dict[str, Any]:
     """`train` with the others of the group; `part` is for `shard`'s `dense`."""
-    place = functools.partial(shard, sharding=sharding, dense=part, device=torch.device("cpu"))
+    place = functools.partial(shard, sharding=sharding, dense=part, device=device())
     return train(*optimizers, place=place, **options)
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in whole_state(model).items()}
+    return {name: value.cpu().clone() for name, value in whole_state(model).items()}
 
 
 def largest_difference(ours: dict, expected: dict, before: dict) -> tuple[float, str]:

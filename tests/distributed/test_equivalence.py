@@ -66,6 +66,7 @@ def check(
     world_size: int,
     case: tuple[str, ...],
     clip_grad_norm: float | None,
+    backend: str,
     train_together: Callable[..., dict[str, Any]] = train_sharded,
 ) -> list[dict[str, Any]]:
     """Compares with one process; returns what came of it, by rank."""
@@ -79,6 +80,7 @@ def check(
         part,
         dense,
         tables,
+        backend=backend,
     )
     ours = ranks[0]
     for name, weights in expected["before"].items():
@@ -99,8 +101,8 @@ def check(
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[2] == "sgd"], ids="-".join)
-def test_two_processes_train_like_one(case: tuple[str, ...]) -> None:
-    check(2, case, None)
+def test_two_processes_train_like_one(case: tuple[str, ...], table_backend: str) -> None:
+    check(2, case, None, table_backend)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +114,8 @@ def test_two_processes_train_like_one(case: tuple[str, ...]) -> None:
     ],
     ids="-".join,
 )
-def test_two_processes_adapt_like_one(case: tuple[str, ...]) -> None:
-    check(2, case, None)
+def test_two_processes_adapt_like_one(case: tuple[str, ...], table_backend: str) -> None:
+    check(2, case, None, table_backend)
 
 
 class ColumnPlanner(EmbeddingShardingPlanner):
@@ -146,27 +148,29 @@ def train_planned(*arguments: str, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("tables", "count"), [("rowwise_adagrad", 1), ("adagrad", 2)])
 def test_the_planner_cuts_no_rows_that_train_as_a_whole(tables: str, count: int) -> None:
-    ranks = check(2, ("planner", "ddp", "adam", tables), None, train_planned)
+    ranks = check(2, ("planner", "ddp", "adam", tables), None, "gloo", train_planned)
     assert ranks[0]["shards"] == [count] * len(MOVIELENS_TABLE_SIZES)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_four_processes_train_like_one(case: tuple[str, ...]) -> None:
-    check(4, case, None)
+def test_four_processes_train_like_one(case: tuple[str, ...], table_backend: str) -> None:
+    check(4, case, None, table_backend)
 
 
 @pytest.mark.parametrize("part", DENSE)
 @pytest.mark.parametrize("sharding", ["table_wise", "data_parallel"])
-def test_clipping_is_by_the_norm_over_all_processes(sharding: str, part: str) -> None:
-    check(2, (sharding, part, "sgd", "sgd"), 0.1)
+def test_clipping_is_by_the_norm_over_all_processes(
+    sharding: str, part: str, table_backend: str
+) -> None:
+    check(2, (sharding, part, "sgd", "sgd"), 0.1, table_backend)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", DENSE)
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_four_processes_clip_like_one(sharding: str, part: str) -> None:
-    check(4, (sharding, part, "sgd", "sgd"), 0.1)
+def test_four_processes_clip_like_one(sharding: str, part: str, table_backend: str) -> None:
+    check(4, (sharding, part, "sgd", "sgd"), 0.1, table_backend)
 
 
 def refusals() -> list[str]:

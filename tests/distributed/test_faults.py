@@ -69,7 +69,13 @@ class Ranks:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Without GPUs, of which there may be too few: what is tested is gloo."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def torchrun(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
