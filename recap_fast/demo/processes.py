@@ -31,7 +31,8 @@ def join(timeout: float) -> torch.device:
         Where this process computes: its GPU, or the CPU.
 
     Raises:
-        DemoError: torchrun did not start this process, or there are too few GPUs.
+        DemoError: torchrun did not start this process, or could not restart it, or there are too
+            few GPUs.
     """
     missing = [
         name
@@ -42,6 +43,17 @@ def join(timeout: float) -> torch.device:
         raise DemoError(
             f"{', '.join(missing)} not set in the environment: start this script with"
             " `torchrun --nproc-per-node N`"
+        )
+    is_one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    if (
+        not is_one_machine
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    ):
+        raise DemoError(
+            "torchrun on several machines keeps its store when it restarts everybody, with the"
+            " addresses of the dead in it: for --max-restarts, set"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of each torchrun"
         )
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -58,9 +70,9 @@ def join(timeout: float) -> torch.device:
         store, rank, world_size = next(
             dist.rendezvous("env://", timeout=timedelta(seconds=timeout))
         )
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # On one machine, torchrun keeps the store when it restarts everybody, unless it is
-            # called with --standalone: the addresses in it are those of the dead.
+        if is_one_machine:
+            # Here too torchrun keeps the store, unless it is called with --standalone. But only on
+            # one machine do all processes have the same count.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt{attempt}", store)
         dist.init_process_group(

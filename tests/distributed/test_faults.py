@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from recap_fast.demo import processes
 from recap_fast.demo.errors import DemoError
 from recap_fast.demo.sharding import DENSE
 from tests.distributed import faulty_training
@@ -78,14 +79,31 @@ def environment() -> dict[str, str]:
     }
 
 
-def torchrun(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *arguments],
-        env={**environment(), **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def torchrun(*arguments: str, machines: int = 1, **variables: str) -> subprocess.CompletedProcess:
+    """With two processes, on one machine or one for each; the result is that of the first."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={2 // machines}"]
+    if machines > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        command += [f"--nnodes={machines}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    agents = [
+        subprocess.Popen(
+            [*command, *arguments],
+            env={**environment(), **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(machines)
+    ]
+    try:
+        ends = [agent.communicate(timeout=300) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    first, (out, err) = agents[0], ends[0]
+    return subprocess.CompletedProcess(first.args, first.returncode, out, err)
 
 
 def last_line(text: str) -> str:
@@ -230,8 +248,11 @@ def test_torchrun_reports_who_was_killed() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("part", DENSE)
-def test_a_restart_goes_on_as_if_nothing_had_happened(tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize(("part", "machines"), [*((part, 1) for part in DENSE), ("ddp", 2)])
+def test_a_restart_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, part: str, machines: int
+) -> None:
+    """Two machines are two torchruns on this one, each of which counts its own restarts."""
     states = {}
     for name, fault in (("undisturbed", {}), ("restarted", {"FAULT": f"kill 1 {FAULTY_STEP}"})):
         folder = tmp_path / name
@@ -243,6 +264,8 @@ def test_a_restart_goes_on_as_if_nothing_had_happened(tmp_path: Path, part: str)
             *saving,
             "--dense",
             part,
+            machines=machines,
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(machines - 1),
             FINAL=str(folder / "final.pt"),
             ONCE=str(folder / "once"),
             **fault,
@@ -252,3 +275,15 @@ def test_a_restart_goes_on_as_if_nothing_had_happened(tmp_path: Path, part: str)
         states[name] = torch.load(folder / "final.pt")
     for name, value in states["undisturbed"].items():
         assert torch.equal(states["restarted"][name], value), name
+
+
+def test_restarts_on_several_machines_need_a_store_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(DemoError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"):
+        processes.join(1.0)
