@@ -93,7 +93,6 @@ def test_demo_prints_a_table_and_writes_its_files(
     assert results["comparison"]["difference"]["absolute"] < 1e-6
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("synthetic_data")
 def test_two_processes_give_the_table_of_one(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]

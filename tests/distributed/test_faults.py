@@ -240,6 +240,12 @@ def test_tables_with_a_bad_gradient_are_not_saved(tmp_path: Path, part: str) -> 
     assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
 
 
+def test_torchrun_trains_without_a_fault() -> None:
+    result = torchrun(SCRIPT)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"2 processes, \d+ ratings/s, 0 batches skipped\n$", result.stdout)
+
+
 @pytest.mark.long
 def test_torchrun_reports_who_was_killed() -> None:
     result = torchrun(SCRIPT, FAULT=f"kill 1 {FAULTY_STEP}")
