@@ -19,7 +19,7 @@ from recap_fast.config import (
     RecapOptimizerConfig,
 )
 from recap_fast.embeddings import find_fused_optimizer  # first: says so if torchrec is missing
-from recap_fast.embeddings.built import check_built_kernels
+from recap_fast.embeddings.built import check_built_kernels, check_mean_pooling
 from recap_fast.embeddings.slices import show_slice_gradients
 from recap_fast.grouping import group_parameters
 from recap_fast.shim import RecapLRShim
@@ -57,6 +57,7 @@ def assemble(
     fused_params = None if fused is None else fused.params
     groups = group_parameters(model, optimizer_config, emb_optimizer_config, fused_params)
 
+    check_mean_pooling(model)
     if clip_grad_norm is not None:
         check_norm_is_global(model)
 

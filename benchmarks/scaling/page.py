@@ -33,17 +33,19 @@ FEATURES: Final = 26
 _WATCH: Final = """\
 * Read pooled embeddings by name (`pooled["user"]`): under sharding they come in the order of the
   shards.
-* torchrec 1.8 takes the mean twice where row-wise tables with mean pooling share an
-  `EmbeddingBagCollection` with tables sharded otherwise: give them a collection of their own.
+* Where a row-wise table has mean pooling, torchrec 1.8 divides the outputs of tables sharded
+  otherwise too, which `build_optimizer` refuses: give such tables an `EmbeddingBagCollection` of
+  their own.
 * FBGEMM's CPU kernels read past the end of their list of tables if the last table of a process has
   no rows: a row-wise table needs more than `ceil(rows / processes) * (processes - 1)` rows.
 * Data-parallel tables are not fused. They train with plain SGD, and count for the gradients' norm.
-* Row-wise Adagrad over column-wise shards keeps an accumulator for each shard of a row.
+* Row-wise Adagrad over column-wise shards keeps an accumulator for each shard of a row, and LAMB
+  takes norms of each shard: neither trains like one process.
 * Tables train in the backward pass: a bad batch must be refused before it, by all processes alike.
 """
 
 _REPRODUCE: Final = """\
-    python -m benchmarks.scaling                     # all of this page, in a quarter of an hour
+    python -m benchmarks.scaling --repeats {repeats}         # all of this page, in 15 minutes
     python -m benchmarks.scaling --page-from FILE    # the page alone, from a results file
 """
 
@@ -165,6 +167,7 @@ def render(results: Mapping[str, Any], source: str) -> str:
     facts = results["machine"]
     (original,) = (e["elements"] for e in results["dense"] if e["model"] == "original")
     dims = sorted({e["dim"] for e in results["rows"]})
+    repeats = len(results["throughput"][0]["step_ms"])
     dense_gb = [dense_bytes(kind, original, GPUS[-1]) / 1e9 for kind in ("ddp", "fsdp")]
     return "\n".join(
         [
@@ -182,7 +185,7 @@ def render(results: Mapping[str, Any], source: str) -> str:
             _machine(facts),
             "Whole tables in turn on the processes, one thread in each, 512 ratings per step of all"
             " processes together: more processes do the same work. Medians, in brackets the"
-            f" quartiles, over {len(results['throughput'][0]['step_ms'])} runs, in which the cases"
+            f" quartiles, over {repeats} runs, in which the cases"
             f" take turns; others used {_others(results['throughput'])} meanwhile. Four"
             f" processes share {plural(facts['cores'], 'core')}, and every exchange is a copy"
             " through the kernel: this shows what the processes cost, not how a cluster scales."
@@ -233,7 +236,7 @@ def render(results: Mapping[str, Any], source: str) -> str:
             _WATCH,
             "## Reproduce",
             "",
-            _REPRODUCE,
+            _REPRODUCE.format(repeats=repeats),
         ]
     )
 

@@ -65,6 +65,8 @@ def save(
             There is no new checkpoint, and those that were there are still there.
         TypeError, ValueError: An argument is not as above, or the optimizer is of another model;
             nothing was written.
+        RuntimeError: One that torch.distributed raises: another process has died. The checkpoint is
+            complete or not there, as `load` will find; in the latter case nothing was removed.
     """
     ranks = Ranks(process_group)
     directory = Path(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -22,6 +23,7 @@ from fbgemm_gpu.tbe.config.optimizer_config import (
 from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim import keyed
 
 from recap_fast.config import EmbeddingOptimizerConfig
@@ -29,6 +31,7 @@ from recap_fast.embeddings.kernels import kernel_arguments
 from recap_fast.keyed import leaves
 from recap_fast.names import table_name
 
+_ADDS_UP_ROWS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 _SPLITS_ROWS = (
     ShardingType.COLUMN_WISE.value,
     ShardingType.TABLE_COLUMN_WISE.value,
@@ -67,6 +70,39 @@ def check_built_kernels(
                         f"sharded {sharding.sharding_type}: each shard would have a fast and a "
                         "slow half of its own; shard it table_wise or row_wise"
                     )
+
+
+def check_mean_pooling(model: nn.Module) -> None:
+    """Raises if torchrec divides pooled outputs that it should not.
+
+    Where a row-wise table has mean pooling, torchrec 1.8 divides the outputs of all tables of the
+    collection by the lengths of their bags, but for the features of row-wise tables of sums: those
+    of other shardings are then means of means, or means in place of sums.
+
+    Raises:
+        ValueError: The message names two tables that must not be in one collection.
+    """
+    for module in model.modules():
+        if not isinstance(module, ShardedEmbeddingBagCollection):
+            continue
+        plan = module.module_sharding_plan
+        configs = module._embedding_bag_configs
+        row_wise = [each for each in configs if plan[each.name].sharding_type in _ADDS_UP_ROWS]
+        means = [each for each in row_wise if each.pooling == PoolingType.MEAN]
+        for mean, other in itertools.product(means, configs):
+            kinds = [plan[each.name].sharding_type for each in (mean, other)]
+            shared = sorted({*mean.feature_names} & {*other.feature_names})
+            if other not in row_wise:
+                why = f"but the table {other.name} {kinds[1]}"
+            elif other not in means and shared:
+                why = f"as is the table {other.name} of sums, of the same feature {shared[0]}"
+            else:
+                continue
+            raise ValueError(
+                f"the table {mean.name}, of mean pooling, is sharded {kinds[0]}, {why}: torchrec "
+                "would divide outputs by the lengths of their bags that are not its own; put the "
+                "two into an EmbeddingBagCollection each"
+            )
 
 
 def _check_kernel(

@@ -23,6 +23,7 @@ from tests.embeddings.reference import random_gradients, table
 from tests.embeddings.training import (
     DENSE,
     Tables,
+    global_batch,
     shard,
     table_parts,
     train,
@@ -276,6 +277,74 @@ def without_set_table_optimizers() -> str:
 def test_forgotten_optimizers_are_noticed() -> None:
     for message in run(2, without_set_table_optimizers):
         assert "optimizer=exact_adagrad for the table a, but it was made with exact_sgd" in message
+
+
+def two(first: PoolingType, second: PoolingType, *features: str) -> list[EmbeddingBagConfig]:
+    return [table("a", "user", pooling=first), table("b", *features, rows=9, pooling=second)]
+
+
+MEAN_POOLING, SUM = PoolingType.MEAN, PoolingType.SUM
+# Tables, shardings, and whether torchrec pools them as they should be.
+POOLED: dict[str, tuple[list[EmbeddingBagConfig], dict[str, str], bool]] = {
+    **{
+        f"mean row_wise beside {pooling.value} {kind}": (
+            two(MEAN_POOLING, pooling, "item"),
+            {"a": "row_wise", "b": kind},
+            kind == "row_wise",
+        )
+        for pooling in (MEAN_POOLING, SUM)
+        for kind in ("row_wise", "table_wise", "column_wise", "data_parallel")
+    },
+    "sum row_wise beside mean table_wise": (
+        two(SUM, MEAN_POOLING, "item"),
+        {"a": "row_wise", "b": "table_wise"},
+        True,
+    ),
+    "mean and sum of a feature": (
+        two(MEAN_POOLING, SUM, "user"),
+        dict.fromkeys("ab", "row_wise"),
+        False,
+    ),
+    "means of a feature": (
+        two(MEAN_POOLING, MEAN_POOLING, "user"),
+        dict.fromkeys("ab", "row_wise"),
+        True,
+    ),
+}
+
+
+def pool_and_build() -> dict[str, tuple[bool, str]]:
+    """On every process: whether sharded tables give what whole ones do, and what is refused."""
+    found = {}
+    for name, (configs, kinds, _) in POOLED.items():
+        model = Tables(configs)
+        half = global_batch(0, 0, 3)
+        expected = model(half)[0].to_dict()
+        sharded = shard(set_table_optimizers(model, config_of(), "cpu"), kinds)
+        pooled = sharded(half)[0]
+        is_right = all(
+            torch.allclose(pooled[key], value, atol=1e-3) for key, value in expected.items()
+        )
+        try:
+            build_optimizer(sharded, DENSE, config_of())
+            found[name] = is_right, ""
+        except ValueError as error:
+            found[name] = is_right, str(error)
+    return found
+
+
+def test_what_torchrec_pools_wrongly_is_refused() -> None:
+    for found in run(2, pool_and_build):
+        for name, (is_right, refusal) in found.items():
+            assert is_right == POOLED[name][2], name
+            assert is_right == (not refusal), name
+        assert found["mean row_wise beside SUM table_wise"][1].startswith(
+            "the table a, of mean pooling, is sharded row_wise, but the table b table_wise:"
+        )
+        assert (
+            "as is the table b of sums, of the same feature user"
+            in (found["mean and sum of a feature"][1])
+        )
 
 
 def trained_from_pass(passes: int) -> dict[str, torch.Tensor]:
