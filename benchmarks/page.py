@@ -140,12 +140,13 @@ def _side_by_side(measurements: Sequence[Measurement]) -> str:
 def _machine(facts: Mapping[str, Any]) -> str:
     caches = ", ".join(f"{level} {size}" for level, size in facts["caches"].items())
     deepspeed = f"DeepSpeed {facts['deepspeed']}" if facts.get("deepspeed") else "no DeepSpeed"
+    revision = f"Revision {facts['revision']}, " if facts.get("revision") else ""
     return (
         f"{facts['processor']}, {plural(facts['cores'], 'core')} ({caches or 'caches unknown'}), "
         f"{facts['memory_gb']} GB, {facts['system']}, transparent huge pages "
         f"`{facts['transparent_huge_pages']}`; Python {facts['python']}, torch {facts['torch']} "
         f"({facts['torch_instruction_set']}), {deepspeed}; instruction set in use: "
-        f"{facts['instruction_set']}. Revision {facts.get('revision')}, {facts['date']}, "
+        f"{facts['instruction_set']}. {revision}{facts['date']}, "
         f"load per core before the run {facts['busy']}.\n"
     )
 
