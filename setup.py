@@ -25,6 +25,11 @@ def _import_torch():
     return torch
 
 
+def _record_torch(package: Path, version: str) -> None:
+    """Readable without loading the extension, which a mismatch of torch would crash."""
+    (package / "_torch_version.py").write_text(f'TORCH_VERSION = "{version}"\n')
+
+
 class CMakeBuild(build_ext):
     """Runs CMake with ninja; the only extension is recap_fast._C."""
 
@@ -54,12 +59,12 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
-        # Readable without loading the extension, which a mismatch of torch would crash. An editable
-        # install copies the extension alone to the sources.
-        packages = [output, ROOT / "recap_fast"] if self.editable_mode else [output]
-        for package in packages:
-            record = f'TORCH_VERSION = "{torch.__version__}"\n'
-            (package / "_torch_version.py").write_text(record)
+        _record_torch(output, torch.__version__)
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install and ``build_ext --inplace``: the record goes where they go."""
+        super().copy_extensions_to_source()
+        _record_torch(ROOT / "recap_fast", _import_torch().__version__)
 
 
 setup(ext_modules=[Extension("recap_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,6 +1,6 @@
 """Builds ``tests/csrc``, once for all test files that need it.
 
-The build stays in ``build/csrc``, so that only the first run waits for it.
+The builds stay in ``build/``, so that only the first run waits for them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "tests" / "csrc"
 BUILD = ROOT / "build" / "csrc"
+SANITIZED = ROOT / "build" / "sanitize"  # that of `make sanitize`
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None,
@@ -31,7 +33,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def _configure() -> list[str]:
+def _with_extension() -> list[str]:
     import pybind11
     import torch
     from torch.utils import cpp_extension
@@ -45,25 +47,35 @@ def _configure() -> list[str]:
         "RECAP_TORCH_LIBRARY_DIR": cpp_extension.library_paths()[0],
         "RECAP_TORCH_CXX11_ABI": int(torch._C._GLIBCXX_USE_CXX11_ABI),
     }
-    options = [f"-D{name}={value}" for name, value in variables.items()]
-    return ["cmake", "-S", str(SOURCES), "-B", str(BUILD), *options]
+    return [f"-D{name}={value}" for name, value in variables.items()]
+
+
+def run_cmake(source: Path, folder: Path, options: list[str], targets: Sequence[str]) -> None:
+    """Configures `folder` and builds the targets there; other processes wait their turn."""
+    folder.parent.mkdir(exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        configure = ["cmake", "-S", str(source), "-B", str(folder), *options]
+        if subprocess.run(configure, capture_output=True).returncode != 0:
+            shutil.rmtree(folder, ignore_errors=True)  # made by another cmake, or elsewhere
+            run(*configure)
+        jobs = str(os.cpu_count())
+        run("cmake", "--build", str(folder), "--parallel", jobs, "--target", *targets)
 
 
 def build(*targets: str) -> Path:
-    """Builds the targets, or all, and returns the folder; other processes wait their turn."""
-    BUILD.parent.mkdir(exist_ok=True)
-    with open(f"{BUILD}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        configure = _configure()
-        if subprocess.run(configure, capture_output=True).returncode != 0:
-            shutil.rmtree(BUILD, ignore_errors=True)  # made by another cmake, or elsewhere
-            run(*configure)
-        wanted = ["--target", *targets] if targets else []
-        run("cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count()), *wanted)
+    """Builds the targets and returns the folder."""
+    run_cmake(SOURCES, BUILD, _with_extension(), targets)
     return BUILD
 
 
-def run_ctest(name: str) -> None:
+def build_sanitized(*targets: str) -> Path:
+    """As `build`, with the sanitizers of addresses and of undefined behaviour."""
+    run_cmake(SOURCES, SANITIZED, ["-DRECAP_SANITIZE=address,undefined"], targets)
+    return SANITIZED
+
+
+def run_ctest(folder: Path, name: str) -> None:
     """Runs one test of a finished build, by its exact name."""
     options = ["--output-on-failure", "--no-tests=error", "-R", f"^{name}$"]
-    run("ctest", "--test-dir", str(BUILD), *options)
+    run("ctest", "--test-dir", str(folder), *options)

@@ -29,12 +29,12 @@ needs_x86_objects = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", name="build")
 def _build() -> Path:
-    return build()
+    return build(*(Path(name).name for name in TESTS))
 
 
 @pytest.mark.parametrize("name", TESTS)
 def test_core(build: Path, name: str) -> None:
-    run_ctest(name)
+    run_ctest(build, name)
 
 
 def _kernels(build: Path, instruction_set: str) -> str:

@@ -21,7 +21,16 @@ SOURCES = {
 KERNELS = tuple(SOURCES)
 # The flags that decide about results; CMakeLists.txt builds with the same.
 FLAGS = ["-std=c++17", "-O3", "--fmad=false"]
-ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
+
+
+def _shipped() -> tuple[str, ...]:
+    """The architectures that are built for by default, oldest first."""
+    text = (ROOT / "csrc" / "cuda" / "architectures.cmake").read_text()
+    listed = re.search(r"set\(RECAP_CUDA_ARCHITECTURES ([^)]+)\)", text)
+    return tuple(item.removesuffix("-real") for item in listed[1].split())
+
+
+ARCHITECTURES = _shipped()
 
 MAX_REGISTERS = 80  # 3 blocks of 256 threads per multiprocessor
 MAX_PARAMETER = 32_764  # bytes, what a launch takes from CUDA 12.1 on
@@ -69,17 +78,16 @@ class Report:
     spills: int
 
 
-def read_ptxas(kernel: str, architecture: str) -> list[Report]:
-    """Assembles a kernel, for each size of parameter, for ``sm_<architecture>``."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = _run(
-            kernel,
-            f"-arch=sm_{architecture}",
-            "-cubin",
-            "-Xptxas=-v",
-            "-o",
-            Path(folder) / "kernel.cubin",
-        )
+def compile_for(kernel: str, architecture: str) -> tuple[list[Report], str]:
+    """ptxas's reports for ``sm_<architecture>``, and the PTX that it assembled."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options = ["-cubin", "-Xptxas=-v", "--keep", "--keep-dir", folder]
+        output = _run(kernel, f"-arch=sm_{architecture}", *options, "-o", folder / "kernel.cubin")
+        return _reports(kernel, output), (folder / f"{SOURCES[kernel].stem}.ptx").read_text()
+
+
+def _reports(kernel: str, output: str) -> list[Report]:
     reports = []
     for report in output.split("Compiling entry function")[1:]:
         # The size of the parameter is the kernel's template argument.
@@ -96,14 +104,13 @@ def read_ptxas(kernel: str, architecture: str) -> list[Report]:
     return reports
 
 
-def read_ptx(kernel: str, architecture: str, mark_fma: bool = False) -> str:
-    """A kernel's PTX; with `mark_fma`, ``is_asked_for`` tells where the source has an fma."""
+def read_marked_ptx(kernel: str, architecture: str) -> str:
+    """PTX in which `is_asked_for` tells where the source has an fma."""
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder) / "marks.h"
         marks.write_text(_MARKED_FMA)
-        include = ["-include", marks] if mark_fma else []
         ptx = Path(folder) / "kernel.ptx"
-        _run(kernel, f"-arch=compute_{architecture}", "-ptx", "-o", ptx, *include)
+        _run(kernel, f"-arch=compute_{architecture}", "-ptx", "-o", ptx, "-include", marks)
         return ptx.read_text()
 
 
@@ -125,7 +132,7 @@ def parameter_sizes(ptx: str) -> list[int]:
 def main() -> None:
     for kernel in KERNELS:
         for architecture in sys.argv[1:] or ARCHITECTURES:
-            for report in read_ptxas(kernel, architecture):
+            for report in compile_for(kernel, architecture)[0]:
                 print(f"{kernel}, sm_{architecture}: {report}")
 
 
