@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,8 +70,19 @@ def build(*targets: str) -> Path:
     return BUILD
 
 
+def _has_sanitizers() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        compiler = os.environ.get("CXX", "c++")
+        options = ["-fsanitize=address,undefined", "-x", "c++", "-", "-o", f"{folder}/nothing"]
+        command = [compiler, *options]
+        done = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
+    return done.returncode == 0
+
+
 def build_sanitized(*targets: str) -> Path:
     """As `build`, with the sanitizers of addresses and of undefined behaviour."""
+    if not _has_sanitizers():
+        pytest.skip("the C++ compiler has no sanitizers: is libasan or libubsan missing?")
     run_cmake(SOURCES, SANITIZED, ["-DRECAP_SANITIZE=address,undefined"], targets)
     return SANITIZED
 

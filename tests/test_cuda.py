@@ -61,7 +61,7 @@ def test_the_optimizers_with_an_emulated_engine() -> None:
     assert done.returncode == 0, done.stdout
 
 
-# Of the others, the PTX is the same but for the name of its target.
+# nvcc has two compilers to PTX, one for the older and one for the newer architectures.
 OLDEST_AND_NEWEST = (check_ptx.ARCHITECTURES[0], check_ptx.ARCHITECTURES[-1])
 
 
