@@ -21,9 +21,16 @@ SOURCES = ROOT / "tests" / "csrc"
 BUILD = ROOT / "build" / "csrc"
 SANITIZED = ROOT / "build" / "sanitize"  # that of `make sanitize`
 
+sys.path.insert(0, str(SOURCES / "cuda"))
+import check_ptx  # noqa: E402
+
 needs_compiler = pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None,
     reason="needs cmake and a C++ compiler",
+)
+
+needs_nvcc = pytest.mark.skipif(
+    check_ptx.find_nvcc() is None, reason="no nvcc: machine code cannot be inspected"
 )
 
 

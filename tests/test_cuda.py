@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.native_build import ROOT, SOURCES, build, build_sanitized, needs_compiler, run_ctest
-
-sys.path.insert(0, str(SOURCES / "cuda"))
-import check_ptx
-
-needs_nvcc = pytest.mark.skipif(
-    check_ptx.find_nvcc() is None, reason="no nvcc: machine code cannot be inspected"
+from tests.native_build import (
+    ROOT,
+    build,
+    build_sanitized,
+    check_ptx,
+    needs_compiler,
+    needs_nvcc,
+    run_ctest,
 )
 
 

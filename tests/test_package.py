@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -56,7 +57,7 @@ def checkout(tmp_path: Path) -> Path:
     return copy
 
 
-def _assert_built(read: object, names: list[str]) -> None:
+def _assert_built(read: Callable[[str], str], names: list[str]) -> None:
     assert {f"recap_fast/{EXTENSION}", f"recap_fast/{RECORD}"} <= set(names)
     assert read(f"recap_fast/{EXTENSION}") == "built\n"
     assert read(f"recap_fast/{RECORD}") == f'TORCH_VERSION = "{torch.__version__}"\n'

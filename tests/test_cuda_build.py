@@ -1,0 +1,122 @@
+"""Whether CMake builds the CUDA engine, for what, and what the result needs to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.native_build import ROOT, check_ptx, needs_compiler, needs_nvcc, run, run_cmake
+
+pytestmark = needs_compiler
+
+ARCHITECTURES = ROOT / "csrc" / "cuda" / "architectures.cmake"
+BUILD = ROOT / "build" / "cuda"
+OLDEST = check_ptx.ARCHITECTURES[0]
+
+
+# --- TORCH_CUDA_ARCH_LIST ------------------------------------------------------------------------
+
+
+def _read(listed: str, folder: Path) -> str:
+    script = folder / "script.cmake"
+    call = f'read_torch_architectures("{listed}" found)'
+    script.write_text(f'include({ARCHITECTURES})\n{call}\nmessage("<${{found}}>")')
+    return run("cmake", "-P", str(script))
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("9.0", "90-real"),
+        ("9.0+PTX", "90"),
+        ("8.0;9.0a+PTX", "80-real;90a"),
+        ("7.5 8.0,10.0f  12.0+PTX", "75-real;80-real;100f-real;120"),
+    ],
+)
+def test_architectures_in_torchs_notation(listed: str, expected: str, tmp_path: Path) -> None:
+    assert _read(listed, tmp_path).strip() == f"<{expected}>"
+
+
+@pytest.mark.parametrize("listed", ["Hopper", "90", "9.0;nine", "9.0+ptx"])
+def test_an_architecture_that_is_none_is_named(listed: str, tmp_path: Path) -> None:
+    wrong = listed.split(";")[-1]
+    with pytest.raises(AssertionError, match=rf"TORCH_CUDA_ARCH_LIST: '{re.escape(wrong)}' is not"):
+        _read(listed, tmp_path)
+
+
+# --- with and without nvcc -----------------------------------------------------------------------
+
+
+def _configure(folder: Path, cuda: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DRECAP_CUDA={cuda}"]
+    variables = {key: value for key, value in os.environ.items() if key != "TORCH_CUDA_ARCH_LIST"}
+    return subprocess.run(
+        command,
+        env=variables | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_without_nvcc_the_engine_is_left_out_unless_it_is_asked_for(tmp_path: Path) -> None:
+    missing = str(tmp_path / "nvcc")
+    done = _configure(tmp_path / "build", "AUTO", CUDACXX=missing)
+    assert done.returncode == 0, done.stdout
+    assert "recap_fast engines: cpu; not cuda: there is no nvcc; set CUDACXX" in done.stdout
+    done = _configure(tmp_path / "build", "ON", CUDACXX=missing)
+    assert done.returncode != 0
+    assert "RECAP_CUDA is ON, but there is no nvcc" in done.stdout
+
+
+@needs_nvcc
+def test_with_nvcc_the_engine_is_built_for_all_architectures(tmp_path: Path) -> None:
+    done = _configure(tmp_path, "AUTO", PATH=_path_with_nvcc())
+    assert done.returncode == 0, done.stdout
+    engines = re.search(r"recap_fast engines: cpu; cuda \(nvcc [\d.]+, (.*)\)", done.stdout)
+    assert engines, done.stdout
+    listed = engines[1].split(";")
+    assert [each.removesuffix("-real") for each in listed] == list(check_ptx.ARCHITECTURES)
+    assert [each for each in listed if not each.endswith("-real")] == listed[-1:]  # it has PTX too
+    for command in json.loads((tmp_path / "compile_commands.json").read_text()):
+        if command["file"].endswith(".cu"):
+            assert set(check_ptx.FLAGS) <= set(command["command"].split())
+
+
+def _path_with_nvcc() -> str:
+    folder = str(Path(str(check_ptx.find_nvcc())).parent)
+    return os.pathsep.join([os.environ["PATH"], folder])
+
+
+# --- on a machine without a driver ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def program() -> Path:
+    """Linked with the engine for one architecture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", _path_with_nvcc())
+        patch.setenv("TORCH_CUDA_ARCH_LIST", f"{OLDEST[:-1]}.{OLDEST[-1]}")
+        options = ["-DRECAP_CUDA=ON", "-DRECAP_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Debug"]
+        run_cmake(ROOT, BUILD, options, ["without_driver"])
+    (found,) = BUILD.rglob("without_driver")
+    return found
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_neither_the_driver_nor_the_toolkit_is_needed_to_load(program: Path) -> None:
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", str(program)))
+    assert needed and not [name for name in needed if "cu" in name], needed
+
+
+@needs_nvcc
+def test_without_a_driver_a_step_gives_cudas_own_message(program: Path) -> None:
+    """Where there is a device, it is found."""
+    assert re.fullmatch(r"a device|CUDA device 0: cannot .+: .*CUDA.+", run(str(program)).strip())
