@@ -1,4 +1,4 @@
-"""Lets all tests run against another build of the extension.
+"""Lets all tests run against another build of the extension, and lists what is skipped.
 
 ``RECAP_FAST_TEST_EXTENSION`` is the path of the shared library, for example of the build in which
 an emulated CUDA engine steps CPU tensors (``tests/csrc/bindings``).
@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import Counter
 
+import pytest
 import torch  # noqa: F401  (its libraries must be loaded before an extension that uses them)
 
 
@@ -23,3 +25,14 @@ def _replace_extension(path: str) -> None:
 
 if path := os.environ.get("RECAP_FAST_TEST_EXTENSION"):
     _replace_extension(path)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what was skipped and why, a line for each reason, which ``-q`` leaves out."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", ()):
+        suite = "GPU suite: " if report.nodeid.startswith("tests/gpu/") else ""
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        reasons[f"{suite}{{count}} skipped: {reason}"] += 1
+    for line, count in sorted(reasons.items()):
+        terminalreporter.write_line(line.format(count=count))

@@ -32,6 +32,7 @@ def test_the_engine_on_an_emulated_machine_under_sanitizers() -> None:
 # What depends on the engine; the rest would only repeat what the CPU engine has shown.
 EMULATED_TESTS = (
     "test_amp.py",
+    "test_amp_refused.py",
     "test_bits.py",
     "test_clipping.py",
     "test_combined.py",

@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterator
 
 import pytest
+
+pytest.importorskip("torchrec")
+
 import torch
 from torchrec.optim import keyed
 

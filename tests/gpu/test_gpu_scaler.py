@@ -9,9 +9,7 @@ import torch
 
 from recap_fast.optim import FusedAdam, FusedSGD
 from tests.gpu.helpers import assert_same_bits, everything, spin
-from tests.optim.helpers import FUSED, UPDATES, parameters, set_grads
-
-SCALE = 2.0**10
+from tests.optim.helpers import FUSED, SCALE, UPDATES, grad_scaler, parameters, set_scaled_grads
 
 
 @pytest.fixture
@@ -21,19 +19,6 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode(before)
-
-
-def _scaler(device: torch.device | str) -> torch.amp.GradScaler:
-    kind = torch.device(device).type
-    scaler = torch.amp.GradScaler(kind, init_scale=SCALE, growth_interval=10_000)
-    scaler.scale(torch.ones((), device=device))  # makes the scale's tensor
-    return scaler
-
-
-def _set_scaled_grads(params: list[torch.nn.Parameter], seed: int) -> None:
-    set_grads(params, seed)
-    for param in params:
-        param.grad.mul_(SCALE)
 
 
 def test_the_check_notices_waiting(device: torch.device, no_waiting: None) -> None:
@@ -49,9 +34,9 @@ def test_a_scaled_step_does_not_wait(
     params = parameters(6, device=device)
     options = {"momentum": 0.9} if algorithm == "sgd" else {}
     optimizer = FUSED[algorithm](params, capturable=capturable, **options)
-    scaler = _scaler(device)
+    scaler = grad_scaler(device)
     for _ in range(2):  # the first builds the plan, with values from the device
-        _set_scaled_grads(params, 0)
+        set_scaled_grads(params, 0)
         scaler.step(optimizer)
         scaler.update()
     torch.cuda.synchronize()
@@ -98,9 +83,9 @@ def test_scaled_steps_have_the_bits_of_the_cpu(update: str, device: torch.device
     results = []
     for where in (device, "cpu"):
         params = parameters(4, device=where)
-        optimizer, scaler = FUSED[algorithm](params, lr=0.1, **options), _scaler(where)
+        optimizer, scaler = FUSED[algorithm](params, lr=0.1, **options), grad_scaler(where)
         for step in range(5):
-            _set_scaled_grads(params, step)
+            set_scaled_grads(params, step)
             if step == 2:
                 params[3].grad[0, 0] = float("inf")
             scaler.step(optimizer)
@@ -115,14 +100,14 @@ def test_scaled_steps_have_the_bits_of_the_cpu(update: str, device: torch.device
 def test_a_skipped_first_step_leaves_the_next_one_the_first(device: torch.device) -> None:
     params = parameters(2, device=device)
     optimizer = FusedSGD(params, lr=1.0, momentum=0.9, dampening=0.5)
-    scaler = _scaler(device)
-    _set_scaled_grads(params, 0)
+    scaler = grad_scaler(device)
+    set_scaled_grads(params, 0)
     params[0].grad[0, 0] = float("nan")
     before = [param.detach().clone() for param in params]
     scaler.step(optimizer)
     assert_same_bits([param.detach() for param in params], before)
     scaler.update(SCALE)
-    _set_scaled_grads(params, 1)
+    set_scaled_grads(params, 1)
     scaler.step(optimizer)
     expected = params[0].grad / SCALE
     assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], expected)

@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
 
-if TYPE_CHECKING:  # what needs torchrec is imported where it is used: the rest works without
+if TYPE_CHECKING:  # a test that needs torchrec is skipped without it, when it asks for one of these
     from torchrec.optim import keyed
 
     from recap_fast.optim.combined import FusedCombinedOptimizer
@@ -149,22 +150,42 @@ def set_grads(params: Iterable[Tensor], seed: int) -> None:
         param.grad = numbers(param.shape, 1000 * (seed + 1) + index, param.dtype, param.device)
 
 
+# --- mixed precision ----------------------------------------------------------------------------
+
+SCALE = 2.0**10
+
+
+def grad_scaler(device: torch.device | str, scale: float = SCALE) -> torch.amp.GradScaler:
+    kind = torch.device(device).type
+    scaler = torch.amp.GradScaler(kind, init_scale=scale, growth_interval=10_000)
+    scaler.scale(torch.ones((), device=device))  # makes the scale's tensor
+    return scaler
+
+
+def set_scaled_grads(params: Sequence[Tensor], seed: int, scale: float = SCALE) -> None:
+    set_grads(params, seed)
+    for param in params:
+        param.grad.mul_(scale)
+
+
 # --- optimizers under torchrec's keys ------------------------------------------------------------
 
 
 def wrapped(
     params: dict[str, nn.Parameter], algorithm: str = "adam", **options: Any
 ) -> keyed.KeyedOptimizerWrapper:
-    from torchrec.optim import keyed
-
+    keyed = pytest.importorskip("torchrec.optim.keyed")
     return keyed.KeyedOptimizerWrapper(params, lambda p: FUSED[algorithm](p, **options))
+
+
+def combine(parts: Sequence[tuple[str, keyed.KeyedOptimizer]]) -> FusedCombinedOptimizer:
+    module = pytest.importorskip("recap_fast.optim.combined")
+    return module.FusedCombinedOptimizer(parts)
 
 
 def combined(params: Sequence[nn.Parameter]) -> FusedCombinedOptimizer:
     """The first parameter on Adam as `a.0`, the second on Adagrad as `b.1`, the rest on SGD."""
-    from recap_fast.optim.combined import FusedCombinedOptimizer
-
-    return FusedCombinedOptimizer(
+    return combine(
         [
             ("a", wrapped({"0": params[0]}, "adam", lr=0.1)),
             ("b", wrapped({"1": params[1]}, "adagrad", lr=0.1)),
@@ -238,7 +259,11 @@ def assert_same(
     their_params: Sequence[Tensor],
     rtol: float = 1e-5,
 ) -> None:
-    """The same parameters, states and step counts, up to rounding."""
+    """The same parameters, states and step counts, up to rounding.
+
+    A count may be on the device in one and on the host in the other: as torch's are if `fused` or
+    `capturable`, and ours while a `GradScaler` decides there which steps are taken.
+    """
     for index, (mine, other) in enumerate(zip(our_params, their_params, strict=True)):
         name = f"parameter {index}"
         torch.testing.assert_close(mine.data, other.data, rtol=rtol, atol=1e-6, msg=name)
@@ -248,9 +273,10 @@ def assert_same(
         my_state, other_state = ours.state[mine], theirs.state[other]
         assert my_state.keys() == other_state.keys(), name
         for key, value in other_state.items():
+            found = my_state[key]
             torch.testing.assert_close(
-                my_state[key],
-                value,
+                found.cpu() if key == "step" else found,
+                value.cpu() if key == "step" else value,
                 rtol=rtol,
                 atol=1e-6,
                 msg=lambda m, k=key, n=name: f"{n} {k}: {m}",

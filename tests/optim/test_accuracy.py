@@ -6,7 +6,7 @@ everyone, would hide all else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -36,25 +36,25 @@ def _errors(
     make: list[Callable[[list[nn.Parameter]], torch.optim.Optimizer]],
     truth: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     dtype: torch.dtype,
-    device: torch.device,
+    devices: Sequence[torch.device | str],
     checkpoints: tuple[int, ...],
 ) -> dict[int, list[Tensor]]:
-    """The errors of the parameters after some steps, for each optimizer of `make`."""
+    """The errors of the parameters after some steps, for each optimizer of `make` on its device."""
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype, device=device)) for _ in make]
-    true_param = nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.float64, device=device))
+    params = [nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype, device=d)) for d in devices]
+    true_param = nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.float64))
     optimizers = [*[m([p]) for m, p in zip(make, params, strict=True)], truth([true_param])]
     errors = {}
     for step in range(1, checkpoints[-1] + 1):
         noise = torch.randn(ELEMENTS, generator=generator)
-        grad = (noise * 0.1 + 0.02).to(dtype).to(device)
+        grad = (noise * 0.1 + 0.02).to(dtype)
         for param in params:
-            param.grad = grad
+            param.grad = grad.to(param.device)
         true_param.grad = grad.double()
         for optimizer in optimizers:
             optimizer.step()
         if step in checkpoints:
-            errors[step] = [(p.detach().double() - true_param.detach()).abs() for p in params]
+            errors[step] = [(p.detach().cpu().double() - true_param.detach()).abs() for p in params]
     return errors
 
 
@@ -62,6 +62,7 @@ def _errors(
 def test_float32_errors_are_no_larger_than_those_of_torchs_fused_kernels(
     case: str, device: torch.device, record_property: Callable[[str, object], None]
 ) -> None:
+    """Of those of the CPU on any device: those of CUDA compute in double in between."""
     algorithm, options = OPTIONS[case]
     errors = _errors(
         [
@@ -70,7 +71,7 @@ def test_float32_errors_are_no_larger_than_those_of_torchs_fused_kernels(
         ],
         lambda p: for_loop(algorithm, p, **options),
         torch.float32,
-        device,
+        (device, "cpu"),
         checkpoints=(1, 10, 100, 500),
     )
     for step, (ours, theirs) in errors.items():
@@ -113,7 +114,7 @@ def test_16_bit_errors_are_no_larger_than_those_of_torchs_for_loop(
         ],
         lambda p: for_loop(algorithm, p, **options),
         dtype,
-        device,
+        (device, "cpu"),
         checkpoints=(1, 10, 50),
     )
     for step, (ours, theirs) in errors.items():

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torchrec")
+
 _FOLDER = Path(__file__).parent
 _COMPILER = os.environ.get("CC", "cc")
 

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
-from torchrec.optim import keyed
-from torchrec.optim.clipping import GradientClippingOptimizer
-from torchrec.optim.fused import EmptyFusedOptimizer
-from torchrec.optim.warmup import WarmupOptimizer
+from torch import nn
 
-from recap_fast.embeddings import fuse_embeddings
 from recap_fast.optim import FusedAdam, FusedSGD
-from recap_fast.optim.combined import CombinedOptimizer, FusedCombinedOptimizer
-from tests.models import EMBEDDING_RATE, EmbeddingRanker, features
 from tests.optim.helpers import (
     FUSED,
+    SCALE,
     UPDATES,
     assert_same,
     assert_unchanged,
     combined,
     for_loop,
+    grad_scaler,
     parameters,
     same_bits,
     set_grads,
+    set_scaled_grads,
     snapshot,
-    wrapped,
 )
-
-SCALE = 2.0**10
-
-
-def _scaler(device: torch.device, scale: float = SCALE) -> torch.amp.GradScaler:
-    scaler = torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=10_000)
-    scaler.scale(torch.ones((), device=device))  # makes the scale's tensor
-    return scaler
-
-
-def _set_scaled_grads(params: list[nn.Parameter], seed: int, scale: float = SCALE) -> None:
-    set_grads(params, seed)
-    for param in params:
-        param.grad.mul_(scale)
 
 
 def _optimizer(update: str, params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -60,10 +37,10 @@ def test_finite_gradients_are_divided_by_the_scale(update: str, device: torch.de
     params = [parameters(3, device=device) for _ in range(2)]
     ours = FUSED[algorithm](params[0], lr=0.1, **options)
     theirs = for_loop(algorithm, params[1], lr=0.1, **options)
-    scaler, their_scaler = _scaler(device), _scaler(device)
+    scaler, their_scaler = grad_scaler(device), grad_scaler(device)
     for step in range(3):
         for group in params:
-            _set_scaled_grads(group, step)
+            set_scaled_grads(group, step)
         scaled = params[0][0].grad.clone()
         scaler.step(ours)
         their_scaler.step(theirs)
@@ -81,8 +58,8 @@ def test_the_scale_is_inverted_as_gradscaler_inverts_it(scale: float, device: to
     params = [parameters(1, device=device) for _ in range(2)]
     ours, theirs = FusedSGD(params[0], lr=1.0), for_loop("sgd", params[1], lr=1.0)
     for optimizer, group in ((ours, params[0]), (theirs, params[1])):
-        scaler = _scaler(device, scale)
-        _set_scaled_grads(group, 0, scale)
+        scaler = grad_scaler(device, scale)
+        set_scaled_grads(group, 0, scale)
         scaler.step(optimizer)
     # One product and one sum, rounded once in ours and twice in torch.
     torch.testing.assert_close(params[0][0], params[1][0], rtol=2**-22, atol=2**-22)
@@ -96,12 +73,12 @@ def test_an_infinite_gradient_leaves_everything_as_it_was(
 ) -> None:
     params = parameters(4, device=device)
     optimizer = _optimizer(update, params)
-    scaler = _scaler(device)
+    scaler = grad_scaler(device)
     if started:
-        _set_scaled_grads(params, 0)
+        set_scaled_grads(params, 0)
         scaler.step(optimizer)
         scaler.update()
-    _set_scaled_grads(params, 1)
+    set_scaled_grads(params, 1)
     params[-1].grad[-1, -1] = value
     before = snapshot(optimizer, params)
     scaler.step(optimizer)
@@ -109,7 +86,7 @@ def test_an_infinite_gradient_leaves_everything_as_it_was(
     assert_unchanged(before, optimizer, params, skipped=True)
     assert scaler.get_scale() == SCALE * scaler.get_backoff_factor()
     # The next one is an ordinary step; for momentum the first, if nothing came before.
-    _set_scaled_grads(params, 2, scaler.get_scale())
+    set_scaled_grads(params, 2, scaler.get_scale())
     scaler.step(optimizer)
     after = snapshot(optimizer, params)
     assert all(not torch.equal(old, new) for old, new in zip(before[0], after[0], strict=True))
@@ -122,9 +99,9 @@ def test_an_infinite_gradient_leaves_everything_as_it_was(
 def test_unscale_and_clip_before_a_step(update: str, device: torch.device) -> None:
     scaled, plain = parameters(4, device=device), parameters(4, device=device)
     optimizers = [_optimizer(update, params) for params in (scaled, plain)]
-    scaler = _scaler(device)
+    scaler = grad_scaler(device)
     for step in range(2):
-        _set_scaled_grads(scaled, step)
+        set_scaled_grads(scaled, step)
         set_grads(plain, step)
         scaler.unscale_(optimizers[0])
         for params in (scaled, plain):
@@ -137,8 +114,8 @@ def test_unscale_and_clip_before_a_step(update: str, device: torch.device) -> No
 
 def test_an_infinite_gradient_found_by_unscale_skips_the_step(device: torch.device) -> None:
     params = parameters(4, device=device)
-    optimizer, scaler = combined(params), _scaler(device)
-    _set_scaled_grads(params, 0)
+    optimizer, scaler = combined(params), grad_scaler(device)
+    set_scaled_grads(params, 0)
     params[3].grad[0, 0] = float("inf")
     before = snapshot(optimizer, params)
     scaler.unscale_(optimizer)
@@ -156,10 +133,10 @@ def test_combined_optimizers_match_those_of_torch(device: torch.device) -> None:
         for_loop("adagrad", theirs[1:2], lr=0.1),
         for_loop("sgd", theirs[2:], lr=0.1, momentum=0.9),
     ]
-    scaler, their_scaler = _scaler(device), _scaler(device)
+    scaler, their_scaler = grad_scaler(device), grad_scaler(device)
     for step in range(3):
         for params in (ours, theirs):
-            _set_scaled_grads(params, step)
+            set_scaled_grads(params, step)
         scaler.step(optimizer)
         for other in separate:
             their_scaler.step(other)
@@ -171,8 +148,8 @@ def test_combined_optimizers_match_those_of_torch(device: torch.device) -> None:
 
 def test_a_gradient_missing_here_and_there(device: torch.device) -> None:
     params = parameters(3, device=device)
-    optimizer, scaler = FusedAdam(params), _scaler(device)
-    _set_scaled_grads(params, 0)
+    optimizer, scaler = FusedAdam(params), grad_scaler(device)
+    set_scaled_grads(params, 0)
     params[1].grad = None
     scaler.step(optimizer)
     assert params[1] not in optimizer.state and len(optimizer.state) == 2
@@ -180,7 +157,7 @@ def test_a_gradient_missing_here_and_there(device: torch.device) -> None:
 
 def test_a_step_without_any_gradient(device: torch.device) -> None:
     params = parameters(2, device=device, grads=False)
-    optimizer, scaler = FusedAdam(params), _scaler(device)
+    optimizer, scaler = FusedAdam(params), grad_scaler(device)
     before = snapshot(optimizer, params)
     scaler.step(optimizer)
     assert_unchanged(before, optimizer, params, skipped=True)
@@ -222,7 +199,7 @@ def test_autocast_and_a_scaler_together(device: torch.device) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).to(device)
     optimizer = FusedAdam(model.parameters(), lr=0.01)
-    scaler = _scaler(device, 2.0**16)
+    scaler = grad_scaler(device, 2.0**16)
     inputs = torch.randn(16, 4, device=device)
     losses = []
     for _ in range(30):
@@ -234,98 +211,3 @@ def test_autocast_and_a_scaler_together(device: torch.device) -> None:
         scaler.update()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-
-
-# --- what a scaler cannot do ---------------------------------------------------------------------
-
-
-def _table_model() -> tuple[EmbeddingRanker, FusedCombinedOptimizer]:
-    torch.manual_seed(0)
-    model = fuse_embeddings(EmbeddingRanker(), EMBEDDING_RATE)
-    dense = {name: p for name, p in model.named_parameters() if name.startswith("ranker.")}
-    tables = next(m.fused_optimizer for m in model.modules() if hasattr(m, "fused_optimizer"))
-    parts = [("tables", tables), ("", wrapped(dense, "adam"))]
-    return model, FusedCombinedOptimizer(parts)
-
-
-def test_scaled_updates_of_fused_tables_are_warned_of_once() -> None:
-    model, optimizer = _table_model()
-    scaler = _scaler(torch.device("cpu"))
-    seen: list[Any] = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        scaler.scale(model(features()).sum()).backward()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            scaler.step(optimizer)
-        scaler.update()
-        seen += [str(w.message) for w in caught if "GradScaler" in str(w.message)]
-    assert len(seen) == 1 and "fused embedding tables" in seen[0]
-
-
-def test_fused_tables_are_not_warned_of_without_a_scale() -> None:
-    model, optimizer = _table_model()
-    model(features()).sum().backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step()
-
-
-def test_a_torch_optimizer_inside_is_refused_under_a_scaler() -> None:
-    params = parameters(2)
-    optimizer = FusedCombinedOptimizer(
-        [
-            ("a", wrapped({"x": params[0]}, "adam")),
-            ("b", keyed.KeyedOptimizerWrapper({"y": params[1]}, torch.optim.Adam)),
-        ]
-    )
-    scaler = _scaler(torch.device("cpu"))
-    _set_scaled_grads(params, 0)
-    before = snapshot(optimizer, params)
-    with pytest.raises(RuntimeError, match=r"holds an? Adam"):
-        scaler.step(optimizer)
-    assert_unchanged(before, optimizer, params, skipped=True)
-
-
-@pytest.mark.parametrize(
-    ("wrap", "name"),
-    [
-        (lambda part: GradientClippingOptimizer(part), "GradientClippingOptimizer"),
-        (lambda part: WarmupOptimizer(part, []), "WarmupOptimizer"),
-        (lambda part: keyed.CombinedOptimizer([part]), "CombinedOptimizer"),
-        (lambda part: FusedCombinedOptimizer([part]), "FusedCombinedOptimizer"),
-        (lambda part: FusedCombinedOptimizer([EmptyFusedOptimizer(), part]), "FusedCombined"),
-    ],
-)
-def test_a_dense_optimizer_that_is_wrapped_or_nested_is_refused_under_a_scaler(
-    wrap: Callable[[keyed.KeyedOptimizer], keyed.KeyedOptimizer], name: str
-) -> None:
-    params = parameters(2)
-    part = wrap(wrapped({"x": params[0]}, "sgd", lr=1.0))
-    optimizer = FusedCombinedOptimizer([("a", part), ("b", wrapped({"y": params[1]}, "sgd"))])
-    scaler = _scaler(torch.device("cpu"))
-    _set_scaled_grads(params, 0)
-    before = snapshot(optimizer, params)
-    with pytest.raises(RuntimeError, match=f"'a' holds a {name}"):
-        scaler.step(optimizer)
-    assert_unchanged(before, optimizer, params, skipped=True)
-    unscaled = params[0].detach() - params[0].grad / SCALE
-    reference = CombinedOptimizer(optimizer.optimizers)  # as the error advises
-    if name != "WarmupOptimizer":  # sets a rate of its own
-        reference.param_groups[0]["lr"] = 1.0
-        _scaler(torch.device("cpu")).step(reference)
-        torch.testing.assert_close(params[0].detach(), unscaled)
-
-
-def test_the_reference_has_no_scaling_of_its_own() -> None:
-    """GradScaler then unscales the gradients itself, and skips the step."""
-    params = parameters(1)
-    optimizer = CombinedOptimizer([keyed.KeyedOptimizerWrapper({"x": params[0]}, torch.optim.Adam)])
-    scaler = _scaler(torch.device("cpu"))
-    _set_scaled_grads(params, 0)
-    params[0].grad[0, 0] = float("inf")
-    before = snapshot(optimizer, params)
-    scaler.step(optimizer)
-    assert_unchanged(before, optimizer, params, skipped=True)
-    grads: list[Tensor] = [param.grad for param in params]
-    assert grads[0][0, 1].abs() < 3  # unscaled in place

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from recap_fast import build_info
 from recap_fast._native import use_instruction_set
-from recap_fast.optim.combined import FusedCombinedOptimizer
-from tests.optim.helpers import DTYPES, FUSED, UPDATES, numbers, same_bits, wrapped
+from tests.optim.helpers import DTYPES, FUSED, UPDATES, combine, numbers, same_bits, wrapped
 
 # Around the widths of vectors (1 to 32 elements), the 16-bit block (512) and the tile (8192).
 SIZES = [1, 7, 33, 511, 513, 8192, 8193, 20_001]
@@ -97,7 +96,7 @@ def test_special_values_do_not_depend_on_the_instruction_set(
 # --- threads -------------------------------------------------------------------------------------
 
 
-def _mixed_optimizer(scale: int) -> tuple[FusedCombinedOptimizer, list[nn.Parameter]]:
+def _mixed_optimizer(scale: int) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
     """Every update in every dtype, in one combined optimizer; some parameters without gradient."""
     params: list[nn.Parameter] = []
     parts = []
@@ -108,7 +107,7 @@ def _mixed_optimizer(scale: int) -> tuple[FusedCombinedOptimizer, list[nn.Parame
         }
         params += own.values()
         parts.append((name, wrapped(own, algorithm, lr=0.1, **options)))
-    return FusedCombinedOptimizer(parts), params
+    return combine(parts), params
 
 
 def _run_mixed(scale: int) -> list[Tensor]:
@@ -185,7 +184,7 @@ def test_bits_do_not_depend_on_the_split_into_groups(
     one = FUSED[algorithm](expected, lr=0.1, **options)
     split: torch.optim.Optimizer
     if separate:
-        split = FusedCombinedOptimizer(
+        split = combine(
             [
                 (str(group), wrapped(part, algorithm, lr=0.1, **options))
                 for group, part in enumerate(_parts(group_of, actual))

@@ -9,6 +9,9 @@ import os
 import pickle
 
 import pytest
+
+pytest.importorskip("torchrec")
+
 import torch
 from torch import nn
 from torchrec.optim import keyed

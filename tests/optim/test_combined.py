@@ -9,6 +9,9 @@ import sys
 from typing import Any
 
 import pytest
+
+pytest.importorskip("torchrec")
+
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR

@@ -9,28 +9,21 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from recap_fast.config import (
-    LearningRate,
-    LinearRampToConstant,
-    LinearRampToCosine,
-    PiecewiseConstant,
-)
 from recap_fast.optim import FusedAdam, FusedSGD
-from recap_fast.optim.combined import FusedCombinedOptimizer
 from recap_fast.optim.stepper import Stepper
-from recap_fast.shim import RecapLRShim
 from tests.optim.helpers import (
     EMULATED,
     FUSED,
     TORCH,
     UPDATES,
     assert_unchanged,
+    combine,
     numbers,
     parameter,
     parameters,
@@ -40,22 +33,10 @@ from tests.optim.helpers import (
     wrapped,
 )
 
-SCHEDULES = {
-    "constant": LearningRate(constant=0.05),
-    "piecewise": LearningRate(
-        piecewise_constant=PiecewiseConstant(
-            learning_rate_boundaries=[2, 5], learning_rate_values=[0.1, 0.03, 0.007]
-        )
-    ),
-    "ramp": LearningRate(
-        linear_ramp_to_constant=LinearRampToConstant(learning_rate=0.1, num_ramp_steps=3)
-    ),
-    "cosine": LearningRate(
-        linear_ramp_to_cosine=LinearRampToCosine(
-            learning_rate=0.1, final_learning_rate=0.01, num_ramp_steps=2, final_num_steps=9
-        )
-    ),
-}
+if TYPE_CHECKING:
+    from recap_fast.config import LearningRate
+    from recap_fast.optim.combined import FusedCombinedOptimizer
+    from recap_fast.shim import RecapLRShim
 
 
 @pytest.fixture
@@ -221,6 +202,30 @@ def test_dampening_waits_for_the_first_step_that_is_taken(device: torch.device) 
 # --- schedules on the device ---------------------------------------------------------------------
 
 
+def _schedules() -> dict[str, LearningRate]:
+    config = pytest.importorskip("recap_fast.config")
+    piecewise = config.PiecewiseConstant(
+        learning_rate_boundaries=[2, 5], learning_rate_values=[0.1, 0.03, 0.007]
+    )
+    ramp = config.LinearRampToConstant(learning_rate=0.1, num_ramp_steps=3)
+    cosine = config.LinearRampToCosine(
+        learning_rate=0.1, final_learning_rate=0.01, num_ramp_steps=2, final_num_steps=9
+    )
+    return {
+        "constant": config.LearningRate(constant=0.05),
+        "piecewise": config.LearningRate(piecewise_constant=piecewise),
+        "ramp": config.LearningRate(linear_ramp_to_constant=ramp),
+        "cosine": config.LearningRate(linear_ramp_to_cosine=cosine),
+    }
+
+
+def _shim(
+    optimizer: FusedCombinedOptimizer, schedules: dict[str, LearningRate], device_schedule: bool
+) -> RecapLRShim:
+    shim = pytest.importorskip("recap_fast.shim")
+    return shim.RecapLRShim(optimizer, schedules, device_schedule=device_schedule)
+
+
 def _scheduled(
     device: torch.device, device_schedule: bool
 ) -> tuple[FusedCombinedOptimizer, RecapLRShim, list[nn.Parameter]]:
@@ -230,8 +235,8 @@ def _scheduled(
         wrapped({str(i): param}, algorithm, capturable=True)
         for i, (param, algorithm) in enumerate(zip(params, algorithms, strict=True))
     ]
-    optimizer = FusedCombinedOptimizer(list(zip("abcd", parts, strict=True)))
-    return optimizer, RecapLRShim(optimizer, SCHEDULES, device_schedule=device_schedule), params
+    optimizer = combine(list(zip("abcd", parts, strict=True)))
+    return optimizer, _shim(optimizer, _schedules(), device_schedule), params
 
 
 def test_rates_on_the_device_are_those_of_the_host(device: torch.device) -> None:
@@ -294,9 +299,9 @@ def test_a_rate_set_by_hand_under_a_device_schedule_is_refused(device: torch.dev
 
 
 def test_a_device_schedule_needs_capturable_groups(device: torch.device) -> None:
-    optimizer = FusedCombinedOptimizer([wrapped({"a": parameters(1, device=device)[0]})])
+    optimizer = combine([wrapped({"a": parameters(1, device=device)[0]})])
     with pytest.raises(ValueError, match="param group 0 is not capturable"):
-        RecapLRShim(optimizer, {"a": SCHEDULES["ramp"]}, device_schedule=True)
+        _shim(optimizer, {"a": _schedules()["ramp"]}, device_schedule=True)
 
 
 # --- capture -------------------------------------------------------------------------------------
@@ -506,7 +511,7 @@ def test_a_captured_plan_is_kept_when_another_takes_its_place(
         optimizer.step()
     stepper = optimizer._stepper
     captured = [stepper._plan]
-    RecapLRShim(optimizer, SCHEDULES, device_schedule=True)
+    _shim(optimizer, _schedules(), device_schedule=True)
     optimizer.step()
     assert stepper._captured == captured
     with _capturing(monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,18 +17,21 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from recap_fast import build_info
 from recap_fast.optim import FusedAdam, FusedOptimizer, FusedSGD
-from recap_fast.optim.combined import FusedCombinedOptimizer
 from recap_fast.optim.stepper import Stepper
 from tests.optim.helpers import (
     FUSED,
     UPDATES,
     assert_unchanged,
+    combine,
     parameter,
     parameters,
     set_grads,
     snapshot,
     wrapped,
 )
+
+if TYPE_CHECKING:
+    from recap_fast.optim.combined import FusedCombinedOptimizer
 
 
 def _assert_refused(
@@ -421,7 +424,7 @@ def test_other_ways_of_stepping_are_refused_at_construction(
 
 
 def _combined(params: list[nn.Parameter]) -> FusedCombinedOptimizer:
-    return FusedCombinedOptimizer(
+    return combine(
         [
             ("tower", wrapped({"weight": params[0]}, "adam")),
             ("", wrapped({"backbone.weight": params[1]}, "adagrad")),
@@ -453,9 +456,7 @@ def test_a_combined_optimizer_names_the_group_and_its_optimizer() -> None:
 
 def test_one_parameter_in_two_optimizers_is_refused() -> None:
     param = parameters(1)[0]
-    optimizer = FusedCombinedOptimizer(
-        [("a", wrapped({"x": param}, "adam")), ("b", wrapped({"y": param}, "sgd"))]
-    )
+    optimizer = combine([("a", wrapped({"x": param}, "adam")), ("b", wrapped({"y": param}, "sgd"))])
     _assert_refused(optimizer, [param], ValueError, r"a\.x and b\.y share memory")
 
 

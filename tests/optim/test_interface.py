@@ -171,6 +171,7 @@ def test_steps_are_counted_in_torchs_dtype(
         torch.set_default_dtype(previous)
     step = optimizer.state[param]["step"]
     assert step.dtype == default and step.shape == () and step.item() == 2
+    assert step.is_cpu  # as torch's, where reading it waits for no device
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,18 +19,21 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from recap_fast._native import native
-from recap_fast.optim.combined import FusedCombinedOptimizer
 from recap_fast.optim.stepper import Stepper
 from tests.optim.helpers import (
     FUSED,
     LAYOUTS,
     UPDATES,
+    combine,
     numbers,
     parameter,
     parameters,
     set_grads,
     wrapped,
 )
+
+if TYPE_CHECKING:
+    from recap_fast.optim.combined import FusedCombinedOptimizer
 
 # The methods of the extension's classes, by the objects that a profiler sees called. It does not
 # see constructors: those of plans are counted by the fixture `builds`.
@@ -109,7 +112,7 @@ def _combined(
         own = {str(i): parameter((3, 2), i, device=device) for i in range(params_per_group)}
         params += own.values()
         parts.append((str(index), wrapped(own, algorithm, **options)))
-    return FusedCombinedOptimizer(parts), params
+    return combine(parts), params
 
 
 @pytest.mark.parametrize("update", UPDATES)

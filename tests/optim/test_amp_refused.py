@@ -1,0 +1,123 @@
+"""What a torch.amp.GradScaler cannot do with several optimizers combined."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torchrec")
+
+import torch
+from torch import Tensor
+from torchrec.optim import keyed
+from torchrec.optim.clipping import GradientClippingOptimizer
+from torchrec.optim.fused import EmptyFusedOptimizer
+from torchrec.optim.warmup import WarmupOptimizer
+
+from recap_fast.embeddings import fuse_embeddings
+from recap_fast.optim.combined import CombinedOptimizer, FusedCombinedOptimizer
+from tests.models import EMBEDDING_RATE, EmbeddingRanker, features
+from tests.optim.helpers import (
+    SCALE,
+    assert_unchanged,
+    grad_scaler,
+    parameters,
+    set_scaled_grads,
+    snapshot,
+    wrapped,
+)
+
+
+def _table_model() -> tuple[EmbeddingRanker, FusedCombinedOptimizer]:
+    torch.manual_seed(0)
+    model = fuse_embeddings(EmbeddingRanker(), EMBEDDING_RATE)
+    dense = {name: p for name, p in model.named_parameters() if name.startswith("ranker.")}
+    tables = next(m.fused_optimizer for m in model.modules() if hasattr(m, "fused_optimizer"))
+    parts = [("tables", tables), ("", wrapped(dense, "adam"))]
+    return model, FusedCombinedOptimizer(parts)
+
+
+def test_scaled_updates_of_fused_tables_are_warned_of_once() -> None:
+    model, optimizer = _table_model()
+    scaler = grad_scaler(torch.device("cpu"))
+    seen: list[Any] = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(model(features()).sum()).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scaler.step(optimizer)
+        scaler.update()
+        seen += [str(w.message) for w in caught if "GradScaler" in str(w.message)]
+    assert len(seen) == 1 and "fused embedding tables" in seen[0]
+
+
+def test_fused_tables_are_not_warned_of_without_a_scale() -> None:
+    model, optimizer = _table_model()
+    model(features()).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_a_torch_optimizer_inside_is_refused_under_a_scaler() -> None:
+    params = parameters(2)
+    optimizer = FusedCombinedOptimizer(
+        [
+            ("a", wrapped({"x": params[0]}, "adam")),
+            ("b", keyed.KeyedOptimizerWrapper({"y": params[1]}, torch.optim.Adam)),
+        ]
+    )
+    scaler = grad_scaler(torch.device("cpu"))
+    set_scaled_grads(params, 0)
+    before = snapshot(optimizer, params)
+    with pytest.raises(RuntimeError, match=r"holds an? Adam"):
+        scaler.step(optimizer)
+    assert_unchanged(before, optimizer, params, skipped=True)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda part: GradientClippingOptimizer(part), "GradientClippingOptimizer"),
+        (lambda part: WarmupOptimizer(part, []), "WarmupOptimizer"),
+        (lambda part: keyed.CombinedOptimizer([part]), "CombinedOptimizer"),
+        (lambda part: FusedCombinedOptimizer([part]), "FusedCombinedOptimizer"),
+        (lambda part: FusedCombinedOptimizer([EmptyFusedOptimizer(), part]), "FusedCombined"),
+    ],
+)
+def test_a_dense_optimizer_that_is_wrapped_or_nested_is_refused_under_a_scaler(
+    wrap: Callable[[keyed.KeyedOptimizer], keyed.KeyedOptimizer], name: str
+) -> None:
+    params = parameters(2)
+    part = wrap(wrapped({"x": params[0]}, "sgd", lr=1.0))
+    optimizer = FusedCombinedOptimizer([("a", part), ("b", wrapped({"y": params[1]}, "sgd"))])
+    scaler = grad_scaler(torch.device("cpu"))
+    set_scaled_grads(params, 0)
+    before = snapshot(optimizer, params)
+    with pytest.raises(RuntimeError, match=f"'a' holds a {name}"):
+        scaler.step(optimizer)
+    assert_unchanged(before, optimizer, params, skipped=True)
+    unscaled = params[0].detach() - params[0].grad / SCALE
+    reference = CombinedOptimizer(optimizer.optimizers)  # as the error advises
+    if name != "WarmupOptimizer":  # sets a rate of its own
+        reference.param_groups[0]["lr"] = 1.0
+        grad_scaler(torch.device("cpu")).step(reference)
+        torch.testing.assert_close(params[0].detach(), unscaled)
+
+
+def test_the_reference_has_no_scaling_of_its_own() -> None:
+    """GradScaler then unscales the gradients itself, and skips the step."""
+    params = parameters(1)
+    optimizer = CombinedOptimizer([keyed.KeyedOptimizerWrapper({"x": params[0]}, torch.optim.Adam)])
+    scaler = grad_scaler(torch.device("cpu"))
+    set_scaled_grads(params, 0)
+    params[0].grad[0, 0] = float("inf")
+    before = snapshot(optimizer, params)
+    scaler.step(optimizer)
+    assert_unchanged(before, optimizer, params, skipped=True)
+    grads: list[Tensor] = [param.grad for param in params]
+    assert grads[0][0, 1].abs() < 3  # unscaled in place
