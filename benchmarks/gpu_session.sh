@@ -4,9 +4,14 @@
 #
 #   benchmarks/gpu_session.sh [--out DIR] [--python PYTHON] [--wheels DIR] [--seconds N]
 #
-# Needs torch with CUDA, nvcc, cmake, ninja, pybind11, setuptools and pytest. With --wheels, packages
-# that are missing, such as pydantic or torchrec, come from a folder of wheels. What needs torchrec is
-# left out where there is none.
+# Needs torch with CUDA, nvcc, cmake, ninja, pybind11, setuptools and pytest. Tests that need another
+# package are left out where it is missing, and the summary says so. --wheels names a folder of wheels
+# to take the missing ones from; it is searched before what is installed, so it should hold no others:
+#
+#   schedules on the device  pydantic pydantic-core annotated-types typing-inspection typing-extensions
+#   random cases             hypothesis sortedcontainers
+#   combined optimizers      torchrec fbgemm-gpu tensordict torchmetrics pyre-extensions, and what they
+#                            need
 #
 # Writes to --out (default: $OUT, or build/gpu_session): the log of each part, <card>.json and
 # <card>.md with the figures, summary.txt. A part that fails or exceeds its time does not stop the
@@ -81,6 +86,7 @@ part() {
         *) say "$name: FAILED with status $status after $((SECONDS - begin)) s; see $name.log" ;;
     esac
     {
+        grep -E '^(GPU suite: )?[0-9]+ skipped: ' "$out/$name.log"
         ((status == 0)) || grep -E '^(E  |FAILED|ERROR|[A-Za-z.]*Error)' "$out/$name.log" | head -n 20
         tail -n "$((status == 0 ? 1 : 4))" "$out/$name.log"
     } | tee -a "$out/summary.txt"
@@ -98,16 +104,6 @@ assert "cuda" in info["engines"], "the CUDA engine was not built: is nvcc on the
 '
 }
 
-# Tests of the step that do without torchrec, or all of them.
-tests_of_the_step() {
-    if "$python" -c 'import torchrec, pydantic' 2>/dev/null; then
-        ls tests/optim/test_*.py
-    else
-        grep -LE '(torchrec|recap_fast\.(optim\.combined|shim|embeddings|config)) import|import torchrec' \
-            tests/optim/test_*.py
-    fi
-}
-
 has() { "$python" -c "import $1" 2>/dev/null; }
 
 export -f build
@@ -117,12 +113,8 @@ mkdir "$work/tree" "$work/site"
 tar -C "$root" --exclude=./.git --exclude=./build --exclude=./dist --exclude=./.venv \
     --exclude='*.so' --exclude=__pycache__ -cf - . | tar -C "$work/tree" -xf - || exit 1
 export PYTHONPATH="$work/tree${PYTHONPATH:+:$PYTHONPATH}"
-if [[ $wheels ]]; then
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" \
-        "$wheels"/*.whl && PYTHONPATH="$PYTHONPATH:$work/site"
-fi
-
-pytest=("$python" -m pytest -o addopts= -p no:cacheprovider -q -ra --tb=short)
+pytest=("$python" -m pytest -o addopts= -p no:cacheprovider -q --tb=short
+    --continue-on-collection-errors)
 parallel=()
 has xdist && parallel=(-n 8)
 
@@ -131,13 +123,20 @@ import torch
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
 ')"
 
+if [[ $wheels ]]; then
+    PYTHONPATH=$PYTHONPATH:$work/site
+    part wheels 60 "$python" -m pip install --quiet --no-index --no-deps --no-compile \
+        --target "$work/site" "$wheels"/*.whl
+fi
 if part build 240 bash -c build; then
     part tests-gpu 130 "${pytest[@]}" tests/gpu --ignore=tests/gpu/test_gpu_sanitizer.py
-    left=$((deadline - SECONDS - 60))  # what measuring may take: it keeps a minute for the rest
-    part measure "$((left < 240 ? left : 240))" \
-        "$python" -m benchmarks.gpu --out "$out" --seconds "$((left < 220 ? left - 20 : 200))"
-    mapfile -t step < <(cd "$work/tree" && tests_of_the_step)
-    part tests-more 180 "${pytest[@]}" "${parallel[@]}" tests/gpu/test_gpu_sanitizer.py "${step[@]}"
+    measuring=$((deadline - SECONDS - 150))  # keeps the rest for the parts that follow
+    ((measuring > 240)) && measuring=240
+    ((measuring < 40)) && measuring=40
+    part measure "$measuring" "$python" -m benchmarks.gpu --out "$out" --seconds "$((measuring - 20))"
+    # What the CPU engine steps is tested on any machine.
+    part tests-step 120 "${pytest[@]}" "${parallel[@]}" tests/optim -k 'cuda or device_values'
+    part sanitizer 150 "${pytest[@]}" tests/gpu/test_gpu_sanitizer.py
 else
     say "nothing tested or measured without the build"
 fi

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,7 +31,6 @@ H100 = {
     "cuda": "13.0",
     "date": "2026-01-02",
 }
-ROOT = Path(__file__).parent.parent
 
 
 # --- plan ----------------------------------------------------------------------------------------
@@ -352,63 +349,3 @@ def test_percent_of_copy() -> None:
     measurement = _results(ours=400.0, copy=200.0)["measurements"][0]
     assert page._percent_of_copy(measurement) == Quartiles(50.0, 50.0, 50.0)
     assert math.isclose(page._percent_of_copy(measurement, peers.REFERENCE).median, 50 / 11)
-
-
-# --- where it runs -------------------------------------------------------------------------------
-
-_WITHOUT_TORCHREC = """
-import sys
-for name in ("torchrec", "fbgemm_gpu", "pydantic"):
-    sys.modules[name] = None
-"""
-
-
-def test_nothing_needs_torchrec_or_pydantic() -> None:
-    code = _WITHOUT_TORCHREC + "import benchmarks.gpu.report\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_gpu_suite_needs_neither() -> None:
-    code = _WITHOUT_TORCHREC + (
-        "import pytest\n"
-        "sys.exit(pytest.main(['-q', '--collect-only', '-p', 'no:cacheprovider', 'tests/gpu']))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_reports_of_the_sanitizer_are_told_apart() -> None:
-    from tests.gpu.test_gpu_sanitizer import complaints
-
-    output = """\
-========= COMPUTE-SANITIZER
-all steps taken
-========= Invalid __global__ read of size 4 bytes
-=========     at void at::native::elementwise_kernel<128>()+0x40
-=========
-========= Invalid __global__ write of size 2 bytes
-=========     at void recap::cuda::update_tiles<4096>(Arguments)+0x90
-=========     by thread (0,0,0) in block (7,0,0)
-=========
-========= ERROR SUMMARY: 2 errors
-"""
-    (found,) = complaints(output)
-    assert found.startswith("Invalid __global__ write of size 2 bytes")
-
-
-def test_the_options_of_a_session() -> None:
-    script = str(ROOT / "benchmarks" / "gpu_session.sh")
-    done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--seconds N" in done.stdout
-    done = subprocess.run(["bash", script, "--wrong"], capture_output=True, text=True)
-    assert done.returncode == 1 and "unknown argument --wrong" in done.stderr
-
-
-def test_a_session_without_a_device_says_so(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "gpu_session.sh"
-    command = ["bash", str(script), "--out", str(tmp_path / "out"), "--python", sys.executable]
-    done = subprocess.run(command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "no CUDA device" in done.stderr
-    assert not (tmp_path / "out").exists()

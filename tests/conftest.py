@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections import Counter
 
@@ -29,10 +30,17 @@ if path := os.environ.get("RECAP_FAST_TEST_EXTENSION"):
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says what was skipped and why, a line for each reason, which ``-q`` leaves out."""
-    reasons: Counter[str] = Counter()
-    for report in terminalreporter.stats.get("skipped", ()):
-        suite = "GPU suite: " if report.nodeid.startswith("tests/gpu/") else ""
-        reason = report.longrepr[2].removeprefix("Skipped: ")
-        reasons[f"{suite}{{count}} skipped: {reason}"] += 1
-    for line, count in sorted(reasons.items()):
-        terminalreporter.write_line(line.format(count=count))
+    reasons = Counter(
+        (
+            "GPU suite: " * _is_of_gpu_suite(report.nodeid),
+            report.longrepr[2].removeprefix("Skipped: "),
+        )
+        for report in terminalreporter.stats.get("skipped", ())
+    )
+    for (suite, reason), count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{suite}{count} skipped: {reason}")
+
+
+def _is_of_gpu_suite(test: str) -> bool:
+    """``tests/gpu``, and what runs on the fixture ``device``."""
+    return test.startswith("tests/gpu/") or re.search(r"[[-]cuda[]-]", test) is not None

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import pytest
+
+pytest.importorskip("hypothesis")
+
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st

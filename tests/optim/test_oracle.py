@@ -12,6 +12,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+
+pytest.importorskip("hypothesis")
+
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
