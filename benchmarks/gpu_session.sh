@@ -5,13 +5,13 @@
 #   benchmarks/gpu_session.sh [--out DIR] [--python PYTHON] [--wheels DIR] [--seconds N]
 #
 # Needs torch with CUDA, nvcc, cmake, ninja, pybind11, setuptools and pytest. Tests that need another
-# package are left out where it is missing, and the summary says so. --wheels names a folder of wheels
-# to take the missing ones from; it is searched before what is installed, so it should hold no others:
+# package are left out where it is missing, and the summary says so. --wheels is a folder of wheels of
+# the missing ones, and of no others, since they go before what is installed:
 #
-#   schedules on the device  pydantic pydantic-core annotated-types typing-inspection typing-extensions
-#   random cases             hypothesis sortedcontainers
-#   combined optimizers      torchrec fbgemm-gpu tensordict torchmetrics pyre-extensions, and what they
-#                            need
+#   schedules on the device: pydantic pydantic-core annotated-types typing-inspection
+#   random cases: hypothesis sortedcontainers
+#   combined optimizers: torchrec fbgemm-gpu tensordict torchmetrics pyre-extensions tqdm and what
+#   those need
 #
 # Writes to --out (default: $OUT, or build/gpu_session): the log of each part, <card>.json and
 # <card>.md with the figures, summary.txt. A part that fails or exceeds its time does not stop the
@@ -111,7 +111,8 @@ export python
 
 mkdir "$work/tree" "$work/site"
 tar -C "$root" --exclude=./.git --exclude=./build --exclude=./dist --exclude=./.venv \
-    --exclude='*.so' --exclude=__pycache__ -cf - . | tar -C "$work/tree" -xf - || exit 1
+    --exclude='*.so' --exclude=_torch_version.py --exclude=__pycache__ -cf - . |
+    tar -C "$work/tree" -xf - || exit 1
 export PYTHONPATH="$work/tree${PYTHONPATH:+:$PYTHONPATH}"
 pytest=("$python" -m pytest -o addopts= -p no:cacheprovider -q --tb=short
     --continue-on-collection-errors)
