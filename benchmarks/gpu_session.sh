@@ -8,7 +8,7 @@
 # package are left out where it is missing, and the summary says so. --wheels is a folder of wheels of
 # the missing ones, and of no others, since they go before what is installed:
 #
-#   schedules on the device: pydantic pydantic-core annotated-types typing-inspection
+#   schedules on the device: pydantic pydantic-core annotated-types typing-inspection PyYAML
 #   random cases: hypothesis sortedcontainers
 #   combined optimizers: torchrec fbgemm-gpu tensordict torchmetrics pyre-extensions tqdm and what
 #   those need

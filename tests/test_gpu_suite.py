@@ -23,7 +23,7 @@ import sys
 
 class Hidden:
     def find_spec(self, name, *_):
-        if name in ("torchrec", "fbgemm_gpu", "pydantic", "yaml", "hypothesis", "xdist"):
+        if name in ("torchrec", "fbgemm_gpu", "pydantic", "yaml", "hypothesis", "numpy", "xdist"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 

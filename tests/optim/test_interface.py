@@ -9,7 +9,6 @@ import weakref
 from collections import defaultdict
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -696,7 +695,7 @@ def test_a_list_of_betas_can_change_in_place(device: torch.device) -> None:
 
 
 def test_a_mutable_number_is_read_in_every_step(device: torch.device) -> None:
-    rate = numpy.array(0.5)
+    rate = pytest.importorskip("numpy").array(0.5)
     pair = Pair("sgd", device, lr=rate)
     pair.step()
     rate[...] = 0.125
