@@ -64,7 +64,7 @@ $(VENV)/installed: requirements/build.txt requirements/torchrec-cpu.txt
 	$(PIP) --no-deps "$(TORCHREC)"
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(CSRC)
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt csrc/cuda/architectures.cmake $(CSRC)
 	$(PIP) --no-build-isolation -e ".[demo,test,lint]"
 	touch $@
 
