@@ -58,12 +58,12 @@ def _with_extension() -> list[str]:
     return [f"-D{name}={value}" for name, value in variables.items()]
 
 
-def _run_cmake(source: Path, folder: Path, options: list[str], targets: Sequence[str]) -> None:
-    """Configures `folder` and builds the targets there; other processes wait their turn."""
+def _run_cmake(folder: Path, options: list[str], targets: Sequence[str]) -> None:
+    """Configures `folder` and builds targets there; other processes wait their turn."""
     folder.parent.mkdir(exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        configure = ["cmake", "-S", str(source), "-B", str(folder), *options]
+        configure = ["cmake", "-S", str(SOURCES), "-B", str(folder), *options]
         if subprocess.run(configure, capture_output=True).returncode != 0:
             shutil.rmtree(folder, ignore_errors=True)  # made by another cmake, or elsewhere
             run(*configure)
@@ -73,7 +73,7 @@ def _run_cmake(source: Path, folder: Path, options: list[str], targets: Sequence
 
 def build(*targets: str) -> Path:
     """Builds the targets and returns the folder."""
-    _run_cmake(SOURCES, BUILD, _with_extension(), targets)
+    _run_cmake(BUILD, _with_extension(), targets)
     return BUILD
 
 
@@ -90,7 +90,7 @@ def build_sanitized(*targets: str) -> Path:
     """As `build`, with the sanitizers of addresses and of undefined behaviour."""
     if not _has_sanitizers():
         pytest.skip("the C++ compiler has no sanitizers: is libasan or libubsan missing?")
-    _run_cmake(SOURCES, SANITIZED, ["-DRECAP_SANITIZE=address,undefined"], targets)
+    _run_cmake(SANITIZED, ["-DRECAP_SANITIZE=address,undefined"], targets)
     return SANITIZED
 
 
