@@ -28,7 +28,9 @@ backward pass. *Warm*: the two steps before were the same peer's. The learning r
 is set between steps, as a scheduler does.
 
 Where a figure is not reached, two follow that it would be with less to do. *The ceiling* is a loop
-over the same elements that computes next to nothing, and knows without looking where they are.
+over the same elements that computes next to nothing, and knows without looking where they are; its
+memory is as torch allocates it, while our large states are in huge pages where the system grants
+them.
 *With the checks* adds the time of our step of as many groups and tensors of one element (E for B, F
 for D), which is that of finding the gradients and seeing that nothing else has changed.
 """

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import mmap
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,6 +14,29 @@ _SMALL = 64 * 1024  # bytes, up to which states share a block
 _BLOCK = 1024 * 1024  # bytes
 _CACHE_LINE = 64
 _PAGE = 4096
+_HUGE_PAGE = 2 * 1024 * 1024
+
+
+@functools.cache
+def _madvise() -> Callable[..., int] | None:
+    """The system's call, or None where it has no huge pages to be advised of."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    call = ctypes.CDLL(None).madvise
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return call
+
+
+def _ask_for_huge_pages(block: Tensor) -> None:
+    """Before the first write: a page of 4 KB for every 1,024 floats is slower to walk through.
+
+    What the system does not grant, it does not: the memory is the same.
+    """
+    first = -(-block.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    end = (block.data_ptr() + block.numel()) // _HUGE_PAGE * _HUGE_PAGE
+    madvise = _madvise()
+    if madvise is not None and first < end:
+        madvise(first, end - first, mmap.MADV_HUGEPAGE)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -27,7 +55,7 @@ class StateMemory:
     of their own would spread them over pages and cache lines that hold nothing else. Larger ones
     have storage of their own, and begin at another offset into a page than the parameter and its
     other states: addresses that agree in their last 12 bits compete for the same few places in the
-    first-level cache.
+    first-level cache. Of these, the system is asked for huge pages, as far as they fill whole ones.
     """
 
     def __init__(self) -> None:
@@ -47,6 +75,7 @@ class StateMemory:
             block, begin = self._room(index, param.dtype, bytes_needed)
         else:
             block = torch.empty(bytes_needed + _PAGE, dtype=torch.uint8)
+            _ask_for_huge_pages(block)
             wanted = (param.data_ptr() + (index + 1) * _PAGE // 4) % _PAGE
             begin = (wanted - block.data_ptr()) % _PAGE // _CACHE_LINE * _CACHE_LINE
         strides = torch.empty_like(

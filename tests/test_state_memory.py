@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,31 @@ def test_large_states_have_storage_of_their_own_at_offsets_of_their_own() -> Non
         assert state.untyped_storage().nbytes() <= param.numel() * 4 + 4096
     offsets = {tensor.data_ptr() % 4096 // 64 for tensor in [param, *states]}
     assert len(offsets) == 4
+
+
+def _is_advised_of_huge_pages(address: int) -> bool:
+    """Of the mapping that the address is in, as Linux shows it."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError(f"no mapping holds {address:#x}")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="the system has no transparent huge pages",
+)
+def test_large_states_are_to_be_in_huge_pages() -> None:
+    huge, small = 2 * 1024 * 1024, torch.empty(100_000)
+    state = StateMemory().full_like(torch.empty(4 * huge), 0.5, 0)
+    begin, end = _extent(state)
+    for page in range(-(-begin // huge) * huge, end // huge * huge, huge):
+        assert _is_advised_of_huge_pages(page)
+    assert (state == 0.5).all()
+    assert not _is_advised_of_huge_pages(StateMemory().full_like(small, 0.5, 0).data_ptr())
 
 
 def test_a_subclass_or_another_device_gets_torchs_memory() -> None:
