@@ -202,7 +202,7 @@ bool BoundPlan::groups_unchanged() {
   for (Group& group : groups_) {
     if (!group.reader.refresh() || !group.params.unchanged()) return false;
   }
-  for (const DictSnapshot& state : states_) {
+  for (DictSnapshot& state : states_) {
     if (!state.unchanged()) return false;
   }
   return !has_inference_tensors_ || c10::InferenceMode::is_enabled();

@@ -13,6 +13,7 @@
 #include "../algorithms/updates.h"
 #include "local_tensor.h"
 #include "python.h"
+#include "snapshot.h"
 
 namespace recap {
 
@@ -81,7 +82,7 @@ class Probe {
   }
 
   // Whether the parameter and its states are the tensors of the plan, at the same addresses.
-  bool unchanged() const {
+  bool unchanged() {
     if (THPVariable_Unpack(object_).unsafeGetTensorImpl() != leaf_) return false;
     if (inert_) return !gradient_of(leaf_).defined();
     if (shard_ && !shard_unchanged()) return false;
@@ -96,13 +97,7 @@ class Probe {
         return false;
       }
     }
-    if (usual_ && PyDict_GET_SIZE(state_dict_) != item_count_) return false;
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    for (int k = 0; k < item_count_; ++k) {
-      if (!PyDict_Next(state_dict_, &position, &key, &value) || value != items_[k]) return false;
-    }
-    return true;
+    return items_version_.is_of(state_dict_) || items_unchanged();
   }
 
   const at::Tensor& grad() {
@@ -126,6 +121,18 @@ class Probe {
   bool shard_unchanged() const {
     return local_shard(object_) == shard_ &&
            THPVariable_Unpack(shard_).unsafeGetTensorImpl() == impl_ && spec_of(object_) == spec_;
+  }
+
+  bool items_unchanged() {
+    const DictVersion version(state_dict_);
+    if (usual_ && PyDict_GET_SIZE(state_dict_) != item_count_) return false;
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    for (int k = 0; k < item_count_; ++k) {
+      if (!PyDict_Next(state_dict_, &position, &key, &value) || value != items_[k]) return false;
+    }
+    items_version_ = version;
+    return true;
   }
 
   const void* plain_memory(const at::Tensor& grad) {
@@ -182,6 +189,7 @@ class Probe {
   State states_[kMaxProbed];
   PyObject* state_dict_ = nullptr;
   PyObject* items_[kMaxProbed];
+  DictVersion items_version_;
   // Hints for `prefetch` only: where these were in the last step.
   const c10::AutogradMetaInterface* meta_ = nullptr;
   const c10::TensorImpl* last_grad_ = nullptr;

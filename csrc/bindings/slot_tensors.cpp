@@ -224,7 +224,7 @@ Probe SlotTensors::probe() const {
   return Probe(object_.ptr(), shard_.ptr(), fixed, state_dict_.ptr());
 }
 
-bool SlotTensors::unchanged() const {
+bool SlotTensors::unchanged() {
   return state_items_.unchanged() && param().strides() == at::IntArrayRef(strides_);
 }
 

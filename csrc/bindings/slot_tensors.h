@@ -40,7 +40,7 @@ class SlotTensors {
 
   // Whether the strides and the state dict are as they were: what a probe leaves open for a slot
   // that is not usual.
-  bool unchanged() const;
+  bool unchanged();
 
   // The address of a gradient that is not plain, in the parameter's memory order. Raises an error
   // naming the parameter if the gradient does not fit it. `needs_copy` is set if the address is

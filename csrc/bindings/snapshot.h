@@ -3,12 +3,36 @@
 // a tensor or list changed in place is still the same item.
 #pragma once
 
+#include <cstdint>
 #include <utility>
 #include <vector>
 
 #include "python.h"
 
 namespace recap {
+
+// Python's own mark of a dict (PEP 509): no two states of any dicts have the same, so that with an
+// equal one all items are as they were. From Python 3.12 on it is deprecated: items are compared.
+class DictVersion {
+ public:
+  DictVersion() = default;
+
+#if PY_VERSION_HEX < 0x030C0000
+  explicit DictVersion(PyObject* dict)
+      : tag_(reinterpret_cast<PyDictObject*>(dict)->ma_version_tag) {}
+
+  bool is_of(PyObject* dict) const {
+    return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag == tag_;
+  }
+#else
+  explicit DictVersion(PyObject*) {}
+
+  bool is_of(PyObject*) const { return false; }
+#endif
+
+ private:
+  uint64_t tag_ = 0;  // of no dict
+};
 
 class DictSnapshot {
  public:
@@ -18,10 +42,12 @@ class DictSnapshot {
       items_.emplace_back(py::reinterpret_borrow<py::object>(item.first),
                           py::reinterpret_borrow<py::object>(item.second));
     }
+    version_ = DictVersion(dict_.ptr());
   }
 
-  bool unchanged() const {
-    if (!dict_) return true;
+  bool unchanged() {
+    if (!dict_ || version_.is_of(dict_.ptr())) return true;
+    const DictVersion version(dict_.ptr());
     if (static_cast<size_t>(PyDict_GET_SIZE(dict_.ptr())) != items_.size()) return false;
     Py_ssize_t position = 0;
     PyObject *key, *value;
@@ -29,6 +55,7 @@ class DictSnapshot {
       if (!PyDict_Next(dict_.ptr(), &position, &key, &value)) return false;
       if (key != item.first.ptr() || value != item.second.ptr()) return false;
     }
+    version_ = version;
     return true;
   }
 
@@ -36,6 +63,7 @@ class DictSnapshot {
   py::dict dict_ = py::reinterpret_steal<py::dict>(nullptr);
   // Owned, so that the address of a dropped item cannot come back as another object.
   std::vector<std::pair<py::object, py::object>> items_;
+  DictVersion version_;
 };
 
 class ListSnapshot {

@@ -223,6 +223,13 @@ def _saved(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None
     optimizer.state_dict()
 
 
+def _put_back(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """The items are the same again, but the dicts have been changed."""
+    entries = optimizer.state[params[-1]]
+    entries["exp_avg_sq"] = entries.pop("exp_avg_sq")
+    optimizer.state[params[-1]] = optimizer.state.pop(params[-1])
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -234,6 +241,7 @@ def _saved(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None
         _new_hyperparameters,
         _values_in_place,
         _saved,
+        _put_back,
     ],
 )
 def test_what_changes_in_training_does_not_rebuild_the_plan(
