@@ -29,6 +29,7 @@ _CALLS: Final = 10
 _FURTHER_ENTRIES: Final = 16
 
 WHOLE: Final = "optimizer.step()"
+VALUES: Final = "- gradients and values of the step"
 
 
 def _without_elements(peer: peers.Peer) -> None:
@@ -98,7 +99,7 @@ def parts(workload: Workload) -> dict[str, float]:
         "- torch's and our Python around it": times["step"] - times["stepper"],
         "- Python of the stepper": times["stepper"] - times["native"],
         "- checks that the plan holds": times["still"],
-        "- gradients and values of the step": times["empty"] - times["still"],
+        VALUES: times["empty"] - times["still"],
         "- loops over elements": times["native"] - times["empty"],
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from benchmarks.breakdown import WHOLE
+from benchmarks.breakdown import VALUES, WHOLE
 from benchmarks.growth import Curves
 from benchmarks.measurement import Measurement
 from benchmarks.peers import DESCRIPTIONS
@@ -30,9 +30,8 @@ is set between steps, as a scheduler does.
 Where a figure is not reached, two follow that it would be with less to do. *The ceiling* is a loop
 over the same elements that computes next to nothing, and knows without looking where they are; its
 memory is as torch allocates it, while our large states are in huge pages where the system grants
-them.
-*With the checks* adds the time of our step of as many groups and tensors of one element (E for B, F
-for D), which is that of finding the gradients and seeing that nothing else has changed.
+them. *With the checks* adds the time of our step of as many groups and tensors of one element (E
+for B, F for D), which is that of finding the gradients and seeing that nothing else has changed.
 """
 
 _COLUMNS: Final = """\
@@ -174,8 +173,9 @@ def _small_steps(breakdown: Sequence[Mapping[str, Any]]) -> str:
         + f"""
 F-1 is F in one group. For {groups} groups to take at most 1.3 times as long, {left:.0f} ns are left
 for each further one. To compare the {entries} entries of its dict with those of the step before,
-any of which may have been set, takes {in_dict:.0f} ns; besides, its learning rate is read, its
-values are computed, and its optimizer's `state` and `param_groups` are looked up.
+any of which may have been set, takes {in_dict:.0f} ns, and to compute its values
+{each[VALUES]:.0f} ns; besides, its learning rate is read, and its optimizer's `state` and
+`param_groups` are looked up.
 """
     )
 

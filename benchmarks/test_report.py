@@ -176,8 +176,8 @@ def test_a_limit_with_the_checks() -> None:
 
 
 def test_the_page_shows_what_a_group_costs() -> None:
-    parts = {breakdown.WHOLE: 40.0, "- checks": 30.0}
-    single = {breakdown.WHOLE: 20.1, "- checks": 10.2}
+    parts = {breakdown.WHOLE: 40.0, "- checks": 30.0, breakdown.VALUES: 8.0}
+    single = {breakdown.WHOLE: 20.1, "- checks": 10.2, breakdown.VALUES: 6.02}
     results = {
         "machine": _FACTS,
         "measurements": [_measurement().to_json()],
@@ -195,7 +195,7 @@ def test_the_page_shows_what_a_group_costs() -> None:
     text = page.render(results, "x.json", {})
     assert "| optimizer.step() | 40.0 | 20.1 | 201 |" in text
     assert "61 ns are left" in text
-    assert "takes 35 ns" in text
+    assert "takes 35 ns, and to compute its values\n20 ns;" in text
 
 
 def test_peak_memory_stands_beside_time() -> None:
