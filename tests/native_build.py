@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,9 +35,11 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 
-def run(*command: str) -> str:
+def run(*command: str, **options: Any) -> str:
     """Returns what the command writes; fails the test with it if the command fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
     return done.stdout
 
@@ -75,6 +78,19 @@ def build(*targets: str) -> Path:
     """Builds the targets and returns the folder."""
     _run_cmake(BUILD, _with_extension(), targets)
     return BUILD
+
+
+def build_extension(name: str) -> Path:
+    """Builds one of ``tests/csrc/bindings`` and returns its path."""
+    (extension,) = (build(name) / "bindings" / name).glob("_C*.so")
+    return extension
+
+
+def run_tests_with(extension: Path, *arguments: str, **environment: str) -> str:
+    """Runs pytest in the root with another build of the extension; returns what it writes."""
+    variables = {"RECAP_FAST_TEST_EXTENSION": str(extension), **environment}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return run(*command, cwd=ROOT, env=os.environ | variables)
 
 
 def _has_sanitizers() -> bool:

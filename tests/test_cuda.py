@@ -6,21 +6,18 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.native_build import (
-    ROOT,
-    build,
+    build_extension,
     build_sanitized,
     check_ptx,
     needs_compiler,
     needs_nvcc,
     run_ctest,
+    run_tests_with,
 )
 
 
@@ -49,18 +46,8 @@ EMULATED_TESTS = (
 @needs_compiler
 def test_the_optimizers_with_an_emulated_engine() -> None:
     """The same tests as for the CPU engine, in a process where CPU tensors are a CUDA device's."""
-    (extension,) = (build("emulated") / "bindings").glob("_C*.so")
-    files = [str(ROOT / "tests" / "optim" / name) for name in EMULATED_TESTS]
-    options = ["-q", "-m", "not cpu_engine", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        cwd=ROOT,
-        env=os.environ | {"RECAP_FAST_TEST_EXTENSION": str(extension), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
+    files = [f"tests/optim/{name}" for name in EMULATED_TESTS]
+    run_tests_with(build_extension("emulated"), "-m", "not cpu_engine", *files, OMP_NUM_THREADS="1")
 
 
 # nvcc has two compilers to PTX, one for the older and one for the newer architectures.
@@ -151,16 +138,23 @@ def test_what_a_step_changes_is_read_past_the_first_level_cache(ptx: str) -> Non
 @needs_nvcc
 @pytest.mark.parametrize("architecture", OLDEST_AND_NEWEST)
 def test_only_the_source_asks_for_fma(compiled: Compiled, kernel: str, architecture: str) -> None:
-    marked = compiled.marked_ptx(kernel, architecture)
-    found = check_ptx.instructions(marked, r"(fma|mad)\.(rn\.)?f")
+    found = check_ptx.fmas(compiled.marked_ptx(kernel, architecture))
     assert len(found) > 500
     assert all(check_ptx.is_asked_for(instruction) for instruction in found)
 
 
 @needs_nvcc
 def test_every_operation_rounds_correctly(ptx: str) -> None:
-    """Without `.rn`, the assembler may contract; `.approx` and `.ftz` change bits."""
-    arithmetic = check_ptx.instructions(ptx, r"(add|sub|mul|div|sqrt|fma|mad)\.\S*f(32|64)")
-    assert len(arithmetic) > 1000
-    for instruction in arithmetic:
-        assert re.search(r"\w+\.rn\.f(32|64)\s", instruction), instruction
+    found = check_ptx.arithmetic(ptx)
+    assert len(found) > 1000
+    assert [line for line in found if not check_ptx.rounds_correctly(line)] == []
+
+
+@needs_nvcc
+def test_contraction_would_be_noticed() -> None:
+    """By both tests above, as nvcc compiles by default."""
+    flags = [flag for flag in check_ptx.FLAGS if flag != "--fmad=false"]
+    newest = check_ptx.ARCHITECTURES[-1]
+    ptx = check_ptx.read_marked_ptx("update_tiles_by_device_values", newest, flags)
+    assert not all(check_ptx.is_asked_for(instruction) for instruction in check_ptx.fmas(ptx))
+    assert not all(check_ptx.rounds_correctly(line) for line in check_ptx.arithmetic(ptx))

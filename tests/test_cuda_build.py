@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from recap_fast._native import native
-from tests.native_build import ROOT, check_ptx, needs_compiler, needs_nvcc, run
+from tests.native_build import (
+    ROOT,
+    build_extension,
+    check_ptx,
+    needs_compiler,
+    needs_nvcc,
+    run,
+    run_tests_with,
+)
 
 pytestmark = needs_compiler
 
@@ -91,6 +99,16 @@ def test_with_nvcc_the_engine_is_built_for_all_architectures(tmp_path: Path) -> 
 def _path_with_nvcc() -> str:
     folder = str(Path(str(check_ptx.find_nvcc())).parent)
     return os.pathsep.join([os.environ["PATH"], folder])
+
+
+# --- without the engine --------------------------------------------------------------------------
+
+
+def test_a_build_without_the_engine() -> None:
+    files = ("optim/test_without_cuda_engine.py", "optim/test_errors.py", "test_native.py")
+    extension = build_extension("without_cuda")
+    written = run_tests_with(extension, *(f"tests/{name}" for name in files))
+    assert "this build has the CUDA engine" not in written, written
 
 
 # --- what was built ------------------------------------------------------------------------------

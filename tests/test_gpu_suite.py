@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.gpu.test_gpu_sanitizer import complaints
-from tests.native_build import ROOT, build, needs_compiler
+from tests.native_build import ROOT, build_extension, needs_compiler
 
 SESSION = ROOT / "benchmarks" / "gpu_session.sh"
 
@@ -123,7 +123,7 @@ def test_a_session_goes_on_behind_a_part_that_fails(
     without_packages: dict[str, str], tmp_path: Path
 ) -> None:
     """The tests are skipped, and measuring fails, for want of a device."""
-    (extension,) = (build("emulated") / "bindings").glob("_C*.so")
+    extension = build_extension("emulated")
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, script in (

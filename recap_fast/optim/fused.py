@@ -50,7 +50,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if differentiable:
             raise ValueError("differentiable=True: the fused step has no backward; use torch.optim")
         if capturable and not native.has_cuda_engine:
-            raise ValueError("capturable=True: this build of recap_fast has no CUDA engine")
+            raise ValueError(
+                "capturable=True: this build of recap_fast has no CUDA engine; leave it False, or "
+                "install recap_fast where there is a CUDA toolkit"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

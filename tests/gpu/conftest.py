@@ -30,3 +30,12 @@ def _errors_surface_here() -> Iterator[None]:
     """A kernel that fails is reported by the test that launched it."""
     yield
     torch.cuda.synchronize()
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device is an error, as far as it goes through torch."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode(before)

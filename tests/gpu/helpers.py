@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ _SPIN_CYCLES = 100_000_000  # at the 1 to 2 GHz of a device at work, 50 to 100 m
 def spin() -> None:
     """Keeps the current stream busy for longer than the host needs for anything here."""
     torch.cuda._sleep(_SPIN_CYCLES)
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures what its body does, and does not do it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        yield graph
 
 
 class Mixed:

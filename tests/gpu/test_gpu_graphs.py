@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from recap_fast.optim import FusedAdam
-from tests.gpu.helpers import Mixed, assert_same_bits, everything
+from tests.gpu.helpers import Mixed, assert_same_bits, captured, everything
 from tests.optim.helpers import FUSED, UPDATES, parameters, set_grads
 
 REPLAYS = 40
-
-
-@contextlib.contextmanager
-def _captured() -> Iterator[torch.cuda.CUDAGraph]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        yield graph
 
 
 def _capture(run: Mixed) -> torch.cuda.CUDAGraph:
     """Takes the first step and captures one, without taking it."""
     run.set_grads(0)
     run.step()
-    with _captured() as graph:
+    with captured() as graph:
         run.step()
     return graph
 
@@ -60,7 +50,7 @@ def test_replays_of_every_update(update: str, device: torch.device) -> None:
         runs.append((params, optimizer))
     (params, optimizer), (expected, eager) = runs
     optimizer.step()
-    with _captured() as graph:
+    with captured() as graph:
         optimizer.step()
     for _ in range(7):
         graph.replay()
@@ -104,7 +94,7 @@ def test_a_tensor_rate_is_read_at_each_replay(device: torch.device) -> None:
     eager = FusedAdam(expected, lr=0.1)
     optimizer.step()
     eager.step()
-    with _captured() as graph:
+    with captured() as graph:
         optimizer.step()
     for step in range(6):
         rate.fill_(0.05 / (step + 1))
@@ -119,7 +109,7 @@ def test_found_inf_is_read_at_each_replay(device: torch.device) -> None:
     scale, found = torch.tensor(4.0, device=device), torch.zeros((), device=device)
     run.set_grads(0, scale=4.0)
     run.step(scale, found)
-    with _captured() as graph:
+    with captured() as graph:
         run.step(scale, found)
     for skips in (0.0, 1.0, 1.0, 0.0, 1.0):
         found.fill_(skips)
@@ -151,7 +141,7 @@ def test_a_whole_training_step(device: torch.device) -> None:
             train(replayed, optimizer)
     torch.cuda.current_stream().wait_stream(side)
     optimizer.zero_grad()
-    with _captured() as graph:
+    with captured() as graph:
         train(replayed, optimizer)
     for _ in range(10):
         graph.replay()
@@ -175,86 +165,6 @@ def test_a_graph_outlives_the_plan_it_was_captured_with(device: torch.device) ->
         assert param.isfinite().all() and not torch.equal(old, param.detach())
 
 
-# --- schedules -----------------------------------------------------------------------------------
-
-
-def _schedules() -> dict[str, Any]:
-    config = pytest.importorskip("recap_fast.config")
-    piecewise = config.PiecewiseConstant(
-        learning_rate_boundaries=[3, 17], learning_rate_values=[0.1, 0.03, 0.007]
-    )
-    ramp = config.LinearRampToConstant(learning_rate=0.1, num_ramp_steps=11)
-    cosine = config.LinearRampToCosine(
-        learning_rate=0.1, final_learning_rate=0.01, num_ramp_steps=5, final_num_steps=31
-    )
-    return {
-        "constant": config.LearningRate(constant=0.05),
-        "piecewise": config.LearningRate(piecewise_constant=piecewise),
-        "ramp": config.LearningRate(linear_ramp_to_constant=ramp),
-        "cosine": config.LearningRate(linear_ramp_to_cosine=cosine),
-    }
-
-
-def test_a_replayed_graph_follows_the_schedules(device: torch.device) -> None:
-    schedules = list(_schedules().values())
-    from recap_fast.device_rates import DeviceRates
-    from recap_fast.schedules import compute_lr
-
-    replayed, eager = Mixed(device, 3, capturable=True), Mixed("cpu", 3)
-    groups = [group for optimizer in eager.optimizers for group in optimizer.param_groups]
-    assert len(groups) == len(schedules)
-    rates = DeviceRates(dict(enumerate(schedules)), device)
-    replayed.stepper.move_with([rates])
-    graph = None
-    for step in range(REPLAYS):
-        expected = [compute_lr(schedule, step) for schedule in schedules]
-        # Within one unit in the last place of float32, and in fact far closer.
-        torch.testing.assert_close(rates.rates.tolist(), expected, rtol=2**-24, atol=0.0)
-        assert rates.epoch.item() == step
-        if step == 0:
-            replayed.set_grads(0)
-            replayed.step()
-            with _captured() as graph:
-                replayed.step()
-        else:
-            replayed.write_grads(step)
-            graph.replay()
-        for group, rate in zip(groups, expected, strict=True):
-            group["lr"] = rate
-        eager.set_grads(step)
-        eager.step()
-    for mine, other in zip(replayed.params, eager.params, strict=True):
-        limit = 64 * torch.finfo(mine.dtype).eps
-        torch.testing.assert_close(mine.detach().cpu(), other.detach(), rtol=limit, atol=limit)
-
-
-def test_the_shim_and_a_replayed_graph_agree(device: torch.device) -> None:
-    pytest.importorskip("torchrec")
-    from recap_fast.optim.combined import FusedCombinedOptimizer
-    from recap_fast.shim import RecapLRShim
-    from tests.optim.helpers import wrapped
-
-    params = parameters(4, device=device)
-    algorithms = ("adam", "adagrad", "sgd", "adamw")
-    parts = [
-        (algorithm, wrapped({"x": param}, algorithm, capturable=True))
-        for algorithm, param in zip(algorithms, params, strict=True)
-    ]
-    optimizer = FusedCombinedOptimizer(parts)
-    scheduler = RecapLRShim(optimizer, _schedules(), device_schedule=True)
-    optimizer.step()
-    scheduler.step()
-    with _captured() as graph:
-        optimizer.step()
-    (rates,) = optimizer._device_rates
-    for _ in range(REPLAYS):
-        torch.testing.assert_close(
-            rates.rates.tolist(), scheduler.get_last_lr(), rtol=2**-24, atol=0.0
-        )
-        graph.replay()
-        scheduler.step()
-
-
 # --- captures that are refused -------------------------------------------------------------------
 
 
@@ -263,7 +173,7 @@ def test_a_capture_without_capturable_is_refused(device: torch.device) -> None:
     optimizer = FusedAdam(params)
     optimizer.step()
     before = [tensor.clone() for tensor in everything(optimizer, params)]
-    with _captured(), pytest.raises(RuntimeError, match="capturable=True"):
+    with captured(), pytest.raises(RuntimeError, match="capturable=True"):
         optimizer.step()
     assert_same_bits(everything(optimizer, params), before)
     optimizer.step()
@@ -272,7 +182,7 @@ def test_a_capture_without_capturable_is_refused(device: torch.device) -> None:
 def test_a_capture_without_a_step_before_is_refused(device: torch.device) -> None:
     params = parameters(2, device=device)
     optimizer = FusedAdam(params, capturable=True)
-    with _captured(), pytest.raises(RuntimeError, match="before a CUDA graph is captured"):
+    with captured(), pytest.raises(RuntimeError, match="before a CUDA graph is captured"):
         optimizer.step()
     optimizer.step()
     assert [optimizer.state[param]["step"].item() for param in params] == [1, 1]
@@ -283,7 +193,7 @@ def test_a_gradient_that_is_missing_during_capture_is_named(device: torch.device
     optimizer = FusedAdam([("first", params[0]), ("second", params[1])], capturable=True)
     optimizer.step()
     params[1].grad = None
-    with _captured(), pytest.raises(RuntimeError, match="parameter second has no gradient"):
+    with captured(), pytest.raises(RuntimeError, match="parameter second has no gradient"):
         optimizer.step()
     optimizer.step()
     assert [optimizer.state[param]["step"].item() for param in params] == [2, 1]
@@ -293,7 +203,7 @@ def test_a_rate_changed_on_the_host_after_capture_is_refused(device: torch.devic
     params = parameters(2, device=device)
     optimizer = FusedAdam(params, lr=0.1, capturable=True)
     optimizer.step()
-    with _captured():
+    with captured():
         optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.2
     set_grads(params, 1)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from recap_fast.optim import FusedAdam, FusedSGD
 from tests.gpu.helpers import assert_same_bits, everything, spin
 from tests.optim.helpers import FUSED, SCALE, UPDATES, grad_scaler, parameters, set_scaled_grads
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device is an error, as far as it goes through torch."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode(before)
 
 
 def test_the_check_notices_waiting(device: torch.device, no_waiting: None) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +61,8 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def _run(kernel: str, *arguments: str | Path) -> str:
-    command = [str(find_nvcc()), *FLAGS, *map(str, arguments), str(SOURCES[kernel])]
+def _run(kernel: str, *arguments: str | Path, flags: Sequence[str] = FLAGS) -> str:
+    command = [str(find_nvcc()), *flags, *map(str, arguments), str(SOURCES[kernel])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
@@ -104,13 +105,14 @@ def _reports(kernel: str, output: str) -> list[Report]:
     return reports
 
 
-def read_marked_ptx(kernel: str, architecture: str) -> str:
+def read_marked_ptx(kernel: str, architecture: str, flags: Sequence[str] = FLAGS) -> str:
     """PTX in which `is_asked_for` tells where the source has an fma."""
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder) / "marks.h"
         marks.write_text(_MARKED_FMA)
         ptx = Path(folder) / "kernel.ptx"
-        _run(kernel, f"-arch=compute_{architecture}", "-ptx", "-o", ptx, "-include", marks)
+        options = [f"-arch=compute_{architecture}", "-ptx", "-o", ptx, "-include", marks]
+        _run(kernel, *options, flags=flags)
         return ptx.read_text()
 
 
@@ -122,6 +124,19 @@ def instructions(ptx: str, pattern: str) -> list[str]:
 
 def is_asked_for(instruction: str) -> bool:
     return _MARK in instruction
+
+
+def fmas(ptx: str) -> list[str]:
+    return instructions(ptx, r"(fma|mad)\.(rn\.)?f")
+
+
+def arithmetic(ptx: str) -> list[str]:
+    return instructions(ptx, r"(add|sub|mul|div|sqrt|fma|mad)\.\S*f(32|64)")
+
+
+def rounds_correctly(instruction: str) -> bool:
+    """Without `.rn`, the assembler may contract; `.approx` and `.ftz` change bits."""
+    return re.search(r"\w+\.rn\.f(32|64)\s", instruction) is not None
 
 
 def parameter_sizes(ptx: str) -> list[int]:
