@@ -50,6 +50,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
                        ListSnapshot(optimizer.attr("param_groups"))});
   }
   for (const GroupSource& source : groups) device_values_ |= is_capturable(source.group);
+  refuse_capture(groups);
   std::set<PyObject*> seen_states;
   for (const GroupSource& source : groups) {
     GroupReader reader(algorithm_named(source.algorithm), source.group, source.name,
@@ -91,6 +92,19 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
   }
   step_.grads.resize(slots_.size());
   step_.values_of_slot.resize(slots_.size());
+}
+
+// First of all: a state that is laid out anew would be filled when the graph is replayed, if ever.
+void BoundPlan::refuse_capture(const std::vector<GroupSource>& groups) {
+  std::set<at::Device, DeviceOrder> devices;
+  for (const GroupSource& source : groups) {
+    for (const py::handle param : source.group["params"]) {
+      if (!THPVariable_Check(param.ptr())) continue;
+      const at::Device device = THPVariable_Unpack(param.ptr()).device();
+      if (engine_for(device) == EngineKind::cuda) devices.insert(device);
+    }
+  }
+  for (const at::Device device : devices) CudaPart::refuse_capture(device);
 }
 
 // Each engine has all slots, so that one index serves everywhere, but those of others without size.

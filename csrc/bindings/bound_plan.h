@@ -131,6 +131,7 @@ class BoundPlan {
     cpu::GradNorm sums;
   };
 
+  static void refuse_capture(const std::vector<GroupSource>& groups);
   bool is_stepped_on_device(const SlotTensors& slot) const;
   void check_devices() const;
   void find_shared_memory();

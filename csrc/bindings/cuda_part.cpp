@@ -35,11 +35,6 @@ void run_on(at::Device device, cuda::Engine& engine, const Step& step, void* str
 }  // namespace
 
 CudaPart::CudaPart(at::Device device, const std::vector<Slot>& slots) : device_(device) {
-  if (is_capturing(device)) {
-    throw std::runtime_error(
-        "the optimizer must build its plan before a CUDA graph is captured: take a step with the "
-        "same parameters and gradients first, and change neither param groups nor state after it");
-  }
   const c10::DeviceGuard guard(device);
   engine_ = std::make_unique<EngineHolder>(device, plan_of(slots));
 }
@@ -69,6 +64,14 @@ void CudaPart::run(const Step&) {}
 void CudaPart::run(const cuda::DeviceStep&) {}
 
 #endif
+
+void CudaPart::refuse_capture(at::Device device) {
+  if (is_capturing(device)) {
+    throw std::runtime_error(
+        "the optimizer must build its plan before a CUDA graph is captured: take a step with the "
+        "same parameters and gradients first, and change neither param groups nor state after it");
+  }
+}
 
 CudaPart::~CudaPart() = default;
 CudaPart::CudaPart(CudaPart&&) noexcept = default;

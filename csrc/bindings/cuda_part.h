@@ -14,8 +14,11 @@ namespace recap {
 
 class CudaPart {
  public:
-  // `slots` are those of the plan, with size 0 where they are on another device. Raises
-  // RuntimeError while torch's current stream is being captured: a plan takes memory and copies.
+  // Raises RuntimeError while torch's current stream of the device is being captured: a plan takes
+  // memory and copies, which the graph would take in place of the plan.
+  static void refuse_capture(at::Device device);
+
+  // `slots` are those of the plan, with size 0 where they are on another device.
   CudaPart(at::Device device, const std::vector<Slot>& slots);
   ~CudaPart();
   CudaPart(CudaPart&&) noexcept;

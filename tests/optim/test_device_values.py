@@ -407,6 +407,25 @@ def test_a_plan_that_must_be_replaced_during_capture_stays(
         assert optimizer._stepper._plan is plan
 
 
+def test_a_state_of_another_layout_is_not_replaced_during_capture(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy would be a part of the graph, and the state not be filled before a replay."""
+    params = [parameter((3, 5), 0, device=device, layout="transposed")]
+    set_grads(params, 0)
+    optimizer = FusedAdam(params, capturable=True)
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    state["exp_avg"] = contiguous = state["exp_avg"].contiguous()
+    before = snapshot(optimizer, params)
+    with _capturing(monkeypatch), pytest.raises(RuntimeError, match="before a CUDA graph"):
+        optimizer.step()
+    assert state["exp_avg"] is contiguous
+    assert_unchanged(before, optimizer, params)
+    optimizer.step()
+    assert state["exp_avg"].stride() == params[0].stride()
+
+
 def test_a_rate_changed_on_the_host_after_capture_is_refused(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
