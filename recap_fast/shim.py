@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torchrec.optim import keyed
 
@@ -87,6 +88,7 @@ class RecapLRShim(LRScheduler):
         Raises:
             RuntimeError: A CUDA graph captured a rate that changes now, or, with
                 `device_schedule`, somebody changed the `lr` of a param group, which has no effect.
+                One that is a tensor is not looked at: that would wait for its device.
         """
         if self._device_schedule and self._step_count > 0:
             self._check_rates_are_ours()
@@ -146,7 +148,7 @@ class RecapLRShim(LRScheduler):
     def _check_rates_are_ours(self) -> None:
         groups = self.optimizer.param_groups
         for index, (group, rate) in enumerate(zip(groups, self._last_lr, strict=True)):
-            if group["lr"] != rate:
+            if not isinstance(rate, Tensor) and group["lr"] != rate:
                 raise RuntimeError(
                     f"the lr of param group {index} was set to {group['lr']}, but with "
                     "device_schedule=True rates follow their schedules only; leave lr alone, or "

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
@@ -302,6 +303,69 @@ def test_a_device_schedule_needs_capturable_groups(device: torch.device) -> None
     optimizer = combine([wrapped({"a": parameters(1, device=device)[0]})])
     with pytest.raises(ValueError, match="param group 0 is not capturable"):
         _shim(optimizer, {"a": _schedules()["ramp"]}, device_schedule=True)
+
+
+# --- what the host does not read -----------------------------------------------------------------
+
+
+class _NothingRead(TorchDispatchMode):
+    """Refuses what would have the host wait for a number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a number is read"
+        return func(*args, **(kwargs or {}))
+
+
+def _with_shim(device: torch.device, tensors: bool, device_schedule: bool) -> Callable[[], Any]:
+    options = {"lr": torch.zeros((), device=device)} if tensors else {}
+    parts = [
+        wrapped({"x": param}, capturable=True, **options) for param in parameters(4, 0, device)
+    ]
+    optimizer = combine(list(zip("abcd", parts, strict=True)))
+    scheduler = _shim(optimizer, _schedules(), device_schedule)
+    return lambda: (optimizer.step(), scheduler.step())
+
+
+def _scaled(device: torch.device) -> Callable[[], Any]:
+    optimizer = FusedAdam(parameters(3, device=device))
+    optimizer.grad_scale = torch.full((), 2.0, device=device)
+    optimizer.found_inf = torch.zeros((), device=device)
+    return optimizer.step
+
+
+def _clipped(device: torch.device) -> Callable[[], Any]:
+    optimizer = FusedAdam(parameters(3, device=device), capturable=True)
+    stepper = Stepper([optimizer], max_norm=0.5)
+    scale, found = torch.full((), 2.0, device=device), torch.zeros((), device=device)
+
+    def step(owner: FusedAdam = optimizer) -> None:  # the stepper does not keep it
+        stepper.step(scale, found)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda device: FusedAdam(parameters(3, device=device), capturable=True).step,
+        _scaled,
+        _clipped,
+        lambda device: _with_shim(device, tensors=False, device_schedule=False),
+        lambda device: _with_shim(device, tensors=True, device_schedule=False),
+        lambda device: _with_shim(device, tensors=False, device_schedule=True),
+        lambda device: _with_shim(device, tensors=True, device_schedule=True),
+    ],
+    ids=["capturable", "scaled", "clipped", "numbers", "tensors", "schedules", "both"],
+)
+def test_a_step_reads_no_number_of_the_device(
+    make: Callable[[torch.device], Callable[[], Any]], device: torch.device
+) -> None:
+    step = make(device)
+    for _ in range(2):
+        step()
+    with _NothingRead():
+        for _ in range(3):
+            step()
 
 
 # --- capture -------------------------------------------------------------------------------------
