@@ -136,6 +136,17 @@ def test_what_a_step_changes_is_read_past_the_first_level_cache(ptx: str) -> Non
 
 
 @needs_nvcc
+def test_a_ticket_is_taken_behind_a_fence(kernel: str, ptx: str) -> None:
+    """What a block has read before stays before; and the last one writes behind another."""
+    tickets = check_ptx.tickets(ptx)
+    assert bool(tickets) == (kernel == "update_tiles_by_device_values")
+    assert all(check_ptx.is_fence(before) for before, _ in tickets)
+    fences = [line for line in ptx.splitlines() if check_ptx.is_fence(line)]
+    sizes = len(check_ptx.parameter_sizes(ptx))
+    assert len(fences) == (len(tickets) + sizes if tickets else 0)
+
+
+@needs_nvcc
 @pytest.mark.parametrize("architecture", OLDEST_AND_NEWEST)
 def test_only_the_source_asks_for_fma(compiled: Compiled, kernel: str, architecture: str) -> None:
     found = check_ptx.fmas(compiled.marked_ptx(kernel, architecture))

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -120,6 +121,16 @@ def instructions(ptx: str, pattern: str) -> list[str]:
     """The lines of instructions that begin with a match of `pattern`."""
     begins = re.compile(rf"\s*(?:@!?%p\d+\s+)?(?:{pattern})")
     return [line for line in ptx.splitlines() if begins.match(line)]
+
+
+def tickets(ptx: str) -> list[tuple[str, str]]:
+    """Each atomic operation, behind the fence or the access to global memory that precedes it."""
+    pattern = r"membar\.gl|fence\.sc\.gpu|(ld|st|atom)\.(\w+\.)*global"
+    return [pair for pair in pairwise(instructions(ptx, pattern)) if "atom." in pair[1]]
+
+
+def is_fence(instruction: str) -> bool:
+    return re.match(r"\s*(membar\.gl|fence\.sc\.gpu);", instruction) is not None
 
 
 def is_asked_for(instruction: str) -> bool:

@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "algorithms/schedule_table.h"
 #include "check.h"
@@ -22,6 +23,7 @@ struct RandomMachine {
   emulation::Machine& machine = emulation::machine();
   RandomMachine() { machine.shuffle_blocks = true; }
   ~RandomMachine() {
+    machine.ticket_taken = machine.block_over = nullptr;
     machine.synchronize();
     machine.shuffle_blocks = false;
   }
@@ -346,6 +348,44 @@ TEST(a_schedule_for_each_of_many_groups) {
   device.step.rates = &rates.address;
   check_steps(device, 2);
   for (int i = 0; i < 600; ++i) CHECK_EQ(rates.rates[i], i / 512.0 / 8 * 3, "schedule ", i);
+}
+
+// From its ticket on, the last block may have moved the step's numbers on.
+TEST(nothing_that_the_last_block_changes_is_read_behind_a_ticket) {
+  RandomMachine random;
+  emulation::Stream* stream = random.machine.stream(0);
+  Rates rates({{ScheduleKind::linear_ramp_to_constant, {0.5, 10}}}, 4);
+  DeviceTwin device(one_of_each());
+  device.step.rates = &rates.address;
+  for (size_t i = 0; i < device.step.groups.size(); i += 2) {
+    device.step.groups[i].lr = rates.rates.data();
+    device.step.groups[i].lr_is_double = true;
+  }
+  float* const counts = device.step.counts;
+  std::vector<float> counted;  // while other numbers are in their place
+  double rate = 0.0;
+  int tickets = 0;
+  random.machine.ticket_taken = [&] {
+    ++tickets;
+    counted.assign(counts, counts + device.step.grads.size());
+    std::fill_n(counts, counted.size(), 1e6f);
+    rate = std::exchange(rates.rates[0], 7.0);
+  };
+  random.machine.block_over = [&] {
+    if (counted.empty()) return;
+    std::copy(counted.begin(), counted.end(), counts);
+    rates.rates[0] = rate;
+    counted.clear();
+  };
+  Engine engine(0, device.twin.cuda.plan, stream);
+  for (int i = 0; i < 2; ++i) {
+    device.run_cpu();
+    engine.run(device.step, stream);
+    random.machine.synchronize();
+    CHECK_EQ(device.difference(), "");
+  }
+  CHECK_EQ(rates.epoch, int64_t{6});
+  CHECK_EQ(tickets, 2 * (int(device.twin.cuda.plan.tiles.size()) - 1));
 }
 
 TEST(a_captured_step_is_the_next_step_at_each_replay) {

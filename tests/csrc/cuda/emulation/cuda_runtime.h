@@ -94,6 +94,9 @@ struct Machine {
   bool immediate = false;
   bool shuffle_blocks = false;
   std::mt19937 random;
+  // Called when a block has taken a ticket by atomicAdd that is not its grid's last, and when any
+  // block is over: for what another block would do meanwhile.
+  std::function<void()> ticket_taken, block_over;
 
   Stream* stream(int device);  // a new one
   bool fails() { return calls_until_failure >= 0 && calls_until_failure-- == 0; }
@@ -106,7 +109,7 @@ struct Machine {
 };
 
 Machine& machine();
-inline thread_local dim3 thread{0}, block{0};
+inline thread_local dim3 thread{0}, block{0}, grid{0};
 
 inline void require_alignment(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) std::abort();
@@ -135,6 +138,8 @@ inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   const unsigned old = *address;
   *address += value;
+  const auto& taken = emulation::machine().ticket_taken;
+  if (taken && *address != emulation::grid.x) taken();
   return old;
 }
 
@@ -289,11 +294,13 @@ cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments&), dim3 grid, dim3 t
   const auto copy = std::make_shared<Arguments>();
   std::memcpy(static_cast<void*>(copy.get()), arguments[0], sizeof(Arguments));
   const cudaError_t error = emulation::enqueue(stream, [=] {
+    emulation::grid = grid;
     for (const unsigned block : emulation::block_order(grid.x)) {
       emulation::block.x = block;
       for (emulation::thread.x = 0; emulation::thread.x < threads.x; ++emulation::thread.x) {
         kernel(*copy);
       }
+      if (emulation::machine().block_over) emulation::machine().block_over();
     }
     return true;
   });
