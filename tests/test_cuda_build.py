@@ -96,6 +96,19 @@ def test_with_nvcc_the_engine_is_built_for_all_architectures(tmp_path: Path) -> 
             assert set(check_ptx.FLAGS) <= set(command["command"].split())
 
 
+@needs_nvcc
+def test_with_nvcc_the_engine_is_built_for_the_architectures_asked_for(tmp_path: Path) -> None:
+    chosen = {"TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}
+    done = _configure(tmp_path, "AUTO", PATH=_path_with_nvcc(), **chosen)
+    assert re.search(r"; cuda \(nvcc [\d.]+, 80-real;90\)$", done.stdout, re.MULTILINE), done.stdout
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    kernels = [one["command"] for one in commands if one["file"].endswith(".cu")]
+    for command in kernels:
+        code = re.findall(r"code=\[?((?:sm|compute)_[\w,]+)", command)
+        assert sorted(code) == ["compute_90,sm_90", "sm_80"]
+    assert len(kernels) == 2
+
+
 def _path_with_nvcc() -> str:
     folder = str(Path(str(check_ptx.find_nvcc())).parent)
     return os.pathsep.join([os.environ["PATH"], folder])
