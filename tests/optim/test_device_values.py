@@ -305,6 +305,32 @@ def test_a_device_schedule_needs_capturable_groups(device: torch.device) -> None
         _shim(optimizer, {"a": _schedules()["ramp"]}, device_schedule=True)
 
 
+# --- a device that fails -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("steps", [0, 1], ids=["plan", "launch"])
+def test_what_fails_on_the_device_is_an_error_of_that_step(
+    steps: int, capturable: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first step the plan cannot be built."""
+    if not EMULATED:
+        pytest.skip("a device does not fail when asked to; see tests/gpu/test_gpu_errors.py")
+    params = parameters(2, device=device)
+    optimizer = FusedAdam(params, capturable=capturable)
+    for _ in range(steps):
+        optimizer.step()
+    before = snapshot(optimizer, params)
+    what = ("create an event", "launch the optimizer step")[steps]
+    with monkeypatch.context() as patch:
+        patch.setenv("RECAP_EMULATED_FAILURE", "1")
+        with pytest.raises(RuntimeError, match=f"CUDA device 0: cannot {what}: invalid argument"):
+            optimizer.step()
+    assert_unchanged(before, optimizer, params)
+    optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [steps + 1] * 2
+
+
 # --- what the host does not read -----------------------------------------------------------------
 
 

@@ -28,8 +28,10 @@ EngineKind engine_for(at::Device device) {
 
 int device_number(at::Device) { return 0; }
 
+// With RECAP_EMULATED_FAILURE, the next call of the runtime fails that can.
 void* current_stream(at::Device) {
   emulation::machine().immediate = true;
+  if (is_set("RECAP_EMULATED_FAILURE")) emulation::machine().calls_until_failure = 0;
   return nullptr;
 }
 
