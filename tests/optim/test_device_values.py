@@ -443,6 +443,22 @@ def host(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cpu")
 
 
+def test_a_rate_on_another_device_than_its_parameter_is_refused(
+    device: torch.device, host: torch.device
+) -> None:
+    outside = nn.Parameter(torch.empty(0, device=host))
+    outside.grad = torch.empty(0, device=host)
+    params, rate = parameters(2, device=device), torch.tensor(0.1, device=device)
+    optimizer = FusedAdam(
+        [{"params": params, "capturable": True}, {"params": [outside], "lr": rate}]
+    )
+    before = snapshot(optimizer, params)
+    message = f"the lr of param group 1 is a tensor on {rate.device}, .* is on {host}; pass a numb"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_unchanged(before, optimizer, params)
+
+
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_a_parameter_that_a_capture_would_leave_out_is_named(
     max_norm: float | None,
