@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from recap_fast import build_info
 from recap_fast._native import use_instruction_set
+from tests.optim.borrowed import lend_to_cuda
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"])
@@ -33,3 +35,8 @@ def _engine_settings() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     use_instruction_set(None)
+
+
+@pytest.fixture
+def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    return lend_to_cuda(monkeypatch)

@@ -305,6 +305,30 @@ def test_a_device_schedule_needs_capturable_groups(device: torch.device) -> None
         _shim(optimizer, {"a": _schedules()["ramp"]}, device_schedule=True)
 
 
+# --- several devices -----------------------------------------------------------------------------
+
+
+def test_parameters_of_several_devices_are_stepped_once_each(
+    as_if_on_cuda: Callable[..., Tensor],
+) -> None:
+    if not EMULATED:
+        pytest.skip("takes devices that need not exist; see tests/gpu/test_gpu_streams.py")
+    memory, expected = parameters(6), parameters(6)
+    params = []
+    for index, param in enumerate(memory):
+        moved, grad = param.detach(), param.grad
+        if index % 3:  # else it stays on the third device, the CPU
+            moved, grad = (as_if_on_cuda(t, index % 3 - 1) for t in (moved, grad))
+        params.append(nn.Parameter(moved))
+        params[-1].grad = grad
+    assert len({param.device for param in params}) == 3
+    optimizer, twin = (FusedSGD([{"params": p}], lr=0.5) for p in (params, expected))
+    for _ in range(2):
+        optimizer.step()
+        twin.step()
+    _assert_same_bits(memory, expected)
+
+
 # --- a device that fails -------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -17,69 +16,6 @@ pytestmark = pytest.mark.skipif(
     "cuda" in build_info()["engines"],
     reason="this build has the CUDA engine; tests/test_cuda_build.py runs these in one without",
 )
-
-
-# --- a tensor of a CUDA device that need not exist -----------------------------------------------
-
-
-class _Device(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_int), ("number", ctypes.c_int))
-
-
-class _Dtype(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
-
-
-class _ManagedTensor(ctypes.Structure):
-    """DLManagedTensor of dlpack.h."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", _Device),
-        ("ndim", ctypes.c_int),
-        ("dtype", _Dtype),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    )
-
-
-_CUDA, _FLOAT = 2, 2  # of dlpack.h
-
-
-@pytest.fixture
-def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
-    """Takes a contiguous float32 tensor on the CPU for one on ``cuda:0``: the same memory.
-
-    Any torch makes it out of DLPack's description, once it believes to have set up CUDA.
-    """
-    monkeypatch.setattr(torch.cuda, "_initialized", True)
-    new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype = ctypes.py_object
-    new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    alive = []
-
-    def move(tensor: Tensor) -> Tensor:
-        sizes = (ctypes.c_int64 * tensor.ndim)(*tensor.shape)
-        strides = (ctypes.c_int64 * tensor.ndim)(*tensor.stride())
-        described = _ManagedTensor(
-            tensor.data_ptr(),
-            _Device(_CUDA, 0),
-            tensor.ndim,
-            _Dtype(_FLOAT, 32, 1),
-            sizes,
-            strides,
-        )
-        alive.extend([tensor, sizes, strides, described])
-        capsule = new_capsule(ctypes.addressof(described), b"dltensor", None)
-        return torch._C._from_dlpack(capsule)
-
-    return move
-
-
-# --- what is said --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["adam", "sgd"])

@@ -1,7 +1,8 @@
-// csrc/bindings/devices.cpp for a machine without a GPU: the CPU is the only CUDA device, and work
-// given to its stream is done at once.
+// csrc/bindings/devices.cpp for a machine without a GPU: the CPU is a CUDA device, and work given
+// to its stream is done at once. So are cuda:0 and cuda:1, whose tensors are in memory of the CPU.
 #include "bindings/devices.h"
 
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <cuda_runtime.h>
 
 #include <cstdlib>
@@ -18,15 +19,23 @@ bool is_set(const char* variable) {
   return value && *value == '1';
 }
 
+// torch's own guard of the current device, where its build has none.
+const bool registered = [] {
+  constexpr auto kind = at::DeviceType::CUDA;
+  if (c10::impl::hasDeviceGuardImpl(kind)) return false;
+  c10::impl::DeviceGuardImplRegistrar(kind, new c10::impl::NoOpDeviceGuardImpl<kind>());
+  return true;
+}();
+
 }  // namespace
 
 // With RECAP_EMULATED_HOST, meta tensors, which must be empty, are those of the host.
 EngineKind engine_for(at::Device device) {
   if (device.is_meta() && is_set("RECAP_EMULATED_HOST")) return EngineKind::cpu;
-  return device.is_cpu() ? EngineKind::cuda : EngineKind::none;
+  return device.is_cpu() || device.is_cuda() ? EngineKind::cuda : EngineKind::none;
 }
 
-int device_number(at::Device) { return 0; }
+int device_number(at::Device device) { return device.is_cuda() ? device.index() : 0; }
 
 // With RECAP_EMULATED_FAILURE, the next call of the runtime fails that can.
 void* current_stream(at::Device) {
