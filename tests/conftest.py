@@ -1,4 +1,4 @@
-"""Lets all tests run against another build of the extension, and lists what is skipped.
+"""Fixtures of all tests; lets them run against another build; lists what is skipped.
 
 ``RECAP_FAST_TEST_EXTENSION`` is the path of the shared library, for example of the build in which
 an emulated CUDA engine steps CPU tensors (``tests/csrc/bindings``).
@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 
 import pytest
-import torch  # noqa: F401  (its libraries must be loaded before an extension that uses them)
+import torch  # its libraries must be loaded before an extension that uses them
 
 
 def _replace_extension(path: str) -> None:
@@ -26,6 +26,28 @@ def _replace_extension(path: str) -> None:
 
 if path := os.environ.get("RECAP_FAST_TEST_EXTENSION"):
     _replace_extension(path)
+
+
+@pytest.fixture(params=["gloo", "nccl"], scope="module")
+def backend(request: pytest.FixtureRequest) -> str:
+    """The process groups that a test of several processes runs on: one body for CPUs and GPUs.
+
+    On gloo only is what is for CPUs (`recap-fast demo`), or has a process group of one process for
+    the sake of a wrapper or of file names (tests/test_build.py, tests/test_grouping.py).
+    """
+    if request.param == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("nccl needs a CUDA device per process, and fbgemm-gpu with CUDA for tables")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def table_backend(backend: str) -> str:
+    """The same for models with tables."""
+    import fbgemm_gpu  # which a machine may lack that tests the step only
+
+    if backend == "nccl" and fbgemm_gpu.__variant__ != "cuda":
+        pytest.skip("nccl needs fbgemm-gpu with CUDA")
+    return backend
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

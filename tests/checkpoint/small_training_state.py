@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recap_fast import build_optimizer
 from recap_fast.config import OptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
+from tests.distributed.processes import device
 from tests.embeddings.examples import config_of
 from tests.models import EmbeddingRanker, features, multi_task_config
 
@@ -32,7 +33,7 @@ def random_gradients(model: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for param in model.parameters():
         if param.requires_grad:
-            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            param.grad = torch.randn(param.shape, generator=generator).to(param)
 
 
 def gradients_of_features(model: nn.Module, step: int) -> None:
@@ -88,7 +89,7 @@ def bits(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     flat = value.detach().contiguous().reshape(-1)
-    return value.dtype, tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
+    return value.dtype, tuple(value.shape), flat.view(torch.uint8).cpu().numpy().tobytes()
 
 
 def built(model: nn.Module, **algorithm: Any) -> Training:
@@ -101,8 +102,8 @@ def built(model: nn.Module, **algorithm: Any) -> Training:
 
 
 def small(seed: int = 0, width: int = 4, **algorithm: Any) -> Training:
-    """A `Small`, `built`."""
-    return built(Small(seed, width), **algorithm)
+    """A `Small`, `built`; on the GPU of a rank that has one."""
+    return built(Small(seed, width).to(device()), **algorithm)
 
 
 def with_tables(seed: int = 0, **options: Any) -> Training:

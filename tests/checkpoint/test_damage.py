@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from recap_fast.checkpoint import CheckpointError, load, save
 from tests.checkpoint.small_training_state import small
-from tests.distributed.processes import run
+from tests.distributed.processes import mesh, run
 
 DATA = "__0_0.distcp"
 
@@ -190,9 +189,8 @@ def test_what_fails_after_all_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
 def _sharded(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = nn.Linear(3, 4)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for name, param in list(model.named_parameters()):
-        setattr(model, name, nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)])))
+        setattr(model, name, nn.Parameter(distribute_tensor(param.detach(), mesh(), [Shard(0)])))
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
@@ -214,6 +212,7 @@ def _load_where_one_file_is_damaged(directory: str, name: str) -> tuple[int, int
     return loaded.step, len(said), torch.equal(model.weight.to_local(), saved[0])
 
 
-def test_all_processes_pass_over_what_is_damaged_for_one(tmp_path: Path) -> None:
-    outcomes = run(2, _load_where_one_file_is_damaged, str(tmp_path), "__1_0.distcp")
+def test_all_processes_pass_over_what_is_damaged_for_one(tmp_path: Path, backend: str) -> None:
+    file = "__1_0.distcp"
+    outcomes = run(2, _load_where_one_file_is_damaged, str(tmp_path), file, backend=backend)
     assert outcomes == [(1, 1, True), (1, 0, True)]

@@ -28,7 +28,7 @@ from tests.checkpoint.small_training_state import (
     small,
     with_tables,
 )
-from tests.distributed.processes import run
+from tests.distributed.processes import device, run
 
 
 def plain(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[int], Training]:
@@ -218,7 +218,7 @@ def _bare(training: Training) -> dict[str, Any]:
 
 def _wrap_in_ddp(directory: str) -> tuple[bool, bool]:
     def parallel(seed: int) -> Training:
-        return built(nn.parallel.DistributedDataParallel(Small(seed)))
+        return built(nn.parallel.DistributedDataParallel(Small(seed).to(device())))
 
     same = []
     for number, (make, make_other) in enumerate([(parallel, small), (small, parallel)]):
@@ -230,5 +230,5 @@ def _wrap_in_ddp(directory: str) -> tuple[bool, bool]:
     return tuple(same)
 
 
-def test_names_do_not_depend_on_ddp(tmp_path: Path) -> None:
-    assert run(2, _wrap_in_ddp, str(tmp_path)) == [(True, True)] * 2
+def test_names_do_not_depend_on_ddp(tmp_path: Path, backend: str) -> None:
+    assert run(2, _wrap_in_ddp, str(tmp_path), backend=backend) == [(True, True)] * 2

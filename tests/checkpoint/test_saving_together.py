@@ -33,7 +33,7 @@ def _refusals(directory: str, cases: list[list[dict[str, Any]]]) -> list[tuple[s
     return raised
 
 
-def test_processes_must_agree(tmp_path: Path) -> None:
+def test_processes_must_agree(tmp_path: Path, backend: str) -> None:
     differing = {
         "step": (1, 2),
         "keep": (1, 2),
@@ -42,7 +42,8 @@ def test_processes_must_agree(tmp_path: Path) -> None:
     }
     cases = [[{name: value} for value in values] for name, values in differing.items()]
     one_refuses = [{}, {"extra": {1, 2}}]
-    first, second = run(2, _refusals, str(tmp_path / "new"), [*cases, one_refuses])
+    cases.append(one_refuses)
+    first, second = run(2, _refusals, str(tmp_path / "new"), cases, backend=backend)
     assert first == second
     *disagreements, refusal = first
     for (name, (one, other)), found in zip(differing.items(), disagreements, strict=True):
@@ -83,9 +84,9 @@ def _save_where_one_cannot(directory: str, cases: list[tuple[int, str]]) -> list
     return found
 
 
-def test_what_one_process_cannot_write_fails_on_all(tmp_path: Path) -> None:
+def test_what_one_process_cannot_write_fails_on_all(tmp_path: Path, backend: str) -> None:
     cases = [(0, "write"), (1, "write"), (1, "flush"), (0, "manifest")]
-    for outcomes in run(2, _save_where_one_cannot, str(tmp_path), cases):
+    for outcomes in run(2, _save_where_one_cannot, str(tmp_path), cases, backend=backend):
         for (failing, _), (message, left) in zip(cases, outcomes, strict=True):
             assert "No space left on device" in message
             assert f"process {failing}: OSError" in message
@@ -103,8 +104,9 @@ def _save_alone(directory: str) -> tuple[int, bool]:
     return loaded.extra, other.contents() == training.contents()
 
 
-def test_groups_of_processes_save_by_themselves(tmp_path: Path) -> None:
-    assert run(2, _save_alone, str(tmp_path)) == [(0, True), (1, True)]
+def test_groups_of_processes_save_by_themselves(tmp_path: Path, backend: str) -> None:
+    found = run(2, _save_alone, str(tmp_path), backend=backend)
+    assert found == [(0, True), (1, True)]
 
 
 def _differing_buffers(directory: str) -> tuple[bool, list[float]]:
@@ -119,9 +121,10 @@ def _differing_buffers(directory: str) -> tuple[bool, list[float]]:
     return is_unchanged, [value for buffer in buffers for value in buffer.tolist()]
 
 
-def test_buffers_are_those_of_the_first_process(tmp_path: Path) -> None:
+def test_buffers_are_those_of_the_first_process(tmp_path: Path, backend: str) -> None:
     """Since DDP copies these to the others before the next forward pass."""
-    assert run(2, _differing_buffers, str(tmp_path)) == [(True, [10.0] * 8)] * 2
+    found = run(2, _differing_buffers, str(tmp_path), backend=backend)
+    assert found == [(True, [10.0] * 8)] * 2
 
 
 def _rates_of_kernels(directory: str) -> list[tuple[float, float]]:
@@ -139,6 +142,8 @@ def _rates_of_kernels(directory: str) -> list[tuple[float, float]]:
     ]
 
 
-def test_kernels_of_sharded_tables_get_the_rate_without_a_scheduler(tmp_path: Path) -> None:
-    for rates in run(2, _rates_of_kernels, str(tmp_path)):
+def test_kernels_of_sharded_tables_get_the_rate_without_a_scheduler(
+    tmp_path: Path, table_backend: str
+) -> None:
+    for rates in run(2, _rates_of_kernels, str(tmp_path), backend=table_backend):
         assert rates and set(rates) == {(0.125, 0.125)}

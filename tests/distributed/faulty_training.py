@@ -21,6 +21,7 @@ import torch
 
 from recap_fast.demo import data, model, sharding, train
 from recap_fast.demo.data import Batch, Dataset
+from tests.distributed.processes import device
 from tests.distributed.small_training import BATCH_SIZE, RATINGS, SIZES, STEPS, table_sizes
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_distributed.py"
@@ -55,7 +56,7 @@ def train_with_fault(
     sys.argv = ["train_distributed.py", *ARGUMENTS, *arguments]
     example = runpy.run_path(str(EXAMPLE))
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        example["train"](example["parse"](), torch.device("cpu"))
+        example["train"](example["parse"](), device())
     return final, output.getvalue()
 
 

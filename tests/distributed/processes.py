@@ -11,12 +11,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 TIMEOUT = datetime.timedelta(seconds=60)  # of one collective
 
@@ -26,6 +28,47 @@ def device() -> torch.device:
     if dist.is_initialized() and dist.get_backend() == "nccl":
         return torch.device("cuda", dist.get_rank())
     return torch.device("cpu")
+
+
+def mesh() -> DeviceMesh:
+    """All ranks in a row. By default, torch would take a machine's GPUs for gloo too."""
+    return init_device_mesh(device().type, (dist.get_world_size(),))
+
+
+def context(backend: str) -> BaseContext:
+    """How the processes of a group are started.
+
+    For gloo, the imports are done once, in a server from which every process is forked. For nccl
+    that is of no use: fbgemm-gpu asks for CUDA devices while it is imported, and a process forked
+    from one that has asked cannot use them.
+    """
+    if backend == "nccl":
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torchrec.distributed", "recap_fast.checkpoint"])
+    return server
+
+
+def join(rank: int, world_size: int, backend: str, store: str) -> None:
+    """Joins this process with the others, with one thread and, for nccl, the GPU of its rank.
+
+    Args:
+        rank, world_size: its number, and how many there are.
+        backend: of the process group.
+        store: a file that is not there yet.
+    """
+    torch.set_num_threads(1)
+    # What torchrun sets, and torchrec reads.
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+    )
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    file = dist.FileStore(store, world_size)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, store=file, timeout=TIMEOUT)
 
 
 def run(
@@ -49,12 +92,11 @@ def run(
     """
     if backend == "nccl" and torch.cuda.device_count() < world_size:
         pytest.skip(f"nccl needs {world_size} CUDA devices")
-    context = multiprocessing.get_context("forkserver")
-    # Imported once, in the server, from which every process is forked.
-    context.set_forkserver_preload(["torchrec.distributed", "recap_fast.checkpoint"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_main, args=(rank, world_size, backend, folder, function, args))
+            context(backend).Process(
+                target=_main, args=(rank, world_size, backend, folder, function, args)
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -91,21 +133,8 @@ def _wait(processes: list, deadline: float) -> None:
 def _main(
     rank: int, world_size: int, backend: str, folder: str, function: Callable, args: tuple
 ) -> None:
-    torch.set_num_threads(1)
-    # What torchrun sets, and torchrec reads.
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-    )
     try:
-        if backend == "nccl":
-            torch.cuda.set_device(rank)
-        store = dist.FileStore(f"{folder}/store", world_size)
-        dist.init_process_group(
-            backend, rank=rank, world_size=world_size, store=store, timeout=TIMEOUT
-        )
+        join(rank, world_size, backend, f"{folder}/store")
         result = function(*args)
         Path(folder, f"outcome{rank}").write_bytes(pickle.dumps(result))
         dist.barrier()  # or a peer's connection is closed while it still works

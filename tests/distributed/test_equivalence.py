@@ -16,7 +16,7 @@ from recap_fast.demo.model import MOVIELENS_TABLE_SIZES, build_model
 from recap_fast.demo.sharding import DENSE, SHARDINGS, shard
 from recap_fast.embeddings import fuse_embeddings
 from tests.distributed import small_training
-from tests.distributed.processes import run
+from tests.distributed.processes import device, run
 from tests.distributed.small_training import (
     SIZES,
     configs,
@@ -147,8 +147,10 @@ def train_planned(*arguments: str, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("tables", "count"), [("rowwise_adagrad", 1), ("adagrad", 2)])
-def test_the_planner_cuts_no_rows_that_train_as_a_whole(tables: str, count: int) -> None:
-    ranks = check(2, ("planner", "ddp", "adam", tables), None, "gloo", train_planned)
+def test_the_planner_cuts_no_rows_that_train_as_a_whole(
+    tables: str, count: int, table_backend: str
+) -> None:
+    ranks = check(2, ("planner", "ddp", "adam", tables), None, table_backend, train_planned)
     assert ranks[0]["shards"] == [count] * len(MOVIELENS_TABLE_SIZES)
 
 
@@ -187,13 +189,13 @@ def refusals() -> list[str]:
         rows = {**MOVIELENS_TABLE_SIZES, "gender": 1}
         model = build_model(0, table_sizes=rows, **{**SIZES, "embedding_dim": dim})
         with pytest.raises(ValueError) as caught:
-            shard(model, configs("sgd", tables)[1], device=torch.device("cpu"), **options)
+            shard(model, configs("sgd", tables)[1], device=device(), **options)
         said.append(str(caught.value))
     return said
 
 
-def test_what_cannot_be_sharded_is_refused_by_name() -> None:
-    for said in run(2, refusals):
+def test_what_cannot_be_sharded_is_refused_by_name(table_backend: str) -> None:
+    for said in run(2, refusals, backend=table_backend):
         assert said == [
             "sharding='diagonal' must be one of planner, table_wise, row_wise, column_wise,"
             " data_parallel",

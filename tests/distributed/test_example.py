@@ -90,8 +90,9 @@ def test_every_end_leaves_without_closing_the_interpreter(
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_the_first_process_prints_a_table(sharding: str) -> None:
-    (state, printed), (other, silent) = run(2, train_with_fault, None, "--sharding", sharding)
+def test_the_first_process_prints_a_table(sharding: str, table_backend: str) -> None:
+    ranks = run(2, train_with_fault, None, "--sharding", sharding, backend=table_backend)
+    (state, printed), (other, silent) = ranks
     assert silent == ""
     assert all(torch.equal(other[name], value) for name, value in state.items())
     lines = printed.strip().splitlines()
@@ -108,8 +109,8 @@ def complaint(*arguments: str) -> str:
     return str(caught.value)
 
 
-def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    for said in run(2, complaint, "--batch-size", "47"):
+def test_a_batch_that_cannot_be_divided_is_refused(table_backend: str) -> None:
+    for said in run(2, complaint, "--batch-size", "47", backend=table_backend):
         assert said.startswith("--batch-size 47 is not a multiple of the 2 processes")
 
 
@@ -121,8 +122,11 @@ def train_in_two_parts(folder: str) -> list[str]:
         return [*outputs, complaint(*saving, "--seed", "1")]
 
 
-def test_a_finished_training_is_only_tested_again_and_another_one_refused(tmp_path: Path) -> None:
-    first, again, refused = run(2, train_in_two_parts, str(tmp_path / "run"))[0]
+def test_a_finished_training_is_only_tested_again_and_another_one_refused(
+    tmp_path: Path, table_backend: str
+) -> None:
+    ranks = run(2, train_in_two_parts, str(tmp_path / "run"), backend=table_backend)
+    first, again, refused = ranks[0]
     aucs = [[line.split()[-1] for line in text.splitlines()[2:5]] for text in (first, again)]
     assert aucs[0] == aucs[1]
     assert "is of another run: {'seed': 0" in refused

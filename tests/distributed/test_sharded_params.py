@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedSGD
-from tests.distributed.processes import device, run
+from tests.distributed.processes import device, mesh, run
 
 CASES = {
     "adam": (FusedAdam, torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "amsgrad": True}),
@@ -44,8 +42,8 @@ def compare_with_torch(case):
     models = [make_model() for _ in range(2)]
     for model in models:
         for layer in model:
-            fully_shard(layer)
-        fully_shard(model)
+            fully_shard(layer, mesh=mesh())
+        fully_shard(model, mesh=mesh())
     ours = fused(models[0].parameters(), **options)
     theirs = oracle(models[1].parameters(), foreach=False, **options)
     shard_sizes = [p.to_local().numel() for p in models[0].parameters()]
@@ -78,7 +76,7 @@ def test_fully_sharded_params_step_as_with_torch(case, backend):
 
 
 def count_native_calls():
-    model = fully_shard(make_model())
+    model = fully_shard(make_model(), mesh=mesh())
     optimizer = FusedAdam(model.parameters())
     for step in range(2):  # state, then the plan
         backward(model, step)
@@ -91,26 +89,26 @@ def count_native_calls():
     return optimizer._stepper._plan is plan
 
 
-def test_the_plan_outlives_new_gradients():
-    assert run(2, count_native_calls) == [True, True]
+def test_the_plan_outlives_new_gradients(backend):
+    assert run(2, count_native_calls, backend=backend) == [True, True]
 
 
 def sharded(tensor, placement):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return distribute_tensor(tensor, mesh, [placement])
+    """On the device of this rank, wherever the tensor is."""
+    return distribute_tensor(tensor, mesh(), [placement])
 
 
 def step_with(make_gradient):
     """A step with another gradient than one's own kind; returns what came of it, or the error."""
     param = nn.Parameter(sharded(torch.ones(4, 4), Shard(0)))
-    other = nn.Parameter(torch.ones(3))
+    other = nn.Parameter(torch.ones(3, device=device()))
     optimizer = FusedSGD([other, param], lr=1.0)
-    other.grad = torch.ones(3)
+    other.grad = torch.ones_like(other)
     param.grad = make_gradient()
     try:
         optimizer.step()
     except TypeError as error:
-        assert torch.equal(other, torch.ones(3))
+        assert torch.equal(other, torch.ones_like(other))
         return str(error)
     return param.full_tensor().tolist()
 
@@ -128,16 +126,17 @@ def gradient_of_other_rows():
 
 
 @pytest.mark.parametrize("make_gradient", [replicated_gradient, gradient_of_other_rows])
-def test_a_gradient_that_is_sharded_otherwise_is_redistributed(make_gradient):
+def test_a_gradient_that_is_sharded_otherwise_is_redistributed(make_gradient, backend):
     """As with torch: the backward of a sum gives a replicated one, for example."""
-    assert run(2, step_with, make_gradient) == [(1.0 - rows()).tolist()] * 2
+    results = run(2, step_with, make_gradient, backend=backend)
+    assert results == [(1.0 - rows()).tolist()] * 2
 
 
 def step_pending_sums():
     """A parameter of which each process has a part of every element; returns the errors."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    plain = nn.Parameter(torch.ones(3))
-    sums = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    plain = nn.Parameter(torch.ones(3, device=device()))
+    own = torch.ones(3, device=device())
+    sums = nn.Parameter(DTensor.from_local(own, mesh(), [Partial()]))
     optimizer = FusedAdam([("plain", plain), ("sums", sums)], lr=0.1)
     messages = []
     for param in (plain, sums):
@@ -151,9 +150,9 @@ def step_pending_sums():
     return messages
 
 
-def test_a_param_of_pending_sums_is_refused_by_name():
+def test_a_param_of_pending_sums_is_refused_by_name(backend):
     """The update of a part is not a part of the update."""
-    for messages in run(2, step_pending_sums):
+    for messages in run(2, step_pending_sums, backend=backend):
         (message,) = messages
         assert "parameter sums is a DTensor of pending sums (Partial)" in message
 
@@ -164,7 +163,7 @@ def step_with_plain_state():
     param.sum().backward()
     optimizer.step()
     before = param.to_local().clone(), optimizer.state[param]["step"].clone()
-    optimizer.state[param]["exp_avg"] = torch.zeros(2)
+    optimizer.state[param]["exp_avg"] = torch.zeros(2, device=device())
     message = ""
     try:
         optimizer.step()
@@ -175,8 +174,8 @@ def step_with_plain_state():
     return message
 
 
-def test_a_plain_state_of_a_sharded_param_is_refused_by_name():
-    for message in run(2, step_with_plain_state):
+def test_a_plain_state_of_a_sharded_param_is_refused_by_name(backend):
+    for message in run(2, step_with_plain_state, backend=backend):
         assert "'exp_avg' of parameter 0 of param group 0 is not a DTensor" in message
 
 
@@ -186,13 +185,13 @@ def swap_shard():
     optimizer = FusedSGD([param], lr=1.0)
     param.grad = sharded(torch.ones(4), Shard(0))
     optimizer.step()
-    param._local_tensor = torch.full((2,), 5.0)
+    param._local_tensor = torch.full((2,), 5.0, device=device())
     optimizer.step()
     return param.to_local().tolist()
 
 
-def test_a_replaced_shard_is_noticed():
-    assert run(2, swap_shard) == [[4.0, 4.0]] * 2
+def test_a_replaced_shard_is_noticed(backend):
+    assert run(2, swap_shard, backend=backend) == [[4.0, 4.0]] * 2
 
 
 def replicated_beside_plain():
@@ -200,7 +199,7 @@ def replicated_beside_plain():
     params = [
         nn.Parameter(sharded(torch.arange(6.0), Shard(0))),
         nn.Parameter(sharded(torch.arange(6.0), Replicate())),
-        nn.Parameter(torch.arange(6.0)),
+        nn.Parameter(torch.arange(6.0, device=device())),
     ]
     optimizer = FusedSGD([{"params": params[:1]}, {"params": params[1:]}], lr=1.0)
     for param in params:
@@ -209,6 +208,6 @@ def replicated_beside_plain():
     return [p.full_tensor().tolist() if isinstance(p, DTensor) else p.tolist() for p in params]
 
 
-def test_shards_replicas_and_plain_tensors_step_together():
+def test_shards_replicas_and_plain_tensors_step_together(backend):
     expected = [[i - 1.0 for i in range(6)]] * 3
-    assert run(2, replicated_beside_plain) == [expected] * 2
+    assert run(2, replicated_beside_plain, backend=backend) == [expected] * 2

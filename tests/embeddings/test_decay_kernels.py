@@ -33,11 +33,11 @@ from recap_fast.config import (
 from recap_fast.embeddings import built, fuse_embeddings, set_table_optimizers
 from recap_fast.embeddings.kernel_optimizer import KernelOptimizer
 from recap_fast.embeddings.kernels import kernel_arguments, table_kernel
-from tests.distributed.processes import run
+from tests.distributed.processes import device, run
 from tests.embeddings.examples import TABLES, config_of, ranker
 from tests.embeddings.reference import table
 from tests.embeddings.test_row_decay import MODES, by_counter, decay
-from tests.embeddings.test_sharded_tables import CONFIGS, train_halves_alone
+from tests.embeddings.test_sharded_tables import CONFIGS, assert_equal_tables, train_halves_alone
 from tests.embeddings.training import (
     DENSE,
     Tables,
@@ -218,16 +218,16 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, list[dict[str, Any]]]:
-    first, second = run(2, train_all_sharded, CASES, range(5))
+def results(table_backend: str) -> dict[str, list[dict[str, Any]]]:
+    first, second = run(2, train_all_sharded, CASES, range(5), backend=table_backend)
     return {name: [first[name], second[name]] for name in CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_sharded_training_is_that_of_one_process(
-    name: str, results: dict[str, list[dict[str, Any]]]
+    name: str, results: dict[str, list[dict[str, Any]]], table_backend: str
 ) -> None:
-    """Bit for bit; column-wise, like one whose tables are the halves."""
+    """Bit for bit on gloo; column-wise, like one whose tables are the halves."""
     _, options, _ = CASES[name]
     optimizer = EmbeddingOptimizerConfig(**options)
     found = whole_tables(CONFIGS, results[name])
@@ -235,8 +235,7 @@ def test_sharded_training_is_that_of_one_process(
         expected = train_halves_alone(optimizer)
     else:
         expected = train_alone(CONFIGS, optimizer, range(5))
-    for table_name, weight in expected.items():
-        assert torch.equal(found[table_name], weight)
+    assert_equal_tables(found, expected, table_backend)
 
 
 def sharded_states(names: list[str]) -> dict[str, set[str]]:
@@ -244,15 +243,14 @@ def sharded_states(names: list[str]) -> dict[str, set[str]]:
     found = {}
     for name in names:
         optimizer = config_of(rowwise_adagrad=MODES[name])
-        sharded = shard(
-            set_table_optimizers(Tables(CONFIGS), optimizer, "cpu"), dict.fromkeys("ab", "row_wise")
-        )
+        model = set_table_optimizers(Tables(CONFIGS), optimizer, device())
+        sharded = shard(model, dict.fromkeys("ab", "row_wise"))
         state = sharded.fused_optimizer.state_dict()["state"]["ebc.embedding_bags.a.weight"]
         found[name] = {key.removeprefix("a.") for key in state}
     return found
 
 
-def test_sharded_states_are_shown() -> None:
-    for found in run(2, sharded_states, list(KEPT)):
+def test_sharded_states_are_shown(table_backend: str) -> None:
+    for found in run(2, sharded_states, list(KEPT), backend=table_backend):
         own = {"momentum1", "prev_iter", "row_counter"}
         assert found == {name: own | ({"iter"} if "adagradw" in name else set()) for name in KEPT}

@@ -122,9 +122,9 @@ def train_all(first: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("first", [0, 3], ids=["from the start", "resumed"])
-def test_sharded_tables_have_the_rates_of_their_steps(first: int) -> None:
+def test_sharded_tables_have_the_rates_of_their_steps(first: int, table_backend: str) -> None:
     steps = range(first, len(FIRST))
-    by_case = zip(*run(2, train_all, first), strict=True)
+    by_case = zip(*run(2, train_all, first, backend=table_backend), strict=True)
     cases = [
         (name, optimizer) for name in SHARDINGS for optimizer in (ONE_RATE, TWO_RATES, SENTINEL)
     ]

@@ -26,6 +26,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from recap_fast import build_optimizer
 from recap_fast.config import EmbeddingOptimizerConfig, RecapOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings, set_table_optimizers
+from tests.distributed.processes import device
 from tests.embeddings.reference import random_gradients
 
 BATCH = 6  # examples, over all processes
@@ -113,10 +114,10 @@ def train(
         scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": steps[0]})
     names = [name for of_table in model_names(configs) for name in of_table]
     for step in steps:
-        pooled, factor = model(global_batch(step, begin, end))
+        pooled, factor = model(global_batch(step, begin, end).to(device()))
         flat = [grad for of_table in gradients(configs, BATCH, step).values() for grad in of_table]
         loss = sum(
-            (pooled[name] * gradient[begin:end]).sum()
+            (pooled[name] * gradient[begin:end].to(device())).sum()
             for name, gradient in zip(names, flat, strict=True)
         )
         # The gradients are averaged over the processes.
@@ -173,11 +174,11 @@ def shard(model: Tables, shardings: Mapping[str, str]) -> DistributedModelParall
         {name: SHARDINGS[kind] for name, kind in shardings.items()},
         local_size=dist.get_world_size(),
         world_size=dist.get_world_size(),
-        device_type="cpu",
+        device_type=device().type,
     )
     sharded = DistributedModelParallel(
         model,
-        device=torch.device("cpu"),
+        device=device(),
         plan=ShardingPlan({"ebc": plan}),
         sharders=[EmbeddingBagCollectionSharder()],
     )
@@ -208,7 +209,7 @@ def parts_of(value: torch.Tensor | ShardedTensor) -> list[tuple[Any, torch.Tenso
 def table_parts(sharded: nn.Module) -> dict[str, list[tuple[Any, torch.Tensor]]]:
     """The parts of all tables on this process, by table."""
     return {
-        name.split(".")[-2]: parts_of(value)
+        name.split(".")[-2]: [(place, part.cpu()) for place, part in parts_of(value)]
         for name, value in sharded.state_dict().items()
         if "embedding_bags" in name
     }
@@ -226,7 +227,7 @@ def train_sharded(
     That is "parts" of the tables, the "rates" of all param groups, and how many of them are
     "fused"; or the "error" that was raised.
     """
-    model = set_table_optimizers(Tables(configs), optimizer, "cpu")
+    model = set_table_optimizers(Tables(configs), optimizer, device())
     sharded = shard(model, shardings)
     try:
         combined = train(sharded, configs, optimizer, steps, **options)

@@ -22,8 +22,9 @@ from tests.optim.helpers import FUSED, TORCH, UPDATES, for_loop, parameter, same
 
 
 @pytest.fixture
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def process_group(device: torch.device) -> Iterator[None]:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -76,8 +77,7 @@ def test_steps_can_be_taken_in_the_backward_pass(device: torch.device) -> None:
     )
 
 
-def test_zero_redundancy_optimizer_wraps_it(process_group: None) -> None:
-    device = torch.device("cpu")
+def test_zero_redundancy_optimizer_wraps_it(process_group: None, device: torch.device) -> None:
     model, other = _linear(device), _linear(device)
     wrapper = ZeroRedundancyOptimizer(model.parameters(), FUSED["adam"], lr=0.1)
     optimizer = FUSED["adam"](other.parameters(), lr=0.1)
