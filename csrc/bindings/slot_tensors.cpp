@@ -246,7 +246,6 @@ const at::Tensor& SlotTensors::local(const py::object& tensor, const std::string
 }
 
 at::Tensor SlotTensors::grad() const {
-  if (redistributed_grad_) return THPVariable_Unpack(local_shard(redistributed_grad_.ptr()));
   const at::Tensor& grad = gradient_of(THPVariable_Unpack(object_.ptr()).unsafeGetTensorImpl());
   if (!shard_) return grad;
   const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
@@ -255,10 +254,11 @@ at::Tensor SlotTensors::grad() const {
 
 const void* SlotTensors::gradient(const at::Tensor& whole, bool& needs_copy) {
   auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(whole));
-  redistributed_grad_ = py::object();
   if (shard_ && local_shard(object.ptr()) && !sharded_alike(object_, object)) {
     object = object.attr("redistribute")(object_.attr("device_mesh"), object_.attr("placements"));
-    redistributed_grad_ = object;
+    // Or a process that reads it again, for a plan of its own that must be rebuilt, would wait for
+    // those that do not.
+    object_.attr("grad") = object;
   }
   const at::Tensor& grad = local(object, "the gradient");
   if (grad.layout() != at::kStrided) {

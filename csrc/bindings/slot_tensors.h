@@ -45,7 +45,7 @@ class SlotTensors {
   // The address of a gradient that is not plain, in the parameter's memory order. Raises an error
   // naming the parameter if the gradient does not fit it. `needs_copy` is set if the address is
   // that of a buffer which `copy_in` fills. A DTensor that is sharded otherwise than the parameter
-  // is redistributed, as torch does.
+  // is redistributed, as torch does, and then replaced.
   const void* gradient(const at::Tensor& grad, bool& needs_copy);
 
   // What this process holds of the gradient, which `gradient` has accepted.
@@ -84,7 +84,6 @@ class SlotTensors {
 
   at::Tensor dense_param_;  // defined only for a parameter with gaps
   at::Tensor dense_grad_;   // made when first needed
-  py::object redistributed_grad_;
 };
 
 }  // namespace recap
