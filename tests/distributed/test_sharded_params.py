@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -135,24 +136,24 @@ def test_a_gradient_that_is_sharded_otherwise_is_redistributed(make_gradient, ba
 def rebuild_the_plan_on_one_rank():
     """Its plan turns out to be old after it has redistributed a gradient."""
     param = nn.Parameter(sharded(torch.ones(4, 4), Shard(0)))
-    other = nn.Parameter(torch.ones(3))
+    other = nn.Parameter(torch.ones(3, device=device()))
     optimizer = FusedAdagrad([param, other], lr=1.0)
     for step in range(3):
-        param.grad, other.grad = gradient_of_other_rows(), torch.ones(3)
+        param.grad, other.grad = gradient_of_other_rows(), torch.ones_like(other)
         if step == 1 and dist.get_rank() == 0:
             optimizer.state[other]["sum"] = optimizer.state[other]["sum"].clone()
         optimizer.step()
     return param.full_tensor().tolist(), other.tolist()
 
 
-def test_a_gradient_is_redistributed_once_for_a_step():
+def test_a_gradient_is_redistributed_once_for_a_step(backend):
     """Or one process would wait in a second exchange, which the others never join."""
     param, other = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adagrad([param, other], lr=1.0)
     param.grad, other.grad = rows(), torch.ones(3)
     for _ in range(3):
         optimizer.step()
-    for found in run(2, rebuild_the_plan_on_one_rank):
+    for found in run(2, rebuild_the_plan_on_one_rank, backend=backend):
         for ours, expected in zip(found, (param, other), strict=True):
             torch.testing.assert_close(torch.tensor(ours), expected.detach())
 
