@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,15 +16,6 @@ from recap_fast.optim.combined import FusedCombinedOptimizer
 from tests.optim.helpers import parameters, set_grads
 
 MAX_NORM = 0.5
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device is an error, as far as it goes through torch."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode(before)
 
 
 def combine(params: list[torch.nn.Parameter], **options: object) -> FusedCombinedOptimizer:

@@ -8,42 +8,25 @@ import pytest
 import torch
 
 from tests.gpu.helpers import Mixed, assert_same_bits, captured, spin
-from tests.optim.helpers import parameters, wrapped
+from tests.optim.helpers import parameters, schedules, wrapped
 
 STEPS = 40
 ALGORITHMS = ("adam", "adagrad", "sgd", "adamw")
 
 
-def _schedules() -> dict[str, Any]:
-    config = pytest.importorskip("recap_fast.config")
-    piecewise = config.PiecewiseConstant(
-        learning_rate_boundaries=[3, 17], learning_rate_values=[0.1, 0.03, 0.007]
-    )
-    ramp = config.LinearRampToConstant(learning_rate=0.1, num_ramp_steps=11)
-    cosine = config.LinearRampToCosine(
-        learning_rate=0.1, final_learning_rate=0.01, num_ramp_steps=5, final_num_steps=31
-    )
-    return {
-        "constant": config.LearningRate(constant=0.05),
-        "piecewise": config.LearningRate(piecewise_constant=piecewise),
-        "ramp": config.LearningRate(linear_ramp_to_constant=ramp),
-        "cosine": config.LearningRate(linear_ramp_to_cosine=cosine),
-    }
-
-
 def test_a_replayed_graph_follows_the_schedules(device: torch.device) -> None:
-    schedules = list(_schedules().values())
+    configs = list(schedules(stretch=3).values())
     from recap_fast.device_rates import DeviceRates
     from recap_fast.schedules import compute_lr
 
     replayed, eager = Mixed(device, 3, capturable=True), Mixed("cpu", 3)
     groups = [group for optimizer in eager.optimizers for group in optimizer.param_groups]
-    assert len(groups) == len(schedules)
-    rates = DeviceRates(dict(enumerate(schedules)), device)
+    assert len(groups) == len(configs)
+    rates = DeviceRates(dict(enumerate(configs)), device)
     replayed.stepper.move_with([rates])
     graph = None
     for step in range(STEPS):
-        expected = [compute_lr(schedule, step) for schedule in schedules]
+        expected = [compute_lr(config, step) for config in configs]
         # Within one unit in the last place of float32, and in fact far closer.
         torch.testing.assert_close(rates.rates.tolist(), expected, rtol=2**-24, atol=0.0)
         assert rates.epoch.item() == step
@@ -84,7 +67,7 @@ def _with_shim(device: torch.device | str, mode: str) -> tuple[Any, Any, list[An
             options["lr"] = torch.zeros((), dtype=torch.float64, device=device)
         parts.append((algorithm, wrapped({"x": param}, algorithm, **options)))
     optimizer = FusedCombinedOptimizer(parts)
-    shim = RecapLRShim(optimizer, _schedules(), device_schedule=mode == "device_schedule")
+    shim = RecapLRShim(optimizer, schedules(stretch=3), device_schedule=mode == "device_schedule")
     return optimizer, shim, params
 
 

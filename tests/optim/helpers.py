@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recap_fast import build_info
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
 
 if TYPE_CHECKING:  # a test that needs torchrec is skipped without it, when it asks for one of these
     from torchrec.optim import keyed
 
+    from recap_fast.config import LearningRate
     from recap_fast.optim.combined import FusedCombinedOptimizer
 
 FUSED: dict[str, type[FusedOptimizer]] = {
@@ -33,7 +35,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 # Whether CPU tensors are stepped by the emulated CUDA engine, see tests/conftest.py.
-EMULATED = "RECAP_FAST_TEST_EXTENSION" in os.environ
+EMULATED = "RECAP_FAST_TEST_EXTENSION" in os.environ and "cuda" in build_info()["engines"]
 
 
 def is_stepped_on_device(param: Tensor) -> bool:
@@ -166,6 +168,28 @@ def set_scaled_grads(params: Sequence[Tensor], seed: int, scale: float = SCALE) 
     set_grads(params, seed)
     for param in params:
         param.grad.mul_(scale)
+
+
+def schedules(stretch: int = 1) -> dict[str, LearningRate]:
+    """One of each kind, of which the longest changes for 9 `stretch` steps."""
+    config = pytest.importorskip("recap_fast.config")
+    piecewise = config.PiecewiseConstant(
+        learning_rate_boundaries=[2 * stretch, 5 * stretch],
+        learning_rate_values=[0.1, 0.03, 0.007],
+    )
+    ramp = config.LinearRampToConstant(learning_rate=0.1, num_ramp_steps=3 * stretch)
+    cosine = config.LinearRampToCosine(
+        learning_rate=0.1,
+        final_learning_rate=0.01,
+        num_ramp_steps=2 * stretch,
+        final_num_steps=9 * stretch,
+    )
+    return {
+        "constant": config.LearningRate(constant=0.05),
+        "piecewise": config.LearningRate(piecewise_constant=piecewise),
+        "ramp": config.LearningRate(linear_ramp_to_constant=ramp),
+        "cosine": config.LearningRate(linear_ramp_to_cosine=cosine),
+    }
 
 
 # --- optimizers under torchrec's keys ------------------------------------------------------------

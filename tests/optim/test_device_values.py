@@ -29,6 +29,7 @@ from tests.optim.helpers import (
     parameter,
     parameters,
     same_bits,
+    schedules,
     set_grads,
     snapshot,
     wrapped,
@@ -203,23 +204,6 @@ def test_dampening_waits_for_the_first_step_that_is_taken(device: torch.device) 
 # --- schedules on the device ---------------------------------------------------------------------
 
 
-def _schedules() -> dict[str, LearningRate]:
-    config = pytest.importorskip("recap_fast.config")
-    piecewise = config.PiecewiseConstant(
-        learning_rate_boundaries=[2, 5], learning_rate_values=[0.1, 0.03, 0.007]
-    )
-    ramp = config.LinearRampToConstant(learning_rate=0.1, num_ramp_steps=3)
-    cosine = config.LinearRampToCosine(
-        learning_rate=0.1, final_learning_rate=0.01, num_ramp_steps=2, final_num_steps=9
-    )
-    return {
-        "constant": config.LearningRate(constant=0.05),
-        "piecewise": config.LearningRate(piecewise_constant=piecewise),
-        "ramp": config.LearningRate(linear_ramp_to_constant=ramp),
-        "cosine": config.LearningRate(linear_ramp_to_cosine=cosine),
-    }
-
-
 def _shim(
     optimizer: FusedCombinedOptimizer, schedules: dict[str, LearningRate], device_schedule: bool
 ) -> RecapLRShim:
@@ -237,7 +221,7 @@ def _scheduled(
         for i, (param, algorithm) in enumerate(zip(params, algorithms, strict=True))
     ]
     optimizer = combine(list(zip("abcd", parts, strict=True)))
-    return optimizer, _shim(optimizer, _schedules(), device_schedule), params
+    return optimizer, _shim(optimizer, schedules(), device_schedule), params
 
 
 def test_rates_on_the_device_are_those_of_the_host(device: torch.device) -> None:
@@ -302,7 +286,7 @@ def test_a_rate_set_by_hand_under_a_device_schedule_is_refused(device: torch.dev
 def test_a_device_schedule_needs_capturable_groups(device: torch.device) -> None:
     optimizer = combine([wrapped({"a": parameters(1, device=device)[0]})])
     with pytest.raises(ValueError, match="param group 0 is not capturable"):
-        _shim(optimizer, {"a": _schedules()["ramp"]}, device_schedule=True)
+        _shim(optimizer, {"a": schedules()["ramp"]}, device_schedule=True)
 
 
 # --- several devices -----------------------------------------------------------------------------
@@ -372,7 +356,7 @@ def _with_shim(device: torch.device, tensors: bool, device_schedule: bool) -> Ca
         wrapped({"x": param}, capturable=True, **options) for param in parameters(4, 0, device)
     ]
     optimizer = combine(list(zip("abcd", parts, strict=True)))
-    scheduler = _shim(optimizer, _schedules(), device_schedule)
+    scheduler = _shim(optimizer, schedules(), device_schedule)
     return lambda: (optimizer.step(), scheduler.step())
 
 
@@ -660,7 +644,7 @@ def test_a_captured_plan_is_kept_when_another_takes_its_place(
         optimizer.step()
     stepper = optimizer._stepper
     captured = [stepper._plan]
-    _shim(optimizer, _schedules(), device_schedule=True)
+    _shim(optimizer, schedules(), device_schedule=True)
     optimizer.step()
     assert stepper._captured == captured
     with _capturing(monkeypatch):
