@@ -92,11 +92,10 @@ def run(
     """
     if backend == "nccl" and torch.cuda.device_count() < world_size:
         pytest.skip(f"nccl needs {world_size} CUDA devices")
+    starter = context(backend)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context(backend).Process(
-                target=_main, args=(rank, world_size, backend, folder, function, args)
-            )
+            starter.Process(target=_main, args=(rank, world_size, backend, folder, function, args))
             for rank in range(world_size)
         ]
         for process in processes:

@@ -13,6 +13,7 @@ from torchrec.optim import keyed
 
 from recap_fast.optim import FusedAdam
 from recap_fast.optim.combined import FusedCombinedOptimizer
+from tests.gpu.helpers import captured
 from tests.optim.helpers import parameters, set_grads
 
 MAX_NORM = 0.5
@@ -38,13 +39,12 @@ def test_a_clipped_step_does_not_wait(device: torch.device, request: pytest.Fixt
 
 def test_a_replayed_graph_clips_by_the_norm_of_its_own_gradients(device: torch.device) -> None:
     params, eager = parameters(6, device=device), parameters(6, device=device)
-    captured, expected = combine(params, capturable=True), combine(eager, capturable=True)
-    for optimizer in (captured, expected):
+    replayed, expected = combine(params, capturable=True), combine(eager, capturable=True)
+    for optimizer in (replayed, expected):
         for _ in range(3):
             optimizer.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.step()
+    with captured() as graph:
+        replayed.step()
     norms = []
     for seed in range(1, 4):
         before = [param.grad for param in params]
@@ -53,7 +53,7 @@ def test_a_replayed_graph_clips_by_the_norm_of_its_own_gradients(device: torch.d
             grad.copy_(new.grad)
         graph.replay()
         expected.step()
-        norms.append((float(captured.grad_norm), float(expected.grad_norm)))
+        norms.append((float(replayed.grad_norm), float(expected.grad_norm)))
     for found, wanted in norms:
         assert found == wanted > MAX_NORM
         assert math.isfinite(found)

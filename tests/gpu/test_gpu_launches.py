@@ -13,7 +13,7 @@ from benchmarks.gpu import activity
 from benchmarks.workloads import A
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
-from tests.gpu.helpers import Mixed
+from tests.gpu.helpers import Mixed, captured
 
 STEPS = 5
 KERNEL = "update_tiles"
@@ -113,8 +113,7 @@ def test_a_step_is_one_launch_without_copies(
 def test_a_replayed_step_is_one_launch_without_copies(device: torch.device) -> None:
     step = _capturable(device)
     step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured() as graph:
         step()
     graph.replay()
     _assert_launches(activity.of(graph.replay, STEPS), STEPS)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from tests.gpu.helpers import Mixed, assert_same_bits, captured, spin
-from tests.optim.helpers import parameters, schedules, wrapped
+from tests.optim.helpers import scheduled, schedules
 
 STEPS = 40
-ALGORITHMS = ("adam", "adagrad", "sgd", "adamw")
+# Numbers, also of capturable optimizers; tensors that the shim fills; and moved by the step itself.
+RATES: dict[str, dict[str, bool]] = {
+    "host": {},
+    "capturable": {"capturable": True},
+    "tensors": {"capturable": True, "tensors": True},
+    "device_schedule": {"capturable": True, "device_schedule": True},
+}
 
 
 def test_a_replayed_graph_follows_the_schedules(device: torch.device) -> None:
@@ -47,32 +51,8 @@ def test_a_replayed_graph_follows_the_schedules(device: torch.device) -> None:
         torch.testing.assert_close(mine.detach().cpu(), other.detach(), rtol=limit, atol=limit)
 
 
-def _with_shim(device: torch.device | str, mode: str) -> tuple[Any, Any, list[Any]]:
-    """Four parameters, each with an algorithm and a schedule of its own.
-
-    Args:
-        device: where they are.
-        mode: the rates are numbers ("host"), numbers of capturable optimizers ("capturable"),
-            tensors that the shim fills ("tensors"), or follow "device_schedule".
-    """
-    pytest.importorskip("torchrec")
-    from recap_fast.optim.combined import FusedCombinedOptimizer
-    from recap_fast.shim import RecapLRShim
-
-    params = parameters(len(ALGORITHMS), device=device)
-    parts = []
-    for algorithm, param in zip(ALGORITHMS, params, strict=True):
-        options: dict[str, Any] = {} if mode == "host" else {"capturable": True}
-        if mode == "tensors":
-            options["lr"] = torch.zeros((), dtype=torch.float64, device=device)
-        parts.append((algorithm, wrapped({"x": param}, algorithm, **options)))
-    optimizer = FusedCombinedOptimizer(parts)
-    shim = RecapLRShim(optimizer, schedules(stretch=3), device_schedule=mode == "device_schedule")
-    return optimizer, shim, params
-
-
 def test_the_shim_and_a_replayed_graph_agree(device: torch.device) -> None:
-    optimizer, shim, _ = _with_shim(device, "device_schedule")
+    optimizer, shim, _ = scheduled(device, stretch=3, **RATES["device_schedule"])
     optimizer.step()
     shim.step()
     with captured() as graph:
@@ -84,11 +64,11 @@ def test_the_shim_and_a_replayed_graph_agree(device: torch.device) -> None:
         shim.step()
 
 
-@pytest.mark.parametrize("mode", ["host", "capturable", "tensors", "device_schedule"])
+@pytest.mark.parametrize("mode", RATES)
 def test_a_schedule_does_not_wait(
     mode: str, device: torch.device, request: pytest.FixtureRequest
 ) -> None:
-    optimizer, shim, params = _with_shim(device, mode)
+    optimizer, shim, params = scheduled(device, stretch=3, **RATES[mode])
     for _ in range(2):
         optimizer.step()
         shim.step()
@@ -103,7 +83,7 @@ def test_a_schedule_does_not_wait(
     assert not spun.query(), "the host waited for the device"
     torch.cuda.set_sync_debug_mode("default")
 
-    optimizer, shim, expected = _with_shim("cpu", "host")
+    optimizer, shim, expected = scheduled("cpu", stretch=3)
     for _ in range(STEPS):
         optimizer.step()
         shim.step()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a test that needs torchrec is skipped without it, when it a
 
     from recap_fast.config import LearningRate
     from recap_fast.optim.combined import FusedCombinedOptimizer
+    from recap_fast.shim import RecapLRShim
 
 FUSED: dict[str, type[FusedOptimizer]] = {
     "adam": FusedAdam,
@@ -205,6 +206,41 @@ def wrapped(
 def combine(parts: Sequence[tuple[str, keyed.KeyedOptimizer]]) -> FusedCombinedOptimizer:
     module = pytest.importorskip("recap_fast.optim.combined")
     return module.FusedCombinedOptimizer(parts)
+
+
+def shim(
+    optimizer: FusedCombinedOptimizer, configs: dict[str, LearningRate], device_schedule: bool
+) -> RecapLRShim:
+    module = pytest.importorskip("recap_fast.shim")
+    return module.RecapLRShim(optimizer, configs, device_schedule=device_schedule)
+
+
+def scheduled(
+    device: torch.device | str,
+    *,
+    tensors: bool = False,
+    device_schedule: bool = False,
+    stretch: int = 1,
+    **options: Any,
+) -> tuple[FusedCombinedOptimizer, RecapLRShim, list[nn.Parameter]]:
+    """Four parameters, each with an algorithm and one of the `schedules` of its own.
+
+    Args:
+        device: where they are.
+        tensors: whether each `lr` is a tensor, there too.
+        device_schedule: of the shim.
+        stretch: of the schedules.
+        options: for every optimizer, such as ``capturable``.
+    """
+    params = parameters(4, device=device)
+    algorithms = ("adam", "adagrad", "sgd", "adamw")
+    parts = []
+    for index, (algorithm, param) in enumerate(zip(algorithms, params, strict=True)):
+        if tensors:
+            options["lr"] = torch.zeros((), dtype=torch.float64, device=device)
+        parts.append(("abcd"[index], wrapped({str(index): param}, algorithm, **options)))
+    optimizer = combine(parts)
+    return optimizer, shim(optimizer, schedules(stretch), device_schedule), params
 
 
 def combined(params: Sequence[nn.Parameter]) -> FusedCombinedOptimizer:

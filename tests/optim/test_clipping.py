@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import pickle
 
 import pytest
@@ -21,7 +20,7 @@ from recap_fast._native import native
 from recap_fast.keyed import CombinedOptimizer
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
 from recap_fast.optim.combined import FusedCombinedOptimizer
-from tests.optim.helpers import parameter, set_grads
+from tests.optim.helpers import EMULATED, parameter, set_grads
 
 SHAPES = [(), (3,), (0,), (7, 5), (1,), (300, 41), (20000,)]
 ORACLES = {
@@ -89,8 +88,7 @@ def test_steps_follow_torch_clipping_and_gradients_stay(device, algorithm, dtype
 
 def norm_tolerance(device):
     """The CPU engine sums in double; torch's norm on devices is in float32."""
-    emulated = "RECAP_FAST_TEST_EXTENSION" in os.environ
-    return 1e-5 if emulated or device.type == "cuda" else 1e-14
+    return 1e-5 if EMULATED or device.type == "cuda" else 1e-14
 
 
 def test_a_norm_below_the_limit_changes_no_bit(device):

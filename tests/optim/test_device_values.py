@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -29,16 +30,13 @@ from tests.optim.helpers import (
     parameter,
     parameters,
     same_bits,
+    scheduled,
     schedules,
     set_grads,
+    shim,
     snapshot,
     wrapped,
 )
-
-if TYPE_CHECKING:
-    from recap_fast.config import LearningRate
-    from recap_fast.optim.combined import FusedCombinedOptimizer
-    from recap_fast.shim import RecapLRShim
 
 
 @pytest.fixture
@@ -203,25 +201,7 @@ def test_dampening_waits_for_the_first_step_that_is_taken(device: torch.device) 
 
 # --- schedules on the device ---------------------------------------------------------------------
 
-
-def _shim(
-    optimizer: FusedCombinedOptimizer, schedules: dict[str, LearningRate], device_schedule: bool
-) -> RecapLRShim:
-    shim = pytest.importorskip("recap_fast.shim")
-    return shim.RecapLRShim(optimizer, schedules, device_schedule=device_schedule)
-
-
-def _scheduled(
-    device: torch.device, device_schedule: bool
-) -> tuple[FusedCombinedOptimizer, RecapLRShim, list[nn.Parameter]]:
-    params = parameters(4, device=device)
-    algorithms = ("adam", "adagrad", "sgd", "adamw")
-    parts = [
-        wrapped({str(i): param}, algorithm, capturable=True)
-        for i, (param, algorithm) in enumerate(zip(params, algorithms, strict=True))
-    ]
-    optimizer = combine(list(zip("abcd", parts, strict=True)))
-    return optimizer, _shim(optimizer, schedules(), device_schedule), params
+_scheduled = functools.partial(scheduled, capturable=True)
 
 
 def test_rates_on_the_device_are_those_of_the_host(device: torch.device) -> None:
@@ -237,7 +217,7 @@ def test_rates_on_the_device_are_those_of_the_host(device: torch.device) -> None
 
 
 def test_the_trajectory_is_that_of_host_schedules(device: torch.device) -> None:
-    runs = [_scheduled(device, device_schedule) for device_schedule in (False, True)]
+    runs = [_scheduled(device, device_schedule=on_device) for on_device in (False, True)]
     for step in range(12):
         for optimizer, scheduler, params in runs:
             set_grads(params, step)
@@ -286,7 +266,7 @@ def test_a_rate_set_by_hand_under_a_device_schedule_is_refused(device: torch.dev
 def test_a_device_schedule_needs_capturable_groups(device: torch.device) -> None:
     optimizer = combine([wrapped({"a": parameters(1, device=device)[0]})])
     with pytest.raises(ValueError, match="param group 0 is not capturable"):
-        _shim(optimizer, {"a": schedules()["ramp"]}, device_schedule=True)
+        shim(optimizer, {"a": schedules()["ramp"]}, device_schedule=True)
 
 
 # --- several devices -----------------------------------------------------------------------------
@@ -350,13 +330,8 @@ class _NothingRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _with_shim(device: torch.device, tensors: bool, device_schedule: bool) -> Callable[[], Any]:
-    options = {"lr": torch.zeros((), device=device)} if tensors else {}
-    parts = [
-        wrapped({"x": param}, capturable=True, **options) for param in parameters(4, 0, device)
-    ]
-    optimizer = combine(list(zip("abcd", parts, strict=True)))
-    scheduler = _shim(optimizer, schedules(), device_schedule)
+def _steps_by_schedule(device: torch.device, **options: bool) -> Callable[[], Any]:
+    optimizer, scheduler, _ = _scheduled(device, **options)
     return lambda: (optimizer.step(), scheduler.step())
 
 
@@ -384,10 +359,10 @@ def _clipped(device: torch.device) -> Callable[[], Any]:
         lambda device: FusedAdam(parameters(3, device=device), capturable=True).step,
         _scaled,
         _clipped,
-        lambda device: _with_shim(device, tensors=False, device_schedule=False),
-        lambda device: _with_shim(device, tensors=True, device_schedule=False),
-        lambda device: _with_shim(device, tensors=False, device_schedule=True),
-        lambda device: _with_shim(device, tensors=True, device_schedule=True),
+        _steps_by_schedule,
+        lambda device: _steps_by_schedule(device, tensors=True),
+        lambda device: _steps_by_schedule(device, device_schedule=True),
+        lambda device: _steps_by_schedule(device, tensors=True, device_schedule=True),
     ],
     ids=["capturable", "scaled", "clipped", "numbers", "tensors", "schedules", "both"],
 )
@@ -644,7 +619,7 @@ def test_a_captured_plan_is_kept_when_another_takes_its_place(
         optimizer.step()
     stepper = optimizer._stepper
     captured = [stepper._plan]
-    _shim(optimizer, schedules(), device_schedule=True)
+    shim(optimizer, schedules(), device_schedule=True)
     optimizer.step()
     assert stepper._captured == captured
     with _capturing(monkeypatch):
