@@ -29,6 +29,7 @@ class FusedAdam(FusedOptimizer, optim.Adam):
             must be a CUDA device, and a tensor ``lr`` is read there.
         differentiable: False.
         decoupled_weight_decay: as in AdamW (Loshchilov & Hutter, 2019).
+        clip_grad_norm: clip gradients by their global norm, see `FusedOptimizer`; None does not.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -51,8 +52,9 @@ class FusedAdam(FusedOptimizer, optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        clip_grad_norm: float | None = None,
     ) -> None:
-        self._check_execution(foreach, fused, differentiable, capturable)
+        self._take_options(foreach, fused, differentiable, capturable, clip_grad_norm)
         super().__init__(
             params,
             lr,
@@ -88,8 +90,9 @@ class FusedAdamW(FusedOptimizer, optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        clip_grad_norm: float | None = None,
     ) -> None:
-        self._check_execution(foreach, fused, differentiable, capturable)
+        self._take_options(foreach, fused, differentiable, capturable, clip_grad_norm)
         super().__init__(
             params,
             lr,

@@ -22,8 +22,13 @@ from recap_fast.optim.stepper import Stepper
 
 
 def _has_native_step(part: keyed.KeyedOptimizer) -> bool:
-    """Whether a step of `part` is that of a `recap_fast.optim` optimizer and nothing else."""
+    """Whether a step of `part` is that of a `recap_fast.optim` optimizer and nothing else.
+
+    One that clips by a norm of its own must step by itself.
+    """
     if type(part) is not keyed.KeyedOptimizerWrapper:
+        return False
+    if getattr(part._optimizer, "clip_grad_norm", None) is not None:
         return False
     step = type(part._optimizer).step  # torch wraps that of a derived class to run hooks
     return inspect.unwrap(step) is inspect.unwrap(FusedOptimizer.step)
@@ -78,8 +83,9 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         if self.clip_grad_norm is not None and self._unscaled:
             raise ValueError(
                 f"clip_grad_norm: the optimizer under the key {self._unscaled[0][0]!r} is not one "
-                "of recap_fast.optim in a plain KeyedOptimizerWrapper and would not be clipped; "
-                "replace it, or use recap_fast.keyed.CombinedOptimizer"
+                "of recap_fast.optim in a plain KeyedOptimizerWrapper, without a clip_grad_norm of "
+                "its own, and would not be clipped with the others; replace it, or use "
+                "recap_fast.keyed.CombinedOptimizer"
             )
         # Empty dicts as long as nobody registers a hook on an optimizer inside.
         self._inner_hooks = tuple(

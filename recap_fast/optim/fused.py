@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from recap_fast._native import native
+from recap_fast.clipping import check_max_norm
 from recap_fast.closure import evaluate
 from recap_fast.optim.observed import observed
 from recap_fast.optim.stepper import Stepper
@@ -18,6 +19,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     """Mixin before a `torch.optim` class, whose step becomes one native call.
 
     Constructor, param groups, state, checkpoints and hooks stay torch's.
+
+    With ``clip_grad_norm`` the call also finds the global 2-norm of the gradients of all param
+    groups, over the shards of DTensors on all processes, and scales the gradients as it reads them
+    so that the norm is at most that: as `torch.nn.utils.clip_grad_norm_` does, but ``.grad`` keeps
+    its values. A norm that is not finite skips the step, on all processes that share a parameter,
+    and logs a warning; infinity does only that. On CUDA devices torch finds the norm, in float32,
+    and nothing waits for the device.
 
     Differences to torch's step, all of them in the error case or below rounding:
 
@@ -37,12 +45,22 @@ class FusedOptimizer(torch.optim.Optimizer):
     algorithm: ClassVar[str]
     _step_supports_amp_scaling = True
     _stepper: Stepper | None = None
+    _clip_grad_norm: float | None = None
+    # What torch's class does not have, and a pickle or copy must keep.
+    _OWN_OPTIONS = ("_clip_grad_norm",)
 
-    @staticmethod
-    def _check_execution(
-        foreach: bool | None, fused: bool | None, differentiable: bool, capturable: bool = False
+    def _take_options(
+        self,
+        foreach: bool | None,
+        fused: bool | None,
+        differentiable: bool,
+        capturable: bool,
+        clip_grad_norm: float | None,
     ) -> None:
-        """torch's arguments that choose how a step is executed: here there is one way."""
+        """Checks and keeps the arguments of a constructor that are about the step, not the update.
+
+        Before torch's constructor, so that what is refused has changed nothing.
+        """
         if foreach:
             raise ValueError("foreach=True: the fused step has no foreach form; leave it None")
         if fused is not None and not fused:
@@ -54,6 +72,26 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "capturable=True: this build of recap_fast has no CUDA engine; leave it False, or "
                 "install recap_fast where there is a CUDA toolkit"
             )
+        if clip_grad_norm is not None:
+            self._clip_grad_norm = check_max_norm(clip_grad_norm)
+
+    @property
+    def clip_grad_norm(self) -> float | None:
+        """What the global norm of the gradients is clipped to; None: it is not. Read only."""
+        return self._clip_grad_norm
+
+    @property
+    def grad_norm(self) -> float | torch.Tensor | None:
+        """The global norm that the last step clipped by: of unscaled gradients, before clipping.
+
+        A float; if parameters are on a CUDA device, a float64 tensor there, shape (). None before
+        the first step, and without ``clip_grad_norm``.
+        """
+        return None if self._stepper is None else self._stepper.grad_norm
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: self.__dict__[name] for name in self._OWN_OPTIONS if name in self.__dict__}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -93,6 +131,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         loss = evaluate(closure)
         if self._stepper is None:
-            self._stepper = Stepper([self])
+            self._stepper = Stepper([self], max_norm=self._clip_grad_norm)
         self._stepper.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss

@@ -25,6 +25,7 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         foreach, fused: None; accepted as in torch, since the step is always fused.
         differentiable: False.
         capturable: as in `FusedAdam`; torch's class has no such argument.
+        clip_grad_norm: clip gradients by their global norm, see `FusedOptimizer`; None does not.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -46,8 +47,9 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
+        clip_grad_norm: float | None = None,
     ) -> None:
-        self._check_execution(foreach, fused, differentiable, capturable)
+        self._take_options(foreach, fused, differentiable, capturable, clip_grad_norm)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         if capturable:
             self._mark_capturable()

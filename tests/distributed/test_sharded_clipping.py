@@ -35,6 +35,7 @@ from tests.embeddings.training import DENSE, Tables
 KINDS = {
     "fast": (FusedCombinedOptimizer, FusedAdam),
     "reference": (CombinedOptimizer, torch.optim.Adam),
+    "plain": (None, FusedAdam),  # alone, over all parameters
 }
 
 
@@ -50,15 +51,22 @@ def make_model():
 
 
 def combine(model, kind, **options):
-    combined, adam = KINDS[kind]
+    _, adam = KINDS[kind]
     parts = [
-        keyed.KeyedOptimizerWrapper(
-            {f"{name}.{key}": param for key, param in module.named_parameters()},
-            lambda params: adam(params, lr=0.05),
-        )
+        {f"{name}.{key}": param for key, param in module.named_parameters()}
         for name, module in model.items()
     ]
-    return combined(parts, **options)
+    return clipping(kind, parts, lambda params: adam(params, lr=0.05), **options)
+
+
+def clipping(kind, parts, make, clip_grad_norm=None):
+    """An optimizer of the kind over parts, which are parameters by name, each made by `make`."""
+    combined, _ = KINDS[kind]
+    if combined is None:
+        optimizer = make([(name, param) for part in parts for name, param in part.items()])
+        return type(optimizer)(optimizer.param_groups, clip_grad_norm=clip_grad_norm)
+    wrapped = [keyed.KeyedOptimizerWrapper(part, make) for part in parts]
+    return combined(wrapped, clip_grad_norm)
 
 
 def backward(model, step, scale=1.0):
@@ -223,14 +231,12 @@ def pending(values):
 
 def clip_param_of_pending_sums(kind, has_gradient):
     """The messages of two steps, and what became of the other parameter."""
-    combined, adam = KINDS[kind]
     params = {
         "plain": nn.Parameter(torch.ones(3, device=device())),
         "sums": nn.Parameter(pending(torch.ones(3))),
     }
-    optimizer = combined(
-        [keyed.KeyedOptimizerWrapper(params, lambda p: adam(p, lr=0.1))], clip_grad_norm=0.5
-    )
+    _, adam = KINDS[kind]
+    optimizer = clipping(kind, [params], lambda p: adam(p, lr=0.1), clip_grad_norm=0.5)
     params["plain"].grad = torch.ones_like(params["plain"])
     if has_gradient:
         params["sums"].grad = pending(torch.ones(3))
@@ -254,15 +260,12 @@ def test_a_param_of_pending_sums_is_refused_at_every_step(kind, has_gradient, ba
 
 
 def clip_gradient_of_pending_sums(kind):
-    combined, _ = KINDS[kind]
     params = {
         "replica": nn.Parameter(distribute_tensor(torch.ones(2), mesh(), [Replicate()])),
         "shards": nn.Parameter(distribute_tensor(torch.ones(6), mesh(), [Shard(0)])),
     }
-    sgd = FusedSGD if kind == "fast" else torch.optim.SGD
-    optimizer = combined(
-        [keyed.KeyedOptimizerWrapper(params, lambda p: sgd(p, lr=1.0))], clip_grad_norm=2.0
-    )
+    sgd = torch.optim.SGD if kind == "reference" else FusedSGD
+    optimizer = clipping(kind, [params], lambda p: sgd(p, lr=1.0), clip_grad_norm=2.0)
     for param in params.values():
         param.grad = pending(torch.full(param.shape, 1.0 + 2 * dist.get_rank()))
     optimizer.step()
