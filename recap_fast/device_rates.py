@@ -66,7 +66,7 @@ class DeviceRates:
     def __init__(self, schedules: Mapping[int, LearningRate], device: torch.device) -> None:
         self._configs = list(schedules.values())
         self.groups = list(schedules)
-        table = torch.tensor(pack(self._configs), dtype=torch.float64)
+        table = torch.tensor(pack(self._configs), dtype=torch.float64, device="cpu")
         self.schedules = table.to(device)
         self.rates = torch.zeros(len(schedules), dtype=torch.float64, device=device)
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
@@ -75,5 +75,5 @@ class DeviceRates:
     def move_to(self, step: int) -> None:
         """Sets the rates to those of ``step``, from which the optimizer's next step goes on."""
         rates = [compute_lr(config, step) for config in self._configs]
-        self.rates.copy_(torch.tensor(rates, dtype=torch.float64))
+        self.rates.copy_(torch.tensor(rates, dtype=torch.float64, device="cpu"))
         self.epoch.fill_(step)

@@ -11,10 +11,9 @@ from torch import Tensor
 from recap_fast.state_memory import StateMemory
 
 
-def _step_count() -> Tensor:
-    """A 0-dim CPU tensor in the dtype torch.optim counts steps in: that of the default dtype."""
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype)
+def _step_dtype() -> torch.dtype:
+    """The dtype torch.optim counts steps in, which follows from the default dtype."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def has_state(state: Mapping[str, Any] | None) -> bool:
@@ -51,10 +50,11 @@ def new_state(
     if isinstance(optimizer, torch.optim.Adam):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
         moments = {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names)}
-        return {"step": _step_count(), **moments}
+        return {"step": memory.step_count(0, _step_dtype()), **moments}
     if isinstance(optimizer, torch.optim.Adagrad):
         start = group["initial_accumulator_value"]
-        return {"step": _step_count(), "sum": memory.full_like(param, start, 0)}
+        step = memory.step_count(0, _step_dtype())
+        return {"step": step, "sum": memory.full_like(param, start, 0)}
     if isinstance(optimizer, torch.optim.SGD):
         return {"momentum_buffer": memory.full_like(param, 0.0, 0)} if group["momentum"] else {}
     raise TypeError(

@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import mmap
-from collections.abc import Callable
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
 _SMALL = 64 * 1024  # bytes, up to which states share a block
-_BLOCK = 1024 * 1024  # bytes
+_FIRST_BLOCK = 4 * 1024  # bytes; each block is twice as large as the one before
+_LAST_BLOCK = 1024 * 1024
 _CACHE_LINE = 64
 _PAGE = 4096
 _HUGE_PAGE = 2 * 1024 * 1024
 
 
-@functools.cache
-def _madvise() -> Callable[..., int] | None:
-    """The system's call, or None where it has no huge pages to be advised of."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    call = ctypes.CDLL(None).madvise
-    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return call
+def _large_block(size: int) -> mmap.mmap:
+    """Zeroed memory, of which the system is asked to make huge pages.
 
-
-def _ask_for_huge_pages(block: Tensor) -> None:
-    """Before the first write: a page of 4 KB for every 1,024 floats is slower to walk through.
-
-    What the system does not grant, it does not: the memory is the same.
+    A page of 4 KB for every 1,024 floats is slower to walk through. What the system does not grant,
+    it does not: the memory is the same.
     """
-    first = -(-block.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    end = (block.data_ptr() + block.numel()) // _HUGE_PAGE * _HUGE_PAGE
-    madvise = _madvise()
-    if madvise is not None and first < end:
-        madvise(first, end - first, mmap.MADV_HUGEPAGE)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = _address(block)
+    first = -(-address // _HUGE_PAGE) * _HUGE_PAGE - address
+    end = (address + size) // _HUGE_PAGE * _HUGE_PAGE - address
+    if hasattr(mmap, "MADV_HUGEPAGE") and first < end:
+        block.madvise(mmap.MADV_HUGEPAGE, first, end - first)
+    return block
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _address(block: bytearray | mmap.mmap) -> int:
+    return torch.frombuffer(block, dtype=torch.uint8).data_ptr()
+
+
+def _is_plain(tensor: object) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
@@ -51,18 +47,22 @@ def _is_plain(tensor: Tensor) -> bool:
 class StateMemory:
     """Allocates state tensors that are laid out like their parameters.
 
-    On the CPU, small states of one name lie one after the other in shared blocks, where allocations
-    of their own would spread them over pages and cache lines that hold nothing else. Larger ones
-    have storage of their own, and begin at another offset into a page than the parameter and its
-    other states: addresses that agree in their last 12 bits compete for the same few places in the
-    first-level cache. Of these, the system is asked for huge pages, as far as they fill whole ones.
+    On the CPU, small states of one name lie one after the other in blocks, where allocations of
+    their own would spread them over pages and cache lines that hold nothing else; step counts too.
+    Larger ones begin at another offset into a page than the parameter and its other states:
+    addresses that agree in their last 12 bits compete for the same few places in the first-level
+    cache. Of these, the system is asked for huge pages, as far as they fill whole ones.
+
+    Each tensor has a storage of its own, of just its size, so that saving or sharing it concerns no
+    other. Such a storage cannot be resized. A block is freed with the last tensor in it; its memory
+    is zeroed first, so that nothing else of the process is ever in a state.
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[tuple[int, torch.dtype], tuple[Tensor, int]] = {}
+        self._blocks: dict[Hashable, tuple[bytearray, int]] = {}
 
     def empty_like(self, param: Tensor, index: int) -> Tensor:
-        """Returns an uninitialised tensor of the shape, dtype, device and strides of ``param``.
+        """Returns a tensor of the shape, dtype, device and strides of ``param``, to be filled.
 
         Args:
             param: a dense one; if it has gaps in memory, the strides are those torch would choose.
@@ -70,36 +70,52 @@ class StateMemory:
         """
         if not _is_plain(param):
             return torch.empty_like(param, memory_format=torch.preserve_format)
-        bytes_needed = param.numel() * param.element_size()
-        if bytes_needed <= _SMALL:
-            block, begin = self._room(index, param.dtype, bytes_needed)
+        size = param.numel() * param.element_size()
+        if size <= _SMALL:
+            block, begin = self._room((index, param.dtype), size, _CACHE_LINE)
         else:
-            block = torch.empty(bytes_needed + _PAGE, dtype=torch.uint8)
-            _ask_for_huge_pages(block)
+            block = _large_block(size + _PAGE)
             wanted = (param.data_ptr() + (index + 1) * _PAGE // 4) % _PAGE
-            begin = (wanted - block.data_ptr()) % _PAGE // _CACHE_LINE * _CACHE_LINE
+            begin = (wanted - _address(block)) % _PAGE // _CACHE_LINE * _CACHE_LINE
+        flat = torch.frombuffer(block, dtype=param.dtype, count=param.numel(), offset=begin)
         strides = torch.empty_like(
             param, device="meta", memory_format=torch.preserve_format
         ).stride()
-        storage, offset = block.untyped_storage(), begin // param.element_size()
         with torch.no_grad():
-            return torch.empty(0, dtype=param.dtype).set_(storage, offset, param.shape, strides)
-
-    def _room(self, index: int, dtype: torch.dtype, size: int) -> tuple[Tensor, int]:
-        """A block with room for `size` bytes, and where in it they begin."""
-        block, used = self._blocks.get((index, dtype), (None, 0))
-        if block is None or used + size > block.numel():
-            block, used = torch.empty(_BLOCK, dtype=torch.uint8), 0
-        end = used + -(-size // _CACHE_LINE) * _CACHE_LINE
-        self._blocks[index, dtype] = block, end
-        return block, used
+            state = torch.empty(0, dtype=param.dtype, device="cpu")
+            return state.set_(flat.untyped_storage(), 0, param.shape, strides)
 
     def full_like(self, param: Tensor, value: float, index: int) -> Tensor:
         """As `empty_like`, filled with ``value``."""
         return self.empty_like(param, index).fill_(value)
 
-    def adopt(self, state: dict[str, Tensor]) -> None:
-        """Replaces the plain CPU tensors of a parameter's state by copies in here."""
-        names = [name for name, value in state.items() if _is_plain(value)]
+    def step_count(self, count: float, dtype: torch.dtype) -> Tensor:
+        """Returns a step count: a 0-dim tensor on the CPU."""
+        block, begin = self._room(("step", dtype), dtype.itemsize, dtype.itemsize)
+        flat = torch.frombuffer(block, dtype=dtype, count=1, offset=begin)
+        with torch.no_grad():
+            step = torch.empty(0, dtype=dtype, device="cpu")
+            return step.set_(flat.untyped_storage(), 0, (), ()).fill_(count)
+
+    def _room(self, kind: Hashable, size: int, alignment: int) -> tuple[bytearray, int]:
+        """A block for tensors of a kind with room for `size` bytes, and where in it they begin."""
+        block, used = self._blocks.get(kind, (bytearray(), 0))
+        if used + size > len(block):
+            grown = min(max(2 * len(block), _FIRST_BLOCK), _LAST_BLOCK)
+            block = bytearray(max(grown, size) + alignment)
+            used = -_address(block) % alignment
+        self._blocks[kind] = block, used + -(-size // alignment) * alignment
+        return block, used
+
+    def adopt(self, param: Tensor, state: dict[str, object]) -> None:
+        """Replaces what `state`, that of `param`, holds by copies in here, as far as they are plain.
+
+        A step count of a parameter on the CPU comes there too.
+        """
+        on_cpu = param.device.type == "cpu"
+        names = [name for name, value in state.items() if name != "step" and _is_plain(value)]
         for index, name in enumerate(names):
             state[name] = self.empty_like(state[name], index).copy_(state[name])
+        step = state.get("step")
+        if on_cpu and isinstance(step, Tensor) and step.numel() == 1:
+            state["step"] = self.step_count(step.item(), step.dtype)

@@ -27,12 +27,26 @@ Algorithm algorithm_named(const std::string& name) {
 // How many slots ahead a step reads, to hide the latency of memory that backward has evicted.
 constexpr size_t kPrefetch = 8;
 
+// Up to so many bytes of parameters a step on the CPU keeps the GIL. It takes about a millisecond,
+// less than Python itself keeps a thread waiting, and to hold gradients would cost some percent.
+constexpr int64_t kShortStep = 2 * 1024 * 1024;
+
 // What is neither true nor false, the group's reader refuses by name.
 bool is_capturable(const py::dict& group) {
   if (!group.contains("capturable")) return false;
   const int truth = PyObject_IsTrue(group["capturable"].ptr());
   if (truth < 0) PyErr_Clear();
   return truth == 1;
+}
+
+// The state dict of a parameter; an empty one if it has none.
+py::dict state_of(const py::dict& states, const py::object& param, const std::string& name) {
+  if (!states.contains(param)) return {};
+  const py::object state = states[param];
+  if (py::isinstance<py::dict>(state)) return state;
+  throw py::type_error("the state of parameter " + name + " is a " +
+                       std::string(py::str(py::type::of(state).attr("__name__"))) +
+                       "; it must be a dict of its tensors");
 }
 
 struct DeviceOrder {
@@ -59,9 +73,8 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
     const size_t begin = slots_.size();
     for (size_t i = 0; i < params.size(); ++i) {
       const auto param = py::reinterpret_borrow<py::object>(params[i]);
-      const py::dict state =
-          source.state.contains(param) ? py::dict(source.state[param]) : py::dict();
-      slots_.emplace_back(source.names.at(i), param, state, reader.hyper());
+      slots_.emplace_back(source.names.at(i), param,
+                          state_of(source.state, param, source.names.at(i)), reader.hyper());
     }
     groups_.push_back({std::move(reader), std::move(params), begin, slots_.size()});
   }
@@ -71,25 +84,23 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
   for (const size_t slot : first) first_.at(slot) = 1;
   any_first_ = !first.empty();
   std::vector<Slot> slots;
+  int64_t bytes = 0;
   for (const SlotTensors& slot : slots_) {
     slots.push_back(slot.slot());
+    bytes += slots.back().size * dtype_size(slots.back().dtype);
+    gives_up_gil_ |= slot.is_dtensor();
     has_state_.push_back(slot.has_state());
     has_inference_tensors_ |= !slot.is_inert() && slot.param().is_inference();
     has_host_values_ |= !slot.is_inert() && !is_stepped_on_device(slot);
   }
   make_parts(slots);
-  share_step_counter();
   for (const GroupSource& source : groups) {
-    if (seen_states.insert(source.state.ptr()).second) states_.emplace_back(source.state);
+    if (!seen_states.insert(source.state.ptr()).second) continue;
+    // Beside the states of tensors it may hold whatever the user has put there.
+    states_.emplace_back(source.state, [](py::handle key) { return THPVariable_Check(key.ptr()); });
   }
-  for (const SlotTensors& slot : slots_) {
-    probes_.push_back(slot.probe());
-    const at::Tensor& count = slot.step_count();
-    const bool on_host = count.defined() && !is_stepped_on_device(slot);
-    counters_.push_back(on_host
-                            ? Counter{count.mutable_data_ptr(), count.scalar_type() == at::kDouble}
-                            : Counter{});
-  }
+  take_step_counts();
+  for (const SlotTensors& slot : slots_) probes_.push_back(slot.probe());
   step_.grads.resize(slots_.size());
   step_.values_of_slot.resize(slots_.size());
 }
@@ -175,26 +186,21 @@ void BoundPlan::refuse_shared_memory() const {
   }
 }
 
-// Step counts sit in one buffer, of which each state's `step` is a view: a step then touches a few
-// cache lines, where separate tensors would take one each.
-void BoundPlan::share_step_counter() {
-  for (const auto dtype : {at::kFloat, at::kDouble}) {
-    std::vector<SlotTensors*> counted;
-    std::set<const void*> storages;
-    for (SlotTensors& slot : slots_) {
-      const at::Tensor& step = slot.step_count();
-      if (!step.defined() || step.scalar_type() != dtype || is_stepped_on_device(slot)) continue;
-      counted.push_back(&slot);
-      storages.insert(step.device().is_cpu() ? step.storage().unsafeGetStorageImpl() : nullptr);
+// A step counts in the memory of each state's `step`, which others may hold or share. One that is
+// elsewhere than on the CPU is replaced by a copy.
+void BoundPlan::take_step_counts() {
+  for (SlotTensors& slot : slots_) {
+    const at::Tensor& step = slot.step_count();
+    Counter counter;
+    if (step.defined() && !is_stepped_on_device(slot)) {
+      if (!step.device().is_cpu() || is_wrapper_subclass(step)) {
+        slot.set_step_count(at::empty({}, at::TensorOptions().dtype(step.dtype()))
+                                .copy_(step.detach().reshape({})));
+      }
+      const at::Tensor& own = slot.step_count();
+      counter = {own.mutable_data_ptr(), own.scalar_type() == at::kDouble};
     }
-    if (storages.empty() || (storages.size() == 1 && !storages.count(nullptr))) continue;
-    const at::Tensor buffer =
-        at::empty({static_cast<int64_t>(counted.size())}, at::TensorOptions().dtype(dtype));
-    for (size_t i = 0; i < counted.size(); ++i) {
-      at::Tensor counter = buffer.select(0, static_cast<int64_t>(i));
-      counter.copy_(counted[i]->step_count().reshape({}));
-      counted[i]->set_step_count(counter);
-    }
+    counters_.push_back(counter);
   }
 }
 
@@ -236,12 +242,17 @@ bool BoundPlan::read_slots() {
       continue;
     }
     address = probe.plain(grad);
-    if (!address) {
+    const bool is_plain = address != nullptr;
+    if (!is_plain) {
       bool needs_copy = false;
       address = slots_[slot].gradient(grad, needs_copy);
       if (needs_copy) copied_.push_back(static_cast<uint32_t>(slot));
     }
     if (!has_state_[slot]) slots_without_state_.push_back(slot);
+    if (gives_up_gil_) {
+      held_.push_back(slots_[slot].param().storage());
+      held_.push_back(is_plain ? grad.storage() : slots_[slot].grad().storage());
+    }
   }
   if (!shared_memory_.empty()) refuse_shared_memory();
   return true;
@@ -259,12 +270,14 @@ void BoundPlan::set_clipping(double max_norm, std::vector<uint32_t> part_of_slot
   clipping_.part_of_slot = std::move(part_of_slot);
   clipping_.parts = parts;
   clipping_.total = std::move(total);
+  gives_up_gil_ |= !clipping_.total.is_none();
 }
 
 // What to multiply gradients by; NaN: no process is to take the step.
 double BoundPlan::clip(double grad_scale, bool found_inf) {
   const std::vector<double>& sums = [&]() -> const std::vector<double>& {
-    py::gil_scoped_release release;
+    std::optional<py::gil_scoped_release> release;
+    if (gives_up_gil_) release.emplace();
     return clipping_.sums.sums_of_squares(cpu_plan_, step_, clipping_.part_of_slot, clipping_.parts,
                                           torch_thread_pool());
   }();
@@ -313,7 +326,25 @@ void BoundPlan::undo_step_counts() {
   }
 }
 
+BoundPlan::Turn::Turn(BoundPlan& plan) : plan_(plan) {
+  if (!plan.stepping_.try_lock()) {
+    if (plan.stepped_by_ == std::this_thread::get_id()) {
+      throw std::runtime_error("step() was called from within a step of the same optimizer");
+    }
+    const py::gil_scoped_release release;  // which the other thread may need to finish
+    plan.stepping_.lock();
+  }
+  plan.stepped_by_ = std::this_thread::get_id();
+}
+
+BoundPlan::Turn::~Turn() {
+  plan_.held_.clear();
+  plan_.stepped_by_ = {};
+  plan_.stepping_.unlock();
+}
+
 Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_inf) {
+  const Turn turn(*this);
   if (!groups_unchanged() || !read_slots()) return Outcome::stale;
   check_captured_rates();
   const bool captures = !cuda_parts_.empty() && check_capture();
@@ -336,7 +367,8 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
     throw;
   }
   if (!cpu_plan_.tiles.empty()) {
-    py::gil_scoped_release release;
+    std::optional<py::gil_scoped_release> release;
+    if (gives_up_gil_) release.emplace();
     cpu::run(cpu_plan_, step_, torch_thread_pool());
   }
   for (const uint32_t slot : copied_) slots_[slot].copy_out();

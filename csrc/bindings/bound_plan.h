@@ -4,7 +4,9 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../cpu/grad_norm.h"
@@ -122,6 +124,17 @@ class BoundPlan {
     std::string text() const;
   };
 
+  // While it lives, no other thread steps the plan, and what `read_slots` has read stays.
+  class Turn {
+   public:
+    explicit Turn(BoundPlan& plan);
+    ~Turn();
+    Turn(const Turn&) = delete;
+
+   private:
+    BoundPlan& plan_;
+  };
+
   struct Clipping {
     double max_norm = 0.0;  // 0: off
     std::vector<uint32_t> part_of_slot;
@@ -136,7 +149,7 @@ class BoundPlan {
   void check_devices() const;
   void find_shared_memory();
   void make_parts(const std::vector<Slot>& slots);
-  void share_step_counter();
+  void take_step_counts();
 
   bool groups_unchanged();
   bool read_slots();  // false: a slot changed since the plan was built
@@ -176,6 +189,11 @@ class BoundPlan {
   std::vector<char> stepped_last_;  // with device values: had a gradient in the last step
   std::vector<uint32_t> copied_;    // slots that this step must copy in and out
   std::vector<size_t> slots_without_state_;
+  // Whether a step lets other threads run Python, which may drop a gradient: then it holds them.
+  bool gives_up_gil_ = false;
+  std::vector<c10::Storage> held_;
+  std::mutex stepping_;
+  std::thread::id stepped_by_;
 };
 
 }  // namespace recap

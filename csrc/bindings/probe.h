@@ -10,6 +10,9 @@
 
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "../algorithms/updates.h"
 #include "local_tensor.h"
 #include "python.h"
@@ -33,9 +36,10 @@ class Probe {
       : object_(param), leaf_(THPVariable_Unpack(param).unsafeGetTensorImpl()), inert_(true) {}
 
   // `states` are the tensors that the plan holds addresses of. `shard` is the local one of a
-  // parameter that is a DTensor, else null. The caller keeps all objects alive.
-  Probe(PyObject* param, PyObject* shard, const std::vector<at::Tensor>& states,
-        PyObject* state_dict)
+  // parameter that is a DTensor, else null. `entries` are the values in the state dict that must
+  // stay. The caller keeps all objects alive.
+  Probe(PyObject* param, PyObject* shard, const std::vector<PyObject*>& states,
+        PyObject* state_dict, const std::vector<PyObject*>& entries)
       : object_(param), shard_(shard), state_dict_(state_dict) {
     leaf_ = THPVariable_Unpack(param).unsafeGetTensorImpl();
     impl_ = shard ? THPVariable_Unpack(shard).unsafeGetTensorImpl() : leaf_;
@@ -46,15 +50,16 @@ class Probe {
     dtype_ = impl_->dtype();
     device_ = impl_->device();
     contiguous_ = impl_->is_contiguous();
-    for (const at::Tensor& state : states) {
-      const c10::TensorImpl* impl = state.unsafeGetTensorImpl();
+    for (PyObject* const state : states) {
+      const c10::TensorImpl* impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
       c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-      states_[state_count_++] = {impl, storage, storage->mutable_data()};
+      states_[state_count_++] = {state, impl, storage, storage->mutable_data()};
     }
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (item_count_ < kMaxProbed && PyDict_Next(state_dict, &position, &key, &value)) {
-      items_[item_count_++] = value;
+      const bool must_stay = std::find(entries.begin(), entries.end(), value) != entries.end();
+      items_[item_count_++] = must_stay ? value : nullptr;
     }
     usual_ = contiguous_ && PyDict_GET_SIZE(state_dict) == item_count_;
   }
@@ -76,6 +81,7 @@ class Probe {
     prefetch_all(last_grad_storage_);
     __builtin_prefetch(state_dict_);
     for (int k = 0; k < state_count_; ++k) {
+      __builtin_prefetch(states_[k].object);
       __builtin_prefetch(states_[k].impl);
       __builtin_prefetch(states_[k].storage);
     }
@@ -92,7 +98,8 @@ class Probe {
     }
     for (int k = 0; k < state_count_; ++k) {
       const State& state = states_[k];
-      if (state.impl->unsafe_storage().unsafeGetStorageImpl() != state.storage ||
+      if (THPVariable_Unpack(state.object).unsafeGetTensorImpl() != state.impl ||
+          state.impl->unsafe_storage().unsafeGetStorageImpl() != state.storage ||
           state.storage->data() != state.data) {
         return false;
       }
@@ -129,7 +136,8 @@ class Probe {
     PyObject *key, *value;
     Py_ssize_t position = 0;
     for (int k = 0; k < item_count_; ++k) {
-      if (!PyDict_Next(state_dict_, &position, &key, &value) || value != items_[k]) return false;
+      if (!PyDict_Next(state_dict_, &position, &key, &value)) return false;
+      if (items_[k] && value != items_[k]) return false;
     }
     items_version_ = version;
     return true;
@@ -153,6 +161,7 @@ class Probe {
   }
 
   struct State {
+    PyObject* object;  // whose tensor torch.utils.swap_tensors may exchange
     const c10::TensorImpl* impl;
     c10::StorageImpl* storage;
     const void* data;
@@ -188,7 +197,7 @@ class Probe {
   int8_t item_count_ = 0;
   State states_[kMaxProbed];
   PyObject* state_dict_ = nullptr;
-  PyObject* items_[kMaxProbed];
+  PyObject* items_[kMaxProbed];  // null: whatever it is
   DictVersion items_version_;
   // Hints for `prefetch` only: where these were in the last step.
   const c10::AutogradMetaInterface* meta_ = nullptr;

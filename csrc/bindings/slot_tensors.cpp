@@ -88,7 +88,7 @@ SlotTensors::SlotTensors(std::string name, py::object object, py::dict state, co
     dense_param_ = dense_like(param());
   }
   take_state(hyper);
-  state_items_ = DictSnapshot(state_dict_);
+  watch_entries(hyper);
 }
 
 std::optional<SlotTensors::Refusal> SlotTensors::refusal() const {
@@ -159,7 +159,7 @@ void SlotTensors::take_state(const Hyper& hyper) {
   const at::Tensor layout = dense_param_.defined() ? dense_param_ : param();
   for (const char* key : names) {
     const py::object object = entry(key);
-    at::Tensor state = local(object, text("the state '", key, "'"));
+    const at::Tensor& state = local(object, text("the state '", key, "'"));
     if (is_wrapper_subclass(state)) {
       throw py::type_error(text("the state '", key, "' of parameter ", name_,
                                 " is a tensor subclass whose memory the fused step cannot reach"));
@@ -177,41 +177,65 @@ void SlotTensors::take_state(const Hyper& hyper) {
                                       name_, " has the strides ", state.strides(),
                                       ", the parameter's ", layout.strides(), "; they must agree"));
       }
-      state = dense_like(layout).copy_(state);
-      state_dict_[key] = py::reinterpret_steal<py::object>(THPVariable_Wrap(state));
+      states_.push_back(
+          py::reinterpret_steal<py::object>(THPVariable_Wrap(dense_like(layout).copy_(state))));
+      state_dict_[key] = states_.back();
+      continue;
     }
-    states_.push_back(state);
+    PyObject* const shard = local_shard(object.ptr());
+    states_.push_back(shard ? py::reinterpret_borrow<py::object>(shard) : object);
   }
   if (hyper.algorithm != Algorithm::sgd) {
-    step_ = THPVariable_Unpack(entry("step").ptr());
-    if (step_.numel() == 1 && step_.device().is_cpu()) {
-      const double count = step_.item().toDouble();
+    step_ = entry("step");
+    const at::Tensor& step = step_count();
+    if (step.numel() == 1 && step.device().is_cpu()) {
+      const double count = step.item().toDouble();
       if (!(count >= 0.0) || count != std::floor(count)) {
         throw py::value_error(text("the state 'step' of parameter ", name_, " is ", count,
                                    "; it must be a whole number of steps, 0 or more"));
       }
     }
-    if (step_.numel() != 1 ||
-        (step_.scalar_type() != at::kFloat && step_.scalar_type() != at::kDouble)) {
-      throw std::runtime_error(text("the state 'step' of parameter ", name_, " is ", step_.dtype(),
-                                    " ", step_.sizes(), " on ", step_.device(),
+    if (step.numel() != 1 ||
+        (step.scalar_type() != at::kFloat && step.scalar_type() != at::kDouble)) {
+      throw std::runtime_error(text("the state 'step' of parameter ", name_, " is ", step.dtype(),
+                                    " ", step.sizes(), " on ", step.device(),
                                     "; it must be one float32 or float64 number"));
     }
   }
   has_state_ = true;
 }
 
+void SlotTensors::watch_entries(const Hyper& hyper) {
+  std::vector<const char*> names = state_names(hyper);
+  if (hyper.algorithm != Algorithm::sgd) names.push_back("step");
+  entries_.clear();
+  for (const char* name : names) {
+    py::object key = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
+    PyObject* const value = PyDict_GetItemWithError(state_dict_.ptr(), key.ptr());
+    entries_.emplace_back(std::move(key), py::reinterpret_borrow<py::object>(value));
+  }
+}
+
+const at::Tensor& SlotTensors::step_count() const {
+  static const at::Tensor none;
+  return step_ ? THPVariable_Unpack(step_.ptr()) : none;
+}
+
 void SlotTensors::set_step_count(const at::Tensor& counter) {
-  step_ = counter;
-  state_dict_["step"] = py::reinterpret_steal<py::object>(THPVariable_Wrap(counter));
-  state_items_ = DictSnapshot(state_dict_);
+  step_ = py::reinterpret_steal<py::object>(THPVariable_Wrap(counter));
+  state_dict_["step"] = step_;
+  for (auto& [key, value] : entries_) {
+    if (key.equal(py::str("step"))) value = step_;
+  }
 }
 
 Slot SlotTensors::slot() const {
   Slot slot;
   if (inert_) return slot;
   slot.param = (dense_param_.defined() ? dense_param_ : param()).mutable_data_ptr();
-  for (size_t k = 0; k < states_.size(); ++k) slot.state[k] = states_[k].mutable_data_ptr();
+  for (size_t k = 0; k < states_.size(); ++k) {
+    slot.state[k] = THPVariable_Unpack(states_[k].ptr()).mutable_data_ptr();
+  }
   slot.size = has_state_ ? param().numel() : 0;
   slot.dtype = dtype_;
   return slot;
@@ -219,13 +243,18 @@ Slot SlotTensors::slot() const {
 
 Probe SlotTensors::probe() const {
   if (inert_) return Probe(object_.ptr());
-  std::vector<at::Tensor> fixed = states_;
-  if (step_.defined()) fixed.push_back(step_);
-  return Probe(object_.ptr(), shard_.ptr(), fixed, state_dict_.ptr());
+  std::vector<PyObject*> fixed, entries;
+  for (const py::object& state : states_) fixed.push_back(state.ptr());
+  if (step_) fixed.push_back(step_.ptr());
+  for (const auto& [key, value] : entries_) entries.push_back(value.ptr());
+  return Probe(object_.ptr(), shard_.ptr(), fixed, state_dict_.ptr(), entries);
 }
 
-bool SlotTensors::unchanged() {
-  return state_items_.unchanged() && param().strides() == at::IntArrayRef(strides_);
+bool SlotTensors::unchanged() const {
+  for (const auto& [key, value] : entries_) {
+    if (PyDict_GetItemWithError(state_dict_.ptr(), key.ptr()) != value.ptr()) return false;
+  }
+  return param().strides() == at::IntArrayRef(strides_);
 }
 
 const at::Tensor& SlotTensors::local(const py::object& tensor, const std::string& what) const {

@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../plan/plan.h"
@@ -28,8 +29,9 @@ class SlotTensors {
   const at::Tensor& param() const { return THPVariable_Unpack((shard_ ? shard_ : object_).ptr()); }
   // Whether no engine can step the parameter, which without a gradient does no harm.
   bool is_inert() const { return inert_; }
+  bool is_dtensor() const { return shard_.ptr() != nullptr; }
   bool has_state() const { return has_state_; }
-  const at::Tensor& step_count() const { return step_; }  // undefined if it is not counted
+  const at::Tensor& step_count() const;  // undefined if it is not counted
 
   // Makes `counter` the step count, in the state dict too.
   void set_step_count(const at::Tensor& counter);
@@ -38,9 +40,9 @@ class SlotTensors {
   Slot slot() const;
   Probe probe() const;
 
-  // Whether the strides and the state dict are as they were: what a probe leaves open for a slot
-  // that is not usual.
-  bool unchanged();
+  // Whether the strides and the entries of the state dict are as they were: what a probe leaves
+  // open for a slot that is not usual.
+  bool unchanged() const;
 
   // The address of a gradient that is not plain, in the parameter's memory order. Raises an error
   // naming the parameter if the gradient does not fit it. `needs_copy` is set if the address is
@@ -63,13 +65,14 @@ class SlotTensors {
   };
   std::optional<Refusal> refusal() const;  // why no engine can step the parameter
   void take_state(const Hyper& hyper);
+  void watch_entries(const Hyper& hyper);
   // The local shard of a DTensor that is sharded like the parameter, or a tensor that is none, like
   // the parameter.
   const at::Tensor& local(const py::object& tensor, const std::string& what) const;
 
   std::string name_;
-  // The parameter is held as a Python object alone: torch.utils.swap_tensors, and with it
-  // Module.to(), insists on the only reference to the tensor behind it.
+  // Parameter and states are held as Python objects alone: torch.utils.swap_tensors, and with it
+  // Module.to(), insists on the only reference to the tensor behind one.
   py::object object_;
   py::object shard_;  // the local one, if the parameter is a DTensor
   bool inert_ = false;
@@ -77,10 +80,12 @@ class SlotTensors {
   std::vector<int64_t> strides_;
 
   py::dict state_dict_;
-  DictSnapshot state_items_;
+  // The entries that the algorithm has, and their values, null for one that is not there. What else
+  // is in the dict may change as it likes.
+  std::vector<std::pair<py::object, py::object>> entries_;
   bool has_state_ = false;
-  std::vector<at::Tensor> states_;
-  at::Tensor step_;
+  std::vector<py::object> states_;  // of a DTensor its local shard
+  py::object step_;
 
   at::Tensor dense_param_;  // defined only for a parameter with gaps
   at::Tensor dense_grad_;   // made when first needed

@@ -36,31 +36,34 @@ class DictVersion {
 
 class DictSnapshot {
  public:
-  DictSnapshot() = default;
-  explicit DictSnapshot(py::dict dict) : dict_(std::move(dict)) {
+  // `counts` tells of a key whether its value must stay, or may be replaced by another.
+  template <typename Counts>
+  DictSnapshot(py::dict dict, Counts&& counts) : dict_(std::move(dict)) {
     for (auto item : dict_) {
+      PyObject* const value = counts(item.first) ? item.second.ptr() : nullptr;
       items_.emplace_back(py::reinterpret_borrow<py::object>(item.first),
-                          py::reinterpret_borrow<py::object>(item.second));
+                          py::reinterpret_borrow<py::object>(value));
     }
     version_ = DictVersion(dict_.ptr());
   }
 
   bool unchanged() {
-    if (!dict_ || version_.is_of(dict_.ptr())) return true;
+    if (version_.is_of(dict_.ptr())) return true;
     const DictVersion version(dict_.ptr());
     if (static_cast<size_t>(PyDict_GET_SIZE(dict_.ptr())) != items_.size()) return false;
     Py_ssize_t position = 0;
     PyObject *key, *value;
     for (const auto& item : items_) {
       if (!PyDict_Next(dict_.ptr(), &position, &key, &value)) return false;
-      if (key != item.first.ptr() || value != item.second.ptr()) return false;
+      if (key != item.first.ptr()) return false;
+      if (item.second && value != item.second.ptr()) return false;
     }
     version_ = version;
     return true;
   }
 
  private:
-  py::dict dict_ = py::reinterpret_steal<py::dict>(nullptr);
+  py::dict dict_;
   // Owned, so that the address of a dropped item cannot come back as another object.
   std::vector<std::pair<py::object, py::object>> items_;
   DictVersion version_;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "float_mode.h"
+
 namespace recap::cpu {
 namespace {
 
@@ -52,11 +54,13 @@ void run_tile_ranges(const Plan& plan, const Step& step, const ThreadPool& pool,
     const size_t* bounds;
     void (*task)(size_t, size_t, void*);
     void* context;
-  } ranges{bounds.data(), task, context};
+    FloatMode mode;
+  } ranges{bounds.data(), task, context, float_mode()};
   pool.run(
       threads,
       [](int index, void* opaque) {
         const Ranges& r = *static_cast<Ranges*>(opaque);
+        const FlushingAs caller(r.mode);
         r.task(r.bounds[index], r.bounds[index + 1], r.context);
       },
       &ranges);

@@ -107,7 +107,7 @@ class TrainedParam(NamedTuple):
 
     def _new_state(self, param: Tensor, memory: StateMemory) -> dict[str, Tensor]:
         if isinstance(self.owner, WarmupOptimizer):
-            return {"warmup": torch.zeros(2, dtype=torch.long)}  # iteration and stage
+            return {"warmup": torch.zeros(2, dtype=torch.long, device="cpu")}  # iteration and stage
         return new_state(self.owner, self.group, param, memory)
 
     def column_shards(self, state: Tensor) -> list[list[int]] | None:

@@ -106,14 +106,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             group.setdefault("capturable", True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; the state goes where a step reads it fast, which is a copy in any case."""
-        super().load_state_dict(state_dict)
-        self._place_state()
+        """As torch's; the state goes where a step reads it fast, which is a copy in any case.
+
+        Raises:
+            Exception: what torch's raises; state and param groups are then as they were.
+        """
+        state, param_groups = self.state, self.param_groups
+        try:
+            super().load_state_dict(state_dict)
+            self._place_state()
+        except BaseException:
+            self.state, self.param_groups = state, param_groups
+            raise
 
     def _place_state(self) -> None:
         memory = StateMemory()
-        for state in self.state.values():
-            memory.adopt(state)
+        for param, state in self.state.items():
+            # Beside the states of parameters, torch carries along whatever else is in there.
+            if isinstance(param, torch.Tensor) and isinstance(state, dict):
+                memory.adopt(param, state)
 
     @observed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
