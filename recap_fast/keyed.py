@@ -208,7 +208,8 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
             if isinstance(wrapper, WarmupOptimizer):
                 param = wrapper._warmup_param
                 if wanted(param) and not has_state(wrapper.state.get(param)):
-                    start = {"warmup": torch.zeros(2, dtype=torch.long, device="cpu")}  # iteration and stage
+                    # Iteration and stage.
+                    start = {"warmup": torch.zeros(2, dtype=torch.long, device="cpu")}
                     new_states.append(_NewState(wrapper.state, {}, param, start))
         for leaf in filter(is_dense, self._leaves):
             for group in leaf.param_groups:

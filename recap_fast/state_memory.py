@@ -108,9 +108,9 @@ class StateMemory:
         return block, used
 
     def adopt(self, param: Tensor, state: dict[str, object]) -> None:
-        """Replaces what `state`, that of `param`, holds by copies in here, as far as they are plain.
+        """Replaces the plain CPU tensors in ``state``, that of ``param``, by copies in here.
 
-        A step count of a parameter on the CPU comes there too.
+        The step count of a parameter on the CPU becomes one, wherever it was.
         """
         on_cpu = param.device.type == "cpu"
         names = [name for name, value in state.items() if name != "step" and _is_plain(value)]

@@ -48,27 +48,71 @@ def test_a_parameter_with_gaps_gets_dense_state() -> None:
     assert (state.shape, state.is_contiguous()) == ((4, 3), True)
 
 
-def test_small_states_are_packed() -> None:
+def test_small_states_and_step_counts_are_packed() -> None:
     memory = StateMemory()
     params = [torch.ones(3) for _ in range(5)]
-    states = [memory.empty_like(param, 0) for param in params]
-    begins = [state.data_ptr() for state in states]
+    begins = [memory.empty_like(param, 0).data_ptr() for param in params]
     assert begins == [begins[0] + 64 * i for i in range(5)]
-    assert len({state.untyped_storage().data_ptr() for state in states}) == 1
+    counts = [memory.step_count(7, torch.float32) for _ in range(5)]
+    assert [count.item() for count in counts] == [7] * 5
+    assert all((count.dtype, count.shape) == (torch.float32, ()) for count in counts)
+    begins = [count.data_ptr() for count in counts]
+    assert begins == [begins[0] + 4 * i for i in range(5)]
 
 
-def test_blocks_that_are_full_are_followed_by_others() -> None:
+def test_states_fill_blocks_that_grow() -> None:
     memory = StateMemory()
-    states = [memory.empty_like(torch.empty(16_000), 0) for _ in range(40)]
-    assert len({state.untyped_storage().data_ptr() for state in states}) == 3
+    states = [memory.full_like(torch.empty(1000), i, 0) for i in range(600)]
+    gaps = [b.data_ptr() - a.data_ptr() for a, b in itertools.pairwise(states)]
+    assert sum(gap != 4032 for gap in gaps) < 12  # 1,000 floats, rounded up to cache lines
+    extents = sorted(map(_extent, states))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(extents))
+    assert all((state == i).all() for i, state in enumerate(states))
 
 
-def test_large_states_have_storage_of_their_own_at_offsets_of_their_own() -> None:
+@pytest.mark.parametrize("elements", [3, 16_384, 16_385, 1_000_000])
+def test_each_state_owns_a_storage_of_its_size(elements: int) -> None:
+    memory = StateMemory()
+    param = torch.ones(elements)
+    states = [memory.full_like(param, index, index % 3) for index in range(6)]
+    for state in states:
+        assert state.untyped_storage().nbytes() == param.numel() * 4
+        assert state.storage_offset() == 0
+        # Memory that is shared with others must neither move nor be given back alone.
+        for size in (0, 8 * elements):
+            with pytest.raises(RuntimeError, match="not resizable"):
+                state.untyped_storage().resize_(size)
+    for index, state in enumerate(states):
+        assert state.shape == (elements,)
+        assert (state == index).all()
+
+
+def test_a_state_outlives_all_others_and_may_be_shared_alone() -> None:
+    memory = StateMemory()
+    states = [memory.full_like(torch.ones(5), index, 0) for index in range(3)]
+    states[1].share_memory_()
+    states[1].fill_(7)
+    assert [state.is_shared() for state in states] == [False, True, False]
+    assert [state[0].item() for state in states] == [0, 7, 2]
+    last = states[2]
+    del memory, states
+    churn = [torch.full((5,), float(i)) for i in range(1000)]
+    assert last.tolist() == [2] * 5
+    assert len(churn) == 1000
+
+
+def test_memory_is_zero_before_it_is_filled() -> None:
+    for elements in (3, 1000, 100_000):
+        dirty = [torch.full((elements,), 3.0) for _ in range(20)]
+        del dirty
+        state = StateMemory().empty_like(torch.empty(elements), 0)
+        assert not state.any()
+
+
+def test_large_states_begin_at_offsets_of_their_own() -> None:
     memory = StateMemory()
     param = torch.empty(100_000)
     states = [memory.empty_like(param, index) for index in range(3)]
-    for state in states:
-        assert state.untyped_storage().nbytes() <= param.numel() * 4 + 4096
     offsets = {tensor.data_ptr() % 4096 // 64 for tensor in [param, *states]}
     assert len(offsets) == 4
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -59,9 +60,11 @@ class Stepper:
         self._captured: list[Any] = []
         self._device_values = False
         self._device_rates: Sequence[DeviceRates] = ()
+        self._turn = threading.RLock()
+        self._stepping = False
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Updates every parameter that has a gradient.
+        """Updates every parameter that has a gradient; threads that call it take turns.
 
         Args:
             grad_scale: one element; gradients are divided by it. None means 1.
@@ -71,6 +74,16 @@ class Stepper:
             Exception: naming the parameter or param group that cannot be stepped. Parameters,
                 states and step counts are then as they were.
         """
+        with self._turn:
+            if self._stepping:
+                raise RuntimeError("step() was called from within a step of the same optimizer")
+            self._stepping = True
+            try:
+                self._step(grad_scale, found_inf)
+            finally:
+                self._stepping = False
+
+    def _step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for plan in self._captured:
             plan.check_captured_rates()
         if self._plan is None:

@@ -1,0 +1,82 @@
+"""Step counts are where the user has them: held, shared, or part of something larger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.optim.helpers import FUSED, for_loop, is_stepped_on_device, parameters
+
+pytestmark = pytest.mark.cpu_engine  # elsewhere counts are taken to the device
+
+
+def _with_counts(
+    algorithm: str, counts: list[Tensor], make: Callable[..., torch.optim.Optimizer]
+) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    params = parameters(len(counts))
+    optimizer = make(algorithm, params)
+    names = {"adam": ("exp_avg", "exp_avg_sq"), "adagrad": ("sum",)}[algorithm]
+    for param, count in zip(params, counts, strict=True):
+        moments = {name: torch.zeros_like(param.detach()) for name in names}
+        optimizer.state[param] = {"step": count, **moments}
+    return optimizer, params
+
+
+def _fused(algorithm: str, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return FUSED[algorithm](params)
+
+
+@pytest.mark.parametrize("algorithm", ["adam", "adagrad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_count_that_is_held_goes_on_counting(algorithm: str, dtype: torch.dtype) -> None:
+    whole = torch.zeros(6, dtype=dtype)
+    counts = [torch.zeros((), dtype=dtype).share_memory_(), whole[2], whole[4:5], whole[5]]
+    optimizer, params = _with_counts(algorithm, counts, _fused)
+    for _ in range(3):
+        optimizer.step()
+    assert [count.item() for count in counts] == [3, 3, 3, 3]
+    assert whole.tolist() == [0, 0, 3, 0, 3, 3]
+    assert counts[0].is_shared()
+    for param, count in zip(params, counts, strict=True):
+        assert optimizer.state[param]["step"] is count
+    counts[0].fill_(7)
+    optimizer.step()
+    assert [count.item() for count in counts] == [8, 4, 4, 4]
+
+
+def test_a_count_that_two_parameters_share_counts_both_as_in_torch() -> None:
+    seen = []
+    for make in (_fused, for_loop):
+        count = torch.zeros(())
+        optimizer, params = _with_counts("adam", [count, count], make)
+        for _ in range(3):
+            optimizer.step()
+        seen.append((count.item(), [param.detach().clone() for param in params]))
+    assert seen[0][0] == seen[1][0] == 6
+    for ours, theirs in zip(seen[0][1], seen[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("algorithm", ["adam", "adagrad"])
+def test_counts_that_the_optimizer_made_may_be_held_and_shared(algorithm: str) -> None:
+    params = parameters(3)
+    optimizer = FUSED[algorithm](params)
+    optimizer.step()
+    held = [optimizer.state[param]["step"] for param in params]
+    held[1].share_memory_()
+    optimizer.step()
+    assert [count.item() for count in held] == [2, 2, 2]
+    assert [count.is_shared() for count in held] == [False, True, False]
+    assert all(optimizer.state[p]["step"] is c for p, c in zip(params, held, strict=True))
+
+
+def test_a_count_without_a_value_is_refused_before_anything_changes() -> None:
+    optimizer, params = _with_counts("adam", [torch.zeros((), device="meta")], _fused)
+    assert not is_stepped_on_device(params[0])
+    before = params[0].detach().clone()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        optimizer.step()
+    assert torch.equal(params[0], before)

@@ -1,0 +1,172 @@
+"""Other threads beside a step: they drop its gradients, step too, or are threads of the step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from recap_fast.optim import FusedAdam, FusedSGD
+from tests.optim.helpers import FUSED, bits, parameters
+
+LARGE = 1_500_000  # elements, of which a step gives up the GIL
+
+
+def _params(count: int, elements: int) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.zeros(elements)) for _ in range(count)]
+    for param in params:
+        param.grad = torch.ones(elements)
+    return params
+
+
+@pytest.mark.cpu_engine
+@pytest.mark.parametrize("elements", [1000, LARGE])
+def test_gradients_dropped_within_a_step_are_still_read(elements: int) -> None:
+    params = _params(4, elements)
+    optimizer = FusedSGD(params, lr=1.0)
+    for param in params:
+        param.grad.zero_()
+    optimizer.step()
+    for param in params:
+        param.grad = torch.ones(elements)
+
+    def drop(sums: list[float]) -> float:
+        """In the place of a sum over processes: where a step lets others run Python."""
+        optimizer.zero_grad()
+        for param in params:
+            param.data = param.data.clone()
+        others.extend(torch.full((elements,), 777.0) for _ in range(8))
+        return sum(sums)
+
+    others: list[torch.Tensor] = []
+    before = [param.data for param in params]  # what the step was to update
+    optimizer._stepper._plan.set_clipping(float("inf"), [0] * 4, 1, drop)
+    optimizer.step()
+    assert all((memory == -1).all() for memory in before)
+    assert all((other == 777).all() for other in others)
+    assert all((param == 0).all() for param in params)  # replaced before it was updated
+
+
+@pytest.mark.cpu_engine
+def test_another_thread_may_drop_gradients() -> None:
+    params = _params(4, LARGE)
+    optimizer = FusedSGD(params, lr=1.0)
+    for round_ in range(1, 6):
+        for param in params:
+            param.grad = torch.ones(LARGE)
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        for param in params:
+            param.grad = None
+        others = [torch.full((LARGE,), 777.0) for _ in range(4)]
+        thread.join()
+        for param in params:
+            values = param.detach().unique()
+            assert len(values) == 1 and -round_ <= values.item() <= 0
+        assert all((other == 777).all() for other in others)
+
+
+@pytest.mark.parametrize("elements", [100, LARGE])
+def test_threads_that_step_the_same_optimizer_take_turns(elements: int) -> None:
+    params = _params(2, elements)
+    optimizer = FusedAdam(params, lr=0.1)
+    threads = [threading.Thread(target=optimizer.step) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = _params(2, elements)
+    expected = FusedAdam(alone, lr=0.1)
+    for _ in range(8):
+        expected.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [8, 8]
+    for param, other in zip(params, alone, strict=True):
+        assert torch.equal(bits(param), bits(other))
+
+
+@pytest.mark.cpu_engine
+def test_a_step_within_a_step_is_refused() -> None:
+    params = parameters(2)
+    optimizer = FusedSGD(params, lr=1.0)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+
+    def again(sums: list[float]) -> float:
+        optimizer.step()
+        return sum(sums)
+
+    optimizer._stepper._plan.set_clipping(1.0, [0, 0], 1, again)
+    with pytest.raises(RuntimeError, match="within a step"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+@pytest.fixture
+def flushing() -> Iterator[None]:
+    yield
+    torch.set_flush_denormal(False)
+
+
+def _denormal_steps(algorithm: str, threads: int, flush: bool) -> list[torch.Tensor]:
+    denormal = torch.full((100_000,), 100, dtype=torch.int32).view(torch.float32)
+    torch.set_num_threads(threads)
+    params = [nn.Parameter(torch.zeros(100_000)) for _ in range(4)]
+    options = {"eps": 1e-38} if algorithm.startswith("ada") else {}
+    optimizer = FUSED[algorithm](params, lr=1.0, **options)
+    torch.set_flush_denormal(flush)
+    for param in params:
+        param.grad = denormal
+    optimizer.step()
+    torch.set_flush_denormal(False)
+    return [param.detach() for param in params]
+
+
+@pytest.mark.cpu_engine
+@pytest.mark.usefixtures("flushing")
+@pytest.mark.parametrize("algorithm", FUSED)
+def test_all_threads_flush_denormals_as_the_calling_one_does(algorithm: str) -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    torch.set_flush_denormal(False)
+    _denormal_steps(algorithm, 4, False)  # the pool's threads are there, and do not flush
+    for flush in (True, False):
+        one, four = (_denormal_steps(algorithm, threads, flush) for threads in (1, 4))
+        for alone, together in zip(one, four, strict=True):
+            assert torch.equal(bits(alone), bits(together))
+        if algorithm == "sgd":
+            assert all(bool(param.any()) is not flush for param in four)
+
+
+@pytest.mark.cpu_engine
+@pytest.mark.usefixtures("flushing")
+def test_the_threads_flush_afterwards_as_before() -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    torch.set_flush_denormal(False)
+    denormal = torch.full((400_000,), 100, dtype=torch.int32).view(torch.float32)
+
+    def half() -> torch.Tensor:  # on all threads; none where a thread flushes
+        return (denormal * 0.5).view(torch.int32).unique()
+
+    torch.set_num_threads(4)
+    before = half()
+    _denormal_steps("sgd", 4, True)
+    torch.set_num_threads(4)
+    assert torch.equal(half(), before)
+
+
+def test_gradients_are_held_no_longer_than_the_step() -> None:
+    params = _params(2, LARGE)
+    optimizer = FusedSGD(params)
+
+    def references() -> list[int]:
+        storages = [param.grad.untyped_storage() for param in params]
+        return [torch._C._storage_Use_Count(storage._cdata) for storage in storages]
+
+    before = references()
+    optimizer.step()
+    optimizer.step()
+    assert references() == before
