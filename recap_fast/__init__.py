@@ -22,28 +22,36 @@ if TYPE_CHECKING:
         RecapOptimizerConfig,
         load_optimizer_config,
     )
+    from recap_fast.fusing import fuse, unfuse
+    from recap_fast.optim.combined import FusedCombinedOptimizer
     from recap_fast.shim import RecapLRShim
 
 __version__ = "0.1.0"
 
 _HOME = {
     "EmbeddingOptimizerConfig": "recap_fast.config",
+    "FusedCombinedOptimizer": "recap_fast.optim.combined",
     "OptimizerConfig": "recap_fast.config",
     "RecapLRShim": "recap_fast.shim",
     "RecapOptimizerConfig": "recap_fast.config",
     "build_info": "recap_fast._native",
     "build_optimizer": "recap_fast.build",
+    "fuse": "recap_fast.fusing",
     "load_optimizer_config": "recap_fast.config",
+    "unfuse": "recap_fast.fusing",
 }
 
 __all__ = [
     "EmbeddingOptimizerConfig",
+    "FusedCombinedOptimizer",
     "OptimizerConfig",
     "RecapLRShim",
     "RecapOptimizerConfig",
     "build_info",
     "build_optimizer",
+    "fuse",
     "load_optimizer_config",
+    "unfuse",
 ]
 
 

@@ -37,6 +37,16 @@ def _has_native_step(part: keyed.KeyedOptimizer) -> bool:
 class FusedCombinedOptimizer(CombinedOptimizer):
     """A `CombinedOptimizer` that steps all its dense param groups in one native call.
 
+    In place of torchrec's, as torchrec's DLRM makes it::
+
+        dense_optimizer = KeyedOptimizerWrapper(
+            dict(in_backward_optimizer_filter(model.named_parameters())),
+            lambda params: FusedAdagrad(params, lr=args.learning_rate, eps=args.eps),
+        )
+        optimizer = FusedCombinedOptimizer([model.fused_optimizer, dense_optimizer])
+
+    `recap_fast.fuse` makes one of a torchrec ``CombinedOptimizer`` that exists already.
+
     Groups, state, checkpoints and hooks are those of the optimizers inside. The call covers every
     `keyed.KeyedOptimizerWrapper` around a `recap_fast.optim` optimizer in ``optims``; all else
     takes a step of its own: wrappers such as torchrec's for clipping, combined optimizers, other

@@ -10,6 +10,8 @@ import torch
 from recap_fast._native import native
 from recap_fast.clipping import check_max_norm
 from recap_fast.closure import evaluate
+from recap_fast.optim import table_types
+from recap_fast.optim.left_to_torch import LeftToTorch
 from recap_fast.optim.observed import observed
 from recap_fast.optim.stepper import Stepper
 from recap_fast.state_memory import StateMemory
@@ -46,8 +48,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     _stepper: Stepper | None = None
     _clip_grad_norm: float | None = None
+    _left_to_torch: LeftToTorch | None = None  # None: what is not native is refused
     # What torch's class does not have, and a pickle or copy must keep.
-    _OWN_OPTIONS = ("_clip_grad_norm",)
+    _OWN_OPTIONS = ("_clip_grad_norm", "_left_to_torch")
 
     def _take_options(
         self,
@@ -74,6 +77,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         if clip_grad_norm is not None:
             self._clip_grad_norm = check_max_norm(clip_grad_norm)
+        table_types.register(type(self), self.torch_class())
 
     @property
     def clip_grad_norm(self) -> float | None:
@@ -94,10 +98,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", ())
         super().__setstate__(state)
-        for group in self.param_groups:
-            # How the optimizer that wrote a checkpoint ran its step says nothing about this one.
-            group["foreach"] = group["fused"] = None
+        # How the optimizer that wrote a checkpoint ran its step says nothing about this one.
+        for group, own in zip(self.param_groups, before):  # noqa: B905 - a copy has none before
+            group["foreach"], group["fused"] = own.get("foreach"), own.get("fused")
+
+    @classmethod
+    def torch_class(cls) -> type[torch.optim.Optimizer]:
+        """The class of `torch.optim`, or one derived from it, whose step this one replaces."""
+        classes = cls.__mro__
+        return classes[classes.index(FusedOptimizer) + 1]
 
     def _mark_capturable(self) -> None:
         """For a class of torch's that has no such option, and must go on loading what we save."""

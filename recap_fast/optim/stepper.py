@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recap_fast._native import native
 from recap_fast.clipping import NormParts, clip_on_device
+from recap_fast.optim.left_to_torch import step_as_torch
 from recap_fast.state import new_state
 from recap_fast.state_memory import StateMemory
 
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("recap_fast")
 
+Group = dict[str, Any]
+_REFUSALS = (RuntimeError, TypeError, ValueError, KeyError)
+
 
 class Stepper:
     """Owns the plan over all param groups of ``optimizers`` and keeps it up to date.
 
     In the steady state `step` is one native call. The plan is rebuilt when the call reports that
     something changed since: a tensor moved or replaced, a param group or state added, a state dict
-    loaded.
+    loaded. Groups that an optimizer leaves to torch take torch's step after the call.
 
     Args:
         optimizers: stepped together, in this order.
@@ -62,6 +66,12 @@ class Stepper:
         self._device_rates: Sequence[DeviceRates] = ()
         self._turn = threading.RLock()
         self._stepping = False
+        # What torch steps has no part in a norm that the native call finds.
+        self._may_leave = max_norm is None and any(
+            optimizer._left_to_torch is not None for optimizer in optimizers
+        )
+        self._groups: list[list[tuple[int, Group]]] = []  # in the plan, by optimizer
+        self._left: list[tuple[int, list[Group]]] = []  # left to torch, with the optimizer's number
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Updates every parameter that has a gradient; threads that call it take turns.
@@ -84,6 +94,20 @@ class Stepper:
                 self._stepping = False
 
     def _step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if not self._may_leave:
+            self._step_natively(grad_scale, found_inf)
+            return
+        while True:
+            try:
+                self._step_natively(grad_scale, found_inf)
+                break
+            except _REFUSALS as error:
+                if not self._leave_what_is_refused(error):
+                    raise
+        for number, groups in self._left:
+            step_as_torch(self._references[number](), groups, grad_scale, found_inf)
+
+    def _step_natively(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for plan in self._captured:
             plan.check_captured_rates()
         if self._plan is None:
@@ -161,21 +185,13 @@ class Stepper:
         params: list[Tensor] = []
         all_names: list[str] = []
         optimizers = self._optimizers()
-        for number, (optimizer, names_of) in enumerate(zip(optimizers, self._names, strict=True)):
-            where = f" of optimizer {number}" if len(optimizers) > 1 else ""
-            for index, group in enumerate(optimizer.param_groups):
-                name = f"param group {index}{where}"
-                names = [
-                    names_of.get(param) or f"{i} of {name}"
-                    for i, param in enumerate(group["params"])
-                ]
-                own_names = group.get("param_names", ())
-                names[: len(own_names)] = own_names[: len(names)]
+        self._divide(optimizers)
+        for number, optimizer in enumerate(optimizers):
+            for index, group in self._groups[number]:
+                source, names = self._source(number, optimizer, index, group)
                 params += group["params"]
                 all_names += names
-                sources.append(
-                    native.GroupSource(optimizer.algorithm, name, group, optimizer.state, names)
-                )
+                sources.append(source)
         # Before the plan, which changes where step counts are.
         parts = None if self._max_norm is None else NormParts(params, all_names)
         plan = native.BoundPlan(sources, optimizers, list(first), self._device_values)
@@ -190,12 +206,86 @@ class Stepper:
         self._drop_plan()
         self._plan, self._norm_parts = plan, parts
 
+    def _name(self, number: int, index: int) -> str:
+        """What errors call a param group."""
+        where = f" of optimizer {number}" if len(self._references) > 1 else ""
+        return f"param group {index}{where}"
+
+    def _source(
+        self, number: int, optimizer: FusedOptimizer, index: int, group: Group
+    ) -> tuple[Any, list[str]]:
+        """A group for a plan, and the names of its parameters."""
+        name, names_of = self._name(number, index), self._names[number]
+        names = [names_of.get(param) or f"{i} of {name}" for i, param in enumerate(group["params"])]
+        own_names = group.get("param_names", ())
+        names[: len(own_names)] = own_names[: len(names)]
+        source = native.GroupSource(optimizer.algorithm, name, group, optimizer.state, names)
+        return source, names
+
+    def _divide(self, optimizers: Sequence[FusedOptimizer]) -> None:
+        """Settles which groups the plan is of, and which are left to torch."""
+        self._groups, self._left = [], []
+        for number, optimizer in enumerate(optimizers):
+            left = optimizer._left_to_torch if self._may_leave else None
+            of_plan: list[tuple[int, Group]] = []
+            of_torch: list[Group] = []
+            for index, group in enumerate(optimizer.param_groups):
+                reason = None if left is None else left.reason(group)
+                if reason is None:
+                    of_plan.append((index, group))
+                    continue
+                of_torch.append(group)
+                if left.is_news(index, reason):
+                    name = self._name(number, index)
+                    logger.info("%s steps in torch's own way from now on: %s", name, reason)
+            self._groups.append(of_plan)
+            if of_torch:
+                self._left.append((number, of_torch))
+
+    def _leave_what_is_refused(self, error: Exception) -> bool:
+        """Leaves to torch what the native step refused; whether that makes another attempt."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False  # what a graph captures is not to change by itself
+        candidates = [
+            (number, optimizer, index, group)
+            for number, optimizer in enumerate(self._optimizers())
+            if optimizer._left_to_torch is not None
+            for index, group in self._groups[number]
+        ]
+        found = False
+        for number, optimizer, index, group in candidates:
+            left = optimizer._left_to_torch
+            if left.reason(group) is not None:
+                found = True
+            elif (refused := self._refusal(number, optimizer, index, group)) is not None:
+                left.take(group, refused)
+                found = True
+        if not found and not isinstance(error, RuntimeError):
+            # A refusal, not a failure: of what no group is to blame for by itself, such as memory
+            # that two parameters share.
+            for _, optimizer, _, group in candidates:
+                optimizer._left_to_torch.take(group, error)
+            found = bool(candidates)
+        self._drop_plan()
+        return found
+
+    def _refusal(
+        self, number: int, optimizer: FusedOptimizer, index: int, group: Group
+    ) -> Exception | None:
+        """What a plan has against a group by itself."""
+        source, _ = self._source(number, optimizer, index, group)
+        try:
+            native.BoundPlan([source], [optimizer], [], self._device_values)
+        except _REFUSALS as error:
+            return error
+        return None
+
     def _step_with_new_state(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
         """Makes the state that is missing and steps; takes it back if the step is not taken."""
         slots = [
             (optimizer, group, param)
-            for optimizer in self._optimizers()
-            for group in optimizer.param_groups
+            for optimizer, groups in zip(self._optimizers(), self._groups, strict=True)
+            for _, group in groups
             for param in group["params"]
         ]
         first = self._plan.slots_without_state

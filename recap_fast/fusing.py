@@ -1,0 +1,375 @@
+"""`fuse` and `unfuse`: makes optimizers that a program already has step natively, in place."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, optim
+from torch.optim import Optimizer
+
+from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
+from recap_fast.optim.left_to_torch import LeftToTorch, make_counts_torchs, unhooked
+
+logger = logging.getLogger("recap_fast")
+
+_FUSED: dict[type[Optimizer], type[FusedOptimizer]] = {
+    optim.Adam: FusedAdam,
+    optim.AdamW: FusedAdamW,
+    optim.Adagrad: FusedAdagrad,
+    optim.SGD: FusedSGD,
+}
+
+T = TypeVar("T", bound=Optimizer | Sequence[Optimizer])
+
+
+def fuse(optimizer: T) -> T:
+    """Makes the optimizers that a program has step natively, in place, at any moment of training.
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=1000)
+        recap_fast.fuse(optimizer)
+
+    It stays the same object: state, param groups, hooks, attached schedulers and `GradScaler`s go
+    on as before, and so do checkpoints and pickles. Its class becomes `FusedAdam`, `FusedAdamW`,
+    `FusedAdagrad` or `FusedSGD`, each of them derived from the class of `torch.optim` that it was.
+
+    What cannot step natively goes on stepping in its own way: other optimizers, classes with a
+    ``step`` of their own, optimizers whose ``step`` was replaced on the object, and, param group by
+    param group, sparse gradients (`torch.nn.Embedding` with ``sparse=True``), complex parameters,
+    tensor subclasses other than DTensor, devices without an engine, ``differentiable=True``. So do
+    not mix sparse and dense parameters in a group: all of it would be left to torch. A group whose
+    gradients turn out to be sparse at a step is left to torch from that step on, which is logged.
+
+    One line at level INFO of the logger ``recap_fast`` says what steps natively, and what does not
+    and why: ``fuse: 9 of 12 param groups are native; group 3: sparse gradients``.
+
+    Each optimizer takes a native call of its own. To have one call for several, make one optimizer
+    with a param group for each, or a torchrec ``keyed.CombinedOptimizer``.
+
+    Args:
+        optimizer: a `torch.optim` Adam, AdamW, Adagrad or SGD; a list or tuple of optimizers; or a
+            torchrec ``CombinedOptimizer``, ``KeyedOptimizerWrapper``, ``GradientClippingOptimizer``
+            or ``WarmupOptimizer`` with such inside, however deep. A ``CombinedOptimizer`` becomes a
+            `recap_fast.FusedCombinedOptimizer`, which steps all of them in one call.
+
+    Returns:
+        ``optimizer``, the same object.
+
+    Raises:
+        TypeError: it is not an optimizer, or one in the list is not; nothing is changed.
+    """
+    optimizers = _check(optimizer, "fuse")
+    reports = []
+    for number, outer in enumerate(optimizers):
+        where = f" of optimizer {number}" if len(optimizers) > 1 else ""
+        reasons = {id(inner): _fuse(inner) for inner in list(_walk(outer))[::-1]}
+        reports.append(_Report(outer, where, reasons))
+    native = sum(report.native for report in reports)
+    total = sum(report.total for report in reports)
+    others = "".join(f"; {text}" for report in reports for text in report.others)
+    logger.info("fuse: %d of %d param groups are native%s", native, total, others)
+    return optimizer
+
+
+def unfuse(optimizer: T) -> T:
+    """Gives optimizers the classes of `torch.optim` and torchrec back, in place.
+
+    The reverse of `fuse`, at any moment of training; also for optimizers that were made as
+    `recap_fast.optim` classes. ``foreach`` and ``fused`` of the param groups are what they were.
+    CUDA graphs that captured a step cannot be replayed after it.
+
+    Args:
+        optimizer: as for `fuse`.
+
+    Returns:
+        ``optimizer``, the same object.
+
+    Raises:
+        TypeError: it is not an optimizer, or one inside is of a class derived from one of
+            `recap_fast.optim`; nothing is changed.
+        ValueError: one inside has a ``clip_grad_norm`` or schedules on the device, of which its
+            former class knows nothing; nothing is changed.
+    """
+    inside = [inner for outer in _check(optimizer, "unfuse") for inner in _walk(outer)]
+    for inner in inside:
+        if isinstance(inner, FusedOptimizer):
+            _check_can_unfuse(inner)
+        elif _is_fused_combined(inner) and inner._device_rates:
+            raise ValueError(
+                "unfuse: the rates of this optimizer follow their schedules on the device "
+                "(device_schedule=True), which no other optimizer does; make a new one"
+            )
+    for inner in inside:
+        if isinstance(inner, FusedOptimizer):
+            _unfuse(inner)
+        elif _is_fused_combined(inner):
+            _uncombine(inner)
+    return optimizer
+
+
+# --- what is inside ------------------------------------------------------------------------------
+
+
+def _check(optimizer: Any, function: str) -> list[Optimizer]:
+    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for found in optimizers:
+        if not isinstance(found, Optimizer):
+            raise TypeError(
+                f"{function} takes a torch.optim.Optimizer or a list of them, found a "
+                f"{type(found).__module__}.{type(found).__qualname__}; pass the optimizer inside it"
+            )
+    return optimizers
+
+
+def _is_keyed(optimizer: Optimizer) -> bool:
+    """Whether it is one of torchrec's, which is not imported to find out."""
+    keyed = sys.modules.get("torchrec.optim.keyed")
+    return keyed is not None and isinstance(optimizer, keyed.KeyedOptimizer)
+
+
+def _walk(optimizer: Optimizer) -> Iterator[Optimizer]:
+    if not _is_keyed(optimizer):
+        return iter((optimizer,))
+    from recap_fast.keyed import walk
+
+    return walk(optimizer)
+
+
+class _Report:
+    """How many param groups of an optimizer are native, and in words what the others are."""
+
+    def __init__(self, outer: Optimizer, where: str, reasons: dict[int, str | None]) -> None:
+        self.native = self.total = 0
+        self.others: list[str] = []
+        by_reason: dict[str, list[int]] = {}
+        for leaf in _leaves(outer):
+            left = getattr(leaf, "_left_to_torch", None)
+            for index, group in enumerate(leaf.param_groups):
+                reason = reasons[id(leaf)] if left is None else left.reason(group)
+                if left is not None and reason is not None:
+                    left.is_news(index, reason)  # which is said here, and not at the next step
+                if reason is None:
+                    self.native += 1
+                else:
+                    by_reason.setdefault(reason, []).append(self.total)
+                self.total += 1
+        for reason, numbers in by_reason.items():
+            groups = "group" if len(numbers) == 1 else "groups"
+            self.others.append(f"{groups} {', '.join(map(str, numbers))}{where}: {reason}")
+
+
+def _leaves(optimizer: Optimizer) -> Iterator[Optimizer]:
+    if not _is_keyed(optimizer):
+        return iter((optimizer,))
+    from recap_fast.keyed import leaves
+
+    return leaves(optimizer)
+
+
+def _fuse(optimizer: Optimizer) -> str | None:
+    """Makes one optimizer native, if it can be; else says why it cannot."""
+    if isinstance(optimizer, FusedOptimizer):
+        return None
+    if _is_keyed(optimizer):
+        return _fuse_keyed(optimizer)
+    kind = type(optimizer)
+    fused = _fused_class(kind)
+    if fused is None:
+        return f"{kind.__name__} has a step of its own"
+    if not _steps_as_its_class(optimizer):
+        return f"the step of this {kind.__name__} was replaced on the object"
+    # A GradScaler goes on as before: only torch's fused step takes its scale.
+    scales = optimizer.__dict__.get("_step_supports_amp_scaling", False)
+    _set_class(optimizer, fused)
+    optimizer._step_supports_amp_scaling = scales
+    optimizer._left_to_torch = LeftToTorch()
+    if not _shares_state(optimizer):
+        optimizer._place_state()
+    return None
+
+
+def _shares_state(optimizer: Optimizer) -> bool:
+    """Whether another process may hold its state, which then must stay where it is."""
+    states = (state for state in optimizer.state.values() if isinstance(state, dict))
+    return any(
+        type(value) is Tensor
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and value.is_shared()
+        for state in states
+        for value in state.values()
+    )
+
+
+def _check_can_unfuse(optimizer: FusedOptimizer) -> None:
+    kind = type(optimizer)
+    if _fused_class(kind.torch_class()) is not kind:
+        raise TypeError(
+            f"unfuse: {kind.__name__} is derived from a class of recap_fast.optim, and has no class "
+            "of torch.optim to go back to"
+        )
+    if optimizer.clip_grad_norm is not None:
+        raise ValueError(
+            f"unfuse: this {kind.__name__} has clip_grad_norm={optimizer.clip_grad_norm}, and "
+            f"{kind.torch_class().__name__} does not clip; make a new one, and call "
+            "torch.nn.utils.clip_grad_norm_ before its step"
+        )
+
+
+def _unfuse(optimizer: FusedOptimizer) -> None:
+    make_counts_torchs(optimizer, optimizer.param_groups)
+    for name in ("_stepper", *optimizer._OWN_OPTIONS):
+        optimizer.__dict__.pop(name, None)
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # which torch's fused step sets
+    _set_class(optimizer, type(optimizer).torch_class())
+
+
+# --- classes -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _fused_class(kind: type[Optimizer]) -> type[FusedOptimizer] | None:
+    """The fused class in place of one of torch's, or of one that has its step; else None.
+
+    Of a class derived from torch's, a further class is derived, so that what it adds is kept.
+    """
+    if kind in _FUSED:
+        return _FUSED[kind]
+    base = next((found for found in kind.__mro__ if found in _FUSED), None)
+    if base is None or issubclass(kind, FusedOptimizer):
+        return None
+    same = unhooked(kind.step) is unhooked(base.step) and kind._init_group is base._init_group
+    if not same:
+        return None
+    body = {
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+        "__reduce__": lambda self: (_blank, (kind,), self.__getstate__()),
+        "algorithm": _FUSED[base].algorithm,
+    }
+    return types.new_class(
+        f"Fused{kind.__name__}", (FusedOptimizer, kind), exec_body=lambda ns: ns.update(body)
+    )
+
+
+def _blank(kind: type[Optimizer]) -> Optimizer:
+    """An object of a class made by `_fused_class`, which pickle would not find, to be filled."""
+    return object.__new__(_fused_class(kind))
+
+
+def _set_class(optimizer: Optimizer, kind: type[Optimizer]) -> None:
+    """Changes the class; a scheduler that watches for steps watches those of the new one."""
+    watched = hasattr(optimizer.__dict__.get("step"), "_wrapped_by_lr_sched")
+    optimizer.__dict__.pop("step", None)
+    optimizer.__class__ = kind
+    optimizer._patch_step_function()  # names in profiles, and torch's hooks around the step
+    if watched:
+        optimizer.step = _watched(optimizer)
+
+
+def _steps_as_its_class(optimizer: Optimizer) -> bool:
+    """Whether nobody but a scheduler has put another `step` in the object."""
+    own = optimizer.__dict__.get("step")
+    if own is None:
+        return True
+    step = getattr(own, "__wrapped__", None)
+    if isinstance(own, types.MethodType):
+        step = own.__func__
+    elif not hasattr(own, "_wrapped_by_lr_sched"):
+        return False
+    return step is not None and unhooked(step) is unhooked(type(optimizer).step)
+
+
+def _watched(optimizer: Optimizer) -> Callable[..., Any]:
+    """The wrapper of `step` by which torch's schedulers see that one was taken.
+
+    torch's own is bound to the class that the optimizer had when the scheduler was made.
+    """
+    reference = weakref.ref(optimizer)
+
+    @functools.wraps(type(optimizer).step)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        found = reference()
+        found._opt_called = True
+        return type(found).step(found, *args, **kwargs)
+
+    wrapper._wrapped_by_lr_sched = True
+    return wrapper
+
+
+# --- torchrec ------------------------------------------------------------------------------------
+
+
+def _fuse_keyed(optimizer: Any) -> str | None:
+    """As `_fuse`, of an optimizer of torchrec, whose members are fused already."""
+    from torchrec.optim import keyed
+    from torchrec.optim.fused import FusedOptimizer as EmbeddingOptimizer
+
+    from recap_fast.keyed import CombinedOptimizer
+
+    if isinstance(optimizer, EmbeddingOptimizer):
+        return "tables, updated in the backward pass"
+    kind = type(optimizer)
+    if kind in (keyed.CombinedOptimizer, CombinedOptimizer):
+        if _steps_as_its_class(optimizer) and not _clips_what_is_not_native(optimizer):
+            _combine(optimizer)
+    elif _is_fused_combined(optimizer):
+        optimizer._prepare()  # its members may have become native
+    return f"{kind.__name__} has a step of its own"
+
+
+def _clips_what_is_not_native(optimizer: Any) -> bool:
+    """Whether a native call cannot find the norm that the optimizer clips by."""
+    from recap_fast.keyed import is_dense, leaves
+
+    if getattr(optimizer, "clip_grad_norm", None) is None:
+        return False
+    for leaf in filter(is_dense, leaves(optimizer)):
+        if not isinstance(leaf, FusedOptimizer):
+            return True
+        left = leaf._left_to_torch
+        if left is not None and any(left.reason(group) for group in leaf.param_groups):
+            return True
+    return False
+
+
+def _combine(optimizer: Any) -> None:
+    from recap_fast.optim.combined import FusedCombinedOptimizer
+
+    before = dict(optimizer.__dict__)
+    for _, part in optimizer.optimizers:
+        # Of a wrapper, torchrec's `save_param_groups` sets that inside only.
+        part.defaults["_save_param_groups"] = optimizer.defaults["_save_param_groups"]
+    kind = type(optimizer)
+    _set_class(optimizer, FusedCombinedOptimizer)
+    clip_grad_norm = before.get("clip_grad_norm")
+    FusedCombinedOptimizer.__init__(optimizer, optimizer.optimizers, clip_grad_norm)
+    before.pop("step", None)
+    optimizer.__dict__.update(before)  # those who registered a hook hold on to these very dicts
+    optimizer._class_before = kind
+
+
+def _is_fused_combined(optimizer: Optimizer) -> bool:
+    module = sys.modules.get("recap_fast.optim.combined")
+    return module is not None and type(optimizer) is module.FusedCombinedOptimizer
+
+
+def _uncombine(optimizer: Any) -> None:
+    from recap_fast.keyed import CombinedOptimizer
+
+    state = optimizer.__getstate__()  # without what is derived from it
+    kind = state.pop("_class_before", CombinedOptimizer)
+    step = optimizer.__dict__.get("step")
+    optimizer.__dict__.clear()
+    optimizer.__dict__.update(state)
+    if step is not None:
+        optimizer.step = step
+    _set_class(optimizer, kind)

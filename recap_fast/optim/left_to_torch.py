@@ -1,0 +1,157 @@
+"""Param groups of a fused optimizer that torch's own step updates, because the native one cannot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from recap_fast._native import native
+
+if TYPE_CHECKING:
+    from recap_fast.optim.fused import FusedOptimizer
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Group = dict[str, Any]
+
+
+def why_not_native(group: Mapping[str, Any]) -> str | None:
+    """What the native step would refuse of a param group, in a few words; None if it is nothing.
+
+    What can be told without building a plan, of options and of parameters that are trained.
+    """
+    if group.get("differentiable"):
+        return "differentiable=True"
+    for param in group["params"]:
+        if param.requires_grad or param.grad is not None:
+            if (reason := _refused("parameters", param)) is not None:
+                return reason
+    if group.get("capturable") and any(not param.is_cuda for param in group["params"]):
+        return "capturable=True, but not on CUDA devices"
+    return None
+
+
+def why_gradients_not_native(group: Mapping[str, Any]) -> str | None:
+    """The same of the gradients that there are."""
+    for param in group["params"]:
+        grad = param.grad
+        if grad is None:
+            continue
+        if (reason := _refused("gradients", grad)) is not None:
+            return reason
+        if grad.dtype != param.dtype:
+            return f"{_short(grad.dtype)} gradients of {_short(param.dtype)} parameters"
+    return None
+
+
+def _refused(what: str, tensor: Tensor) -> str | None:
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    is_dtensor = dtensor is not None and isinstance(tensor, dtensor.DTensor)
+    if is_traceable_wrapper_subclass(tensor) and not is_dtensor:
+        return f"{type(tensor).__name__} {what}"
+    if tensor.layout != torch.strided:
+        return f"sparse {what}"
+    if tensor.dtype not in _DTYPES:
+        return f"{_short(tensor.dtype)} {what}"
+    kind = tensor.device.type
+    if kind != "cpu" and not (kind == "cuda" and native.has_cuda_engine):
+        return f"{what} on {kind}, for which this build has no engine"
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class LeftToTorch:
+    """Which param groups of one optimizer are left to torch, and torch's step over them.
+
+    A group is either native or torch's, as a whole: torch's functions take a group at a time. It is
+    looked at again whenever a plan is built, since options and tensors may change. But a parameter
+    for whose sake a native step was refused stays with torch: an embedding with sparse gradients
+    goes on having them.
+    """
+
+    def __init__(self) -> None:
+        self._reasons: dict[Tensor, str] = {}
+        self._said: set[tuple[int, str]] = set()
+
+    def reason(self, group: Group) -> str | None:
+        """Why a group is left to torch; None if it is native."""
+        for param in group["params"]:
+            if param in self._reasons:
+                return self._reasons[param]
+        if (reason := why_not_native(group)) is not None:
+            return reason
+        reason = why_gradients_not_native(group)
+        return None if reason is None else self.take(group, reason)
+
+    def take(self, group: Group, refused: Exception | str) -> str:
+        """Leaves a group to torch for good; returns the reason."""
+        for param in group["params"]:
+            self._reasons.setdefault(param, str(refused))
+        return str(refused)
+
+    def is_news(self, index: int, reason: str) -> bool:
+        """Whether nobody has asked this before of the group at that position, for that reason."""
+        is_news = (index, reason) not in self._said
+        self._said.add((index, reason))
+        return is_news
+
+
+def step_as_torch(
+    optimizer: FusedOptimizer,
+    groups: Sequence[Group],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Takes the step of the optimizer's torch class, over some of its param groups.
+
+    Args:
+        optimizer: whose state it is.
+        groups: some of its param groups.
+        grad_scale, found_inf: as from `torch.amp.GradScaler`. torch's step knows nothing of them:
+            gradients are divided by the scale in place, and where they are on a device, the host
+            waits for ``found_inf``.
+    """
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    if grad_scale is not None:
+        _unscale(groups, grad_scale)
+    make_counts_torchs(optimizer, groups)
+    # An object of its own, which shares everything but the list of groups: no other thread, hook or
+    # error can find the optimizer without the rest of them.
+    view = object.__new__(type(optimizer))
+    view.__dict__.update(optimizer.__dict__, param_groups=list(groups))
+    for name in ("grad_scale", "found_inf"):
+        view.__dict__.pop(name, None)
+    unhooked(optimizer.torch_class().step)(view)
+
+
+def make_counts_torchs(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> None:
+    """Puts step counts where torch's fused and capturable steps want them: on the device."""
+    for group in groups:
+        if not (group.get("fused") or group.get("capturable")):
+            continue
+        for param in group["params"]:
+            state = optimizer.state.get(param, {})
+            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(param.device, torch.float32)
+
+
+def _unscale(groups: Sequence[Group], grad_scale: Tensor) -> None:
+    for group in groups:
+        for param in group["params"]:
+            grad = param.grad
+            if grad is not None:
+                values = grad._values() if grad.is_sparse else grad
+                values.detach().div_(grad_scale.to(values.device).reshape(()))
+
+
+def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's `step` without the wrapper by which torch runs hooks and profiles."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
