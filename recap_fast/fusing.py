@@ -212,8 +212,8 @@ def _check_can_unfuse(optimizer: FusedOptimizer) -> None:
     kind = type(optimizer)
     if _fused_class(kind.torch_class()) is not kind:
         raise TypeError(
-            f"unfuse: {kind.__name__} is derived from a class of recap_fast.optim, and has no class "
-            "of torch.optim to go back to"
+            f"unfuse: {kind.__name__} is derived from a class of recap_fast.optim, and has no "
+            "class of torch.optim to go back to"
         )
     if optimizer.clip_grad_norm is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Param groups of a fused optimizer that torch's own step updates, because the native one cannot."""
+"""Param groups of a fused optimizer that torch's own step updates, since the native one cannot."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def why_not_native(group: Mapping[str, Any]) -> str | None:
     if group.get("differentiable"):
         return "differentiable=True"
     for param in group["params"]:
-        if param.requires_grad or param.grad is not None:
-            if (reason := _refused("parameters", param)) is not None:
-                return reason
+        is_trained = param.requires_grad or param.grad is not None
+        if is_trained and (reason := _refused("parameters", param)) is not None:
+            return reason
     if group.get("capturable") and any(not param.is_cuda for param in group["params"]):
         return "capturable=True, but not on CUDA devices"
     return None

@@ -1,4 +1,4 @@
-"""Has torchrec fuse the tables whose in-backward optimizer is one of ours, as it does for torch's."""
+"""Has torchrec fuse tables whose in-backward optimizer is one of ours, as it does for torch's."""
 
 from __future__ import annotations
 

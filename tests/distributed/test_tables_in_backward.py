@@ -1,9 +1,8 @@
-"""Tables with an in-backward optimizer of ours, which torchrec's model parallel fuses as torch's."""
+"""Tables with an in-backward optimizer of ours, which torchrec fuses as it does torch's."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed import DistributedModelParallel

@@ -25,8 +25,7 @@ from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recap_fast import FusedCombinedOptimizer, fuse, reference, unfuse
-from recap_fast.keyed import CombinedOptimizer
-from recap_fast.keyed import walk
+from recap_fast.keyed import CombinedOptimizer, walk
 from recap_fast.optim import FusedAdam, FusedOptimizer
 from recap_fast.optim.stepper import Stepper
 from tests.optim.helpers import TORCH, parameters, set_grads

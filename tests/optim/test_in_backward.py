@@ -1,4 +1,4 @@
-"""Optimizers that step inside the backward pass (`apply_optimizer_in_backward`): one per parameter."""
+"""Optimizers that step in the backward pass (`apply_optimizer_in_backward`): one per parameter."""
 
 from __future__ import annotations
 
