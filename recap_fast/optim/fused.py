@@ -41,7 +41,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     * With `torch.amp.GradScaler` gradients are divided by the scale on the fly; ``.grad`` keeps its
       scaled values.
     * Of a DTensor the local shard is stepped. Sparse gradients, complex parameters and other tensor
-      subclasses without memory of their own are refused by name.
+      subclasses without memory of their own are refused by name; but an optimizer that
+      `recap_fast.fuse` made leaves the param groups that have them to torch's own step.
     """
 
     algorithm: ClassVar[str]

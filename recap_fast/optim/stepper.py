@@ -156,6 +156,8 @@ class Stepper:
     def move_with(self, device_rates: Sequence[DeviceRates]) -> None:
         """From now on, every step uses ``device_rates``, and moves them on."""
         self._device_rates = device_rates
+        if device_rates:  # of groups by their position in the plan, in which then all must be
+            self._may_leave = False
         self._drop_plan()
 
     def check_captured_rates(self) -> None:

@@ -166,6 +166,25 @@ def test_state_dicts_load_both_ways(update: str, saved: str) -> None:
     pair.check()
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("update", ["adamw", "adagrad", "momentum"])
+def test_a_rate_that_is_a_tensor_is_followed(update: str, shape: tuple[int, ...]) -> None:
+    pair = Pair(update)
+    for optimizer in pair.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.full(shape, group["lr"], dtype=torch.float64)
+    schedulers = [LambdaLR(optimizer, lambda step: 0.7**step) for optimizer in pair.optimizers]
+    held = pair.ours.param_groups[0]["lr"]
+    for step in range(5):
+        if step == 2:
+            fuse(pair.ours)
+        pair.step(step)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert pair.ours.param_groups[0]["lr"] is held
+    pair.check()
+
+
 def test_state_in_memory_that_others_share_stays_there() -> None:
     optimizer = torch.optim.Adagrad(parameters(2), lr=0.1)
     optimizer.share_memory()

@@ -255,6 +255,31 @@ def test_parameters_of_other_kinds_train_as_in_torch(algorithm: str, kind: Any) 
         )
 
 
+def _on_meta(number: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(3 + number, device="meta"))
+
+
+def _frozen_whole_numbers(number: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(3 + number, dtype=torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("algorithm", TORCH)
+def test_a_group_on_a_device_without_an_engine_is_torchs(algorithm: str) -> None:
+    (ours, theirs), (our_params, their_params) = _step_both(_on_meta, algorithm, lr=0.1)
+    assert_same(ours, our_params[:2], theirs, their_params[:2])
+    assert "parameters on meta" in ours._left_to_torch.reason(ours.param_groups[1])
+
+
+def test_what_is_frozen_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:
+    odd = [_frozen_whole_numbers(0), _complex(0).requires_grad_(False)]
+    with caplog.at_level(logging.INFO, "recap_fast"):
+        optimizer = fuse(torch.optim.Adam([*parameters(2), *odd]))
+        optimizer.step()
+    assert [record.getMessage() for record in caplog.records] == [
+        "fuse: 1 of 1 param groups are native"
+    ]
+
+
 def test_a_differentiable_group_stays_torchs() -> None:
     kind = lambda number: nn.Parameter(torch.ones(3 + number))  # noqa: E731
     (ours, theirs), (our_params, their_params) = _step_both(
