@@ -4,6 +4,10 @@
 
     optimizer, scheduler = build_optimizer(model, config.optimizer)
 
+or, in a program that has an optimizer of `torch.optim` or torchrec:
+
+    recap_fast.fuse(optimizer)
+
 Names are loaded when first used: `recap_fast.optim` works without torchrec, and
 `recap_fast.reference` without the compiled extension.
 """
