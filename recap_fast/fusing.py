@@ -15,7 +15,8 @@ from torch import Tensor, optim
 from torch.optim import Optimizer
 
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
-from recap_fast.optim.left_to_torch import LeftToTorch, make_counts_torchs, unhooked
+from recap_fast.optim.left_to_torch import LeftToTorch, make_counts_torchs
+from recap_fast.optim.observed import steps_as_its_class, unhooked
 
 logger = logging.getLogger("recap_fast")
 
@@ -183,7 +184,7 @@ def _fuse(optimizer: Optimizer) -> str | None:
     fused = _fused_class(kind)
     if fused is None:
         return f"{kind.__name__} has a step of its own"
-    if not _steps_as_its_class(optimizer):
+    if not steps_as_its_class(optimizer):
         return f"the step of this {kind.__name__} was replaced on the object"
     # A GradScaler goes on as before: only torch's fused step takes its scale.
     scales = optimizer.__dict__.get("_step_supports_amp_scaling", False)
@@ -275,19 +276,6 @@ def _set_class(optimizer: Optimizer, kind: type[Optimizer]) -> None:
         optimizer.step = _watched(optimizer)
 
 
-def _steps_as_its_class(optimizer: Optimizer) -> bool:
-    """Whether nobody but a scheduler has put another `step` in the object."""
-    own = optimizer.__dict__.get("step")
-    if own is None:
-        return True
-    step = getattr(own, "__wrapped__", None)
-    if isinstance(own, types.MethodType):
-        step = own.__func__
-    elif not hasattr(own, "_wrapped_by_lr_sched"):
-        return False
-    return step is not None and unhooked(step) is unhooked(type(optimizer).step)
-
-
 def _watched(optimizer: Optimizer) -> Callable[..., Any]:
     """The wrapper of `step` by which torch's schedulers see that one was taken.
 
@@ -319,7 +307,7 @@ def _fuse_keyed(optimizer: Any) -> str | None:
         return "tables, updated in the backward pass"
     kind = type(optimizer)
     if kind in (keyed.CombinedOptimizer, CombinedOptimizer):
-        if _steps_as_its_class(optimizer) and not _clips_what_is_not_native(optimizer):
+        if steps_as_its_class(optimizer) and not _clips_what_is_not_native(optimizer):
             _combine(optimizer)
     elif _is_fused_combined(optimizer):
         optimizer._prepare()  # its members may have become native

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from recap_fast.config import LearningRate
 from recap_fast.device_rates import DeviceRates
 from recap_fast.keyed import CombinedOptimizer
 from recap_fast.optim.fused import FusedOptimizer
-from recap_fast.optim.observed import observed
+from recap_fast.optim.observed import observed, steps_as_its_class, unhooked
 from recap_fast.optim.stepper import Stepper
 
 
@@ -30,8 +29,8 @@ def _has_native_step(part: keyed.KeyedOptimizer) -> bool:
         return False
     if getattr(part._optimizer, "clip_grad_norm", None) is not None:
         return False
-    step = type(part._optimizer).step  # torch wraps that of a derived class to run hooks
-    return inspect.unwrap(step) is inspect.unwrap(FusedOptimizer.step)
+    step = type(part._optimizer).step
+    return unhooked(step) is unhooked(FusedOptimizer.step) and steps_as_its_class(part._optimizer)
 
 
 class FusedCombinedOptimizer(CombinedOptimizer):
@@ -104,6 +103,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
         )
         self._warned_of_scaled_tables = False
+        self._schedulers_know = False
 
     @observed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -133,6 +133,8 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                 self._step_with_hooks(grad_scale, found_inf)
             else:
                 self._stepper.step(grad_scale, found_inf)
+            if not self._schedulers_know:
+                self._tell_schedulers()
         for part in self._others:
             part.step()
         return loss
@@ -218,6 +220,15 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                 "bfloat16 autocast without a GradScaler, or leave the tables unfused",
                 stacklevel=4,
             )
+
+    def _tell_schedulers(self) -> None:
+        """Lets schedulers that are attached to optimizers inside know that these took a step.
+
+        torch's look for it in their first step, and warn if there was none.
+        """
+        for optimizer in self._native:
+            optimizer._opt_called = True
+        self._schedulers_know = True
 
     def _step_with_hooks(
         self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from recap_fast._native import native
+from recap_fast.optim.observed import unhooked
 
 if TYPE_CHECKING:
     from recap_fast.optim.fused import FusedOptimizer
@@ -150,8 +151,3 @@ def _unscale(groups: Sequence[Group], grad_scale: Tensor) -> None:
             if grad is not None:
                 values = grad._values() if grad.is_sparse else grad
                 values.detach().div_(grad_scale.to(values.device).reshape(()))
-
-
-def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A class's `step` without the wrapper by which torch runs hooks and profiles."""
-    return step.__wrapped__ if getattr(step, "hooked", False) else step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -34,3 +35,25 @@ def observed(step: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapper.hooked = True  # or torch would wrap it again
     return wrapper
+
+
+def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's `step` without the wrapper by which torch runs hooks and profiles."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def steps_as_its_class(optimizer: Optimizer) -> bool:
+    """Whether nobody has put another `step` in the object.
+
+    torch's schedulers do, to see that one was taken, and libraries may put back what they found.
+    """
+    own = optimizer.__dict__.get("step")
+    if own is None:
+        return True
+    if isinstance(own, types.MethodType):
+        step = own.__func__
+    elif hasattr(own, "_wrapped_by_lr_sched"):
+        step = own.__wrapped__
+    else:
+        return False
+    return unhooked(step) is unhooked(type(optimizer).step)

@@ -198,6 +198,37 @@ def test_hooks_and_schedulers_go_on(moment: int) -> None:
     assert calls == ["pre of a member"]
 
 
+def test_schedulers_of_members_go_on() -> None:
+    """Which the one call steps, and not their own `step`."""
+    pair = Pair(KINDS["combined"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedulers = [
+            LambdaLR(part._optimizer, lambda step: 0.8**step)
+            for optimizer in pair.optimizers
+            for _, part in optimizer.optimizers
+        ]
+        fuse(pair.ours)
+        for step in range(4):
+            pair.step(step)
+            for scheduler in schedulers:
+                scheduler.step()
+    pair.check()
+
+
+def test_a_member_whose_step_was_replaced_on_the_object_steps_by_itself(
+    native_calls: list[int],
+) -> None:
+    pair = Pair(KINDS["combined"])
+    member = pair.ours.optimizers[0][1]._optimizer
+    step, calls = member.step, []
+    member.step = lambda *args, **kwargs: (calls.append(1), step(*args, **kwargs))
+    fuse(pair.ours)
+    pair.step(0, 2)
+    assert native_calls == [2, 2] and calls == [1, 1]
+    pair.check()
+
+
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"]
 )
