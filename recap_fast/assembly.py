@@ -12,16 +12,12 @@ import torch
 from torch import nn
 
 from recap_fast.clipping import check_norm_is_global
-from recap_fast.config import (
-    BaseConfig,
-    EmbeddingOptimizerConfig,
-    OptimizerConfig,
-    RecapOptimizerConfig,
-)
+from recap_fast.config import as_embedding_config, as_optimizer_config
 from recap_fast.embeddings import find_fused_optimizer  # first: says so if torchrec is missing
 from recap_fast.embeddings.built import check_built_kernels, check_mean_pooling
 from recap_fast.embeddings.slices import show_slice_gradients
 from recap_fast.grouping import group_parameters
+from recap_fast.keyed import is_dense
 from recap_fast.shim import RecapLRShim
 
 if TYPE_CHECKING:
@@ -32,11 +28,15 @@ logger = logging.getLogger("recap_fast")
 # The rate of every group until a schedule sets it: training with it blows up at once.
 DEFAULT_LR: Final = 24601.0
 
+# What the names of fused tables begin with in a state dict, if one would be there twice without.
+_FUSED_KEY: Final = "fused_optimizer"
+
 
 class OptimizerClasses(NamedTuple):
     """What an optimizer is made of; the algorithms take the arguments of torch.optim's."""
 
     adam: Callable[..., torch.optim.Optimizer]
+    adamw: Callable[..., torch.optim.Optimizer]
     adagrad: Callable[..., torch.optim.Optimizer]
     sgd: Callable[..., torch.optim.Optimizer]
     combined: type[keyed.CombinedOptimizer]
@@ -44,8 +44,8 @@ class OptimizerClasses(NamedTuple):
 
 def assemble(
     model: nn.Module,
-    optimizer_config: RecapOptimizerConfig | OptimizerConfig,
-    emb_optimizer_config: EmbeddingOptimizerConfig | None,
+    optimizer_config: Any,
+    emb_optimizer_config: Any,
     classes: OptimizerClasses,
     device_schedule: bool = False,
     clip_grad_norm: float | None = None,
@@ -53,6 +53,10 @@ def assemble(
     """Makes optimizer and scheduler of the given classes; the rest is as in `build_optimizer`."""
     from torchrec.optim import keyed
 
+    optimizer_config = as_optimizer_config(optimizer_config)
+    emb_optimizer_config = as_embedding_config(emb_optimizer_config)
+    if clip_grad_norm is None:
+        clip_grad_norm = optimizer_config.clip_grad_norm
     fused = find_fused_optimizer(model)
     fused_params = None if fused is None else fused.params
     groups = group_parameters(model, optimizer_config, emb_optimizer_config, fused_params)
@@ -61,26 +65,28 @@ def assemble(
     if clip_grad_norm is not None:
         check_norm_is_global(model)
 
-    optimizers: list[keyed.KeyedOptimizer] = []
+    optimizers: list[Any] = []
     for group in groups:
-        if group.role == "dense_embeddings":
-            # Like the original, which knows no other way to train a table.
-            algorithm, hyperparameters = "sgd", {}
-        else:
-            algorithm, section = optimizer_config.algorithm
-            hyperparameters = _hyperparameters(section)
-        factory = functools.partial(getattr(classes, algorithm), lr=DEFAULT_LR, **hyperparameters)
+        factory = functools.partial(
+            getattr(classes, group.algorithm), lr=DEFAULT_LR, **group.hyperparameters
+        )
         optimizers.append(keyed.KeyedOptimizerWrapper(group.params, factory))
-        _log_group(group.name, group.params, algorithm)
+        _log_group(group.name, group.params, group.algorithm)
 
     emb_learning_rate, table_learning_rates = None, {}
     # A fused optimizer for which there is no rate has no tables: group_parameters has checked.
     if fused is not None and emb_optimizer_config is not None:
         check_built_kernels(model, fused, emb_optimizer_config)
-        optimizers.append(fused)
+        for wrapper in optimizers:  # torchrec combines only such as agree in it
+            wrapper.save_param_groups(fused.defaults["_save_param_groups"])
+        # Its names need not be FQNs, so one of them may be that of another parameter.
+        dense_names = {name for group in groups for name in group.params}
+        key = _FUSED_KEY if dense_names & fused.params.keys() else ""
+        optimizers.append((key, fused))
         emb_learning_rate = emb_optimizer_config.learning_rate
         table_learning_rates = emb_optimizer_config.table_learning_rates
-        _log_group("fused embeddings", fused.params, "updated in the backward pass")
+        how = "its own optimizer" if is_dense(fused) else "updated in the backward pass"
+        _log_group("fused embeddings", fused.params, how)
 
     optimizer = classes.combined(optimizers, clip_grad_norm)
     show_slice_gradients(optimizer, (param for group in groups for param in group.params.values()))
@@ -91,18 +97,9 @@ def assemble(
         emb_learning_rate,
         device_schedule=device_schedule,
         table_learning_rates=table_learning_rates,
+        fused_optimizer=fused,
     )
     return optimizer, scheduler
-
-
-def _hyperparameters(section: BaseConfig) -> dict[str, Any]:
-    """Returns a section's fields, but for `lr`, under torch.optim's names."""
-    fields = section.model_dump(exclude={"lr"})
-    if "beta_1" in fields:
-        fields["betas"] = (fields.pop("beta_1"), fields.pop("beta_2"))
-    if "epsilon" in fields:
-        fields["eps"] = fields.pop("epsilon")
-    return fields
 
 
 def _log_group(name: str, params: Mapping[str, torch.Tensor], how: str) -> None:

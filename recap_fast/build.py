@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from torch import nn
 
 from recap_fast.assembly import DEFAULT_LR, OptimizerClasses, assemble
 from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
-from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
+from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedSGD
 from recap_fast.optim.combined import FusedCombinedOptimizer
 from recap_fast.shim import RecapLRShim
 
 __all__ = ["DEFAULT_LR", "build_optimizer"]
 
 _CLASSES = OptimizerClasses(
-    adam=FusedAdam, adagrad=FusedAdagrad, sgd=FusedSGD, combined=FusedCombinedOptimizer
+    adam=FusedAdam,
+    adamw=FusedAdamW,
+    adagrad=FusedAdagrad,
+    sgd=FusedSGD,
+    combined=FusedCombinedOptimizer,
 )
 
 
 def build_optimizer(
     model: nn.Module,
-    optimizer_config: RecapOptimizerConfig | OptimizerConfig,
-    emb_optimizer_config: EmbeddingOptimizerConfig | None = None,
+    optimizer_config: RecapOptimizerConfig | OptimizerConfig | Any,
+    emb_optimizer_config: EmbeddingOptimizerConfig | Any | None = None,
     *,
     capturable: bool = False,
     device_schedule: bool = False,
@@ -36,15 +41,17 @@ def build_optimizer(
     Args:
         model: The model, wrapped or not (DDP, torch.compile, torchrec's model parallel). If it has
             a `fused_optimizer` (see `recap_fast.embeddings`), that becomes part of the optimizer.
-        optimizer_config: Algorithm and learning rates; `recap_fast.grouping.group_parameters` tells
-            which parameters each rate is for.
+        optimizer_config: Algorithms and learning rates; `recap_fast.grouping.group_parameters`
+            tells which parameters each rate is for. A mapping, a dataclass or a pydantic model with
+            the same fields is taken too, such as the recap recommender's own configuration.
         emb_optimizer_config: The learning rate of the embedding tables: of the fused optimizer, and
-            of tables that are not fused, which train with plain SGD.
+            of tables that are not fused, which train with plain SGD. Other objects as above.
         capturable: Makes a step safe in CUDA graphs; all dense parameters must be on CUDA devices.
         device_schedule: Has the step itself move the dense rates on, so that a captured graph
             follows the schedules (see `RecapLRShim`); implies `capturable`.
         clip_grad_norm: Scales the gradients of all dense groups down so that their global norm is
-            at most this, within the call; see `FusedCombinedOptimizer`. Fused tables, which have no
+            at most this, within the call; see `FusedCombinedOptimizer`. It overrides the
+            configuration's `clip_grad_norm`; None leaves that in force. Fused tables, which have no
             gradients, are clipped by `emb_optimizer_config` alone.
 
     Returns:
@@ -52,16 +59,17 @@ def build_optimizer(
         those of the fused optimizer, and its scheduler. All rates are those of step 0.
 
     Raises:
-        ValueError: Model and configuration do not fit; the message names what was found.
+        TypeError: A configuration is of a class that cannot be read.
+        ValueError: A configuration is not valid, or the model does not fit it; the message names
+            what was found.
     """
     classes = _CLASSES
     if capturable or device_schedule:
-        classes = OptimizerClasses(
-            adam=functools.partial(FusedAdam, capturable=True),
-            adagrad=functools.partial(FusedAdagrad, capturable=True),
-            sgd=functools.partial(FusedSGD, capturable=True),
-            combined=FusedCombinedOptimizer,
-        )
+        capturable_classes = {
+            name: functools.partial(getattr(classes, name), capturable=True)
+            for name in ("adam", "adamw", "adagrad", "sgd")
+        }
+        classes = classes._replace(**capturable_classes)
     return assemble(
         model,
         optimizer_config,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from recap_fast.config import EmbeddingOptimizerConfig, LearningRate
-from recap_fast.names import TABLES, check_table_names, is_table, some, table_name
+from recap_fast.names import TABLES, check_table_names, is_table, some, table_name, tables_in
 
 if TYPE_CHECKING:
     from recap_fast.grouping import DenseGroup
@@ -33,8 +33,9 @@ def check_embedding_config(
     fused_params: Mapping[str, torch.Tensor] | None,
 ) -> None:
     """Raises if a table that is configured does not exist, or one that exists has no rate."""
-    tables = dict.fromkeys(name for name in (*names, *(fused_params or ())) if TABLES in name)
-    check_table_names(emb_optimizer_config, tables)
+    fused = fused_params or {}
+    check_table_names(emb_optimizer_config, [*tables_in(names), *map(table_name, fused)])
+    tables = dict.fromkeys([*fused, *(name for name in names if TABLES in name)])
     own_rates = emb_optimizer_config.table_learning_rates
     without = [name for name in tables if table_name(name) not in own_rates]
     if emb_optimizer_config.learning_rate is None and (without or not tables):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from recap_fast.config import (
     MultiTaskLearningRates,
     OptimizerConfig,
     RecapOptimizerConfig,
+    as_embedding_config,
+    as_optimizer_config,
 )
 from recap_fast.dense_embeddings import (
     DENSE_EMBEDDINGS,
@@ -29,10 +31,13 @@ from recap_fast.dense_embeddings import (
     check_tables_used,
     split_by_schedule,
 )
+from recap_fast.fused_tables import memory_of, memory_range
+from recap_fast.group_options import apply_group_options
 from recap_fast.names import (
     TABLES,
     modules_by_name,
     some,
+    unused_name,
     without_wrappers,
 )
 
@@ -55,12 +60,17 @@ class DenseGroup:
         role: What the group is. The name does not tell: a task may be called "backbone".
         params: By name, as in `model.named_parameters()`, and in that order; never empty.
         learning_rate: The group's schedule.
+        algorithm: "adam", "adamw", "adagrad" or "sgd"; that of dense embeddings is always sgd, as
+            in the original, which knows no other way to train a table.
+        hyperparameters: Arguments of the optimizer, under the names of `torch.optim`'s classes.
     """
 
     name: str
     role: Literal["tower", "backbone", "dense_embeddings", "all"]
     params: _Parameters
     learning_rate: LearningRate
+    algorithm: Literal["adam", "adamw", "adagrad", "sgd"] = "sgd"
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sanitize(task: str) -> str:
@@ -87,6 +97,9 @@ def group_parameters(
     With `single_task_learning_rate`, and with an `OptimizerConfig`, one group of everything,
     unfused embedding tables included.
 
+    Where the configuration's `groups` has patterns, the parameters that one of them matches are in
+    a group of their own, after the one that they would be in (see `config.GroupOptions`).
+
     Names count without what wrappers add to them ("module.", "_orig_mod." and the like), so a tower
     at the top level of a model is found, wrapped or not; the original finds it in a wrapped model
     only. Frozen parameters stay in their groups, as in the original. Parameters that are updated
@@ -95,20 +108,19 @@ def group_parameters(
 
     Args:
         model: The model, wrapped or not (DDP, torch.compile, torchrec's model parallel).
-        optimizer_config: The learning rates of the dense groups.
-        emb_optimizer_config: The learning rates of embedding tables, fused or dense.
+        optimizer_config: Algorithms and learning rates of the dense groups; or what
+            `config.as_optimizer_config` takes.
+        emb_optimizer_config: The learning rates of embedding tables, fused or dense; or what
+            `config.as_embedding_config` takes.
         fused_params: What the model's fused optimizer updates, by name without wrappers; empty on a
             rank that holds no shard. None: there is no fused optimizer.
 
     Raises:
-        TypeError: `optimizer_config` is not a configuration.
+        TypeError: A configuration is of a class that cannot be read.
         ValueError: Model and configuration do not fit; the message names parameters and fields.
     """
-    if not isinstance(optimizer_config, (RecapOptimizerConfig, OptimizerConfig)):
-        raise TypeError(
-            "optimizer_config must be a RecapOptimizerConfig or an OptimizerConfig, "
-            f"found {type(optimizer_config).__name__}"
-        )
+    optimizer_config = as_optimizer_config(optimizer_config)
+    emb_optimizer_config = as_embedding_config(emb_optimizer_config)
     dense, updated_in_backward = _split(model, fused_params or {})
     trains_in_backward = bool(fused_params or updated_in_backward)
     if not trains_in_backward and not any(param.requires_grad for param in dense.values()):
@@ -123,7 +135,7 @@ def group_parameters(
                 "pass emb_optimizer_config with a learning_rate"
             )
     if emb_optimizer_config is not None:
-        check_embedding_config(emb_optimizer_config, {*dense, *updated_in_backward}, fused_params)
+        check_embedding_config(emb_optimizer_config, [*dense, *updated_in_backward], fused_params)
 
     if isinstance(optimizer_config, OptimizerConfig):
         _, section = optimizer_config.algorithm
@@ -139,14 +151,22 @@ def group_parameters(
 
     dense_embeddings = any(group.role == "dense_embeddings" for group in groups)
     if emb_optimizer_config is not None and fused_params is None and not dense_embeddings:
-        raise ValueError(
-            "emb_optimizer_config is given, but nothing uses it: the model has no fused optimizer "
-            f"and no group of dense embeddings, only {', '.join(group.name for group in groups)}. "
-            "Leave it out, or fuse the tables first (recap_fast.embeddings.fuse_embeddings)"
-        )
+        if any(TABLES in name for name in dense):
+            raise ValueError(
+                "emb_optimizer_config is given, but nothing uses it: the model has no fused "
+                "optimizer and no group of dense embeddings, only "
+                f"{', '.join(group.name for group in groups)}. Leave it out, or fuse the tables "
+                "first (recap_fast.embeddings.fuse_embeddings)"
+            )
+        logger.warning("emb_optimizer_config has no effect: the model has no tables")
     if emb_optimizer_config is not None:
         check_tables_used(emb_optimizer_config, groups)
-    return groups
+    return apply_group_options(
+        groups,
+        optimizer_config,
+        without_wrappers(dense),
+        without_wrappers(updated_in_backward).values(),
+    )
 
 
 def _split(
@@ -158,12 +178,14 @@ def _split(
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     bare = without_wrappers(named)
-    fused_ids = {id(tensor) for tensor in fused_params.values()} | {
-        # A fused table may be listed as a parameter that is a view of what the optimizer updates.
-        id(param)
-        for name, param in named.items()
-        if name in fused_params or bare[name] in fused_params
-    }
+    # A fused table may be listed as a parameter that is a view of what the optimizer updates.
+    shares_memory = memory_of(fused_params.values())
+    fused_ids = {id(tensor) for tensor in fused_params.values()}
+    for name, param in named.items():
+        # A name alone proves nothing: an optimizer may call a table "<table>.weight".
+        by_name = TABLES in name or memory_range(param) is None
+        if shares_memory(param) or (by_name and {name, bare[name]} & fused_params.keys()):
+            fused_ids.add(id(param))
     own_ids = {id(p) for p in named.values() if getattr(p, "_in_backward_optimizers", None)}
     unscheduled = [
         name
@@ -223,8 +245,8 @@ def _multi_task_groups(
     emb_optimizer_config: EmbeddingOptimizerConfig | None,
 ) -> list[DenseGroup]:
     towers = rates.tower_learning_rates
-    backbone_name = _unused_name(BACKBONE, towers)
-    embeddings_name = _unused_name(DENSE_EMBEDDINGS, towers)
+    backbone_name = unused_name(BACKBONE, towers)
+    embeddings_name = unused_name(DENSE_EMBEDDINGS, towers)
     group_of: dict[str, str] = {}
     for name, modules in modules_by_name(dense).items():
         tasks = [task for task in towers if sanitize(task) in modules]
@@ -234,6 +256,12 @@ def _multi_task_groups(
         group_of[name] = tasks[0] if tasks else rest
     members = _members(dense, group_of)
 
+    empty = [task for task in towers if task not in members]
+    if empty:
+        raise ValueError(
+            f"tower_learning_rates: all parameters of the task {empty[0]!r} are those of another "
+            "group, under an earlier name; remove its rate"
+        )
     groups = [DenseGroup(task, "tower", members[task], rate) for task, rate in towers.items()]
     backbone = members.get(backbone_name)
     if backbone and rates.backbone_learning_rate is None:
@@ -249,7 +277,7 @@ def _multi_task_groups(
             )
         groups.append(DenseGroup(backbone_name, "backbone", backbone, rates.backbone_learning_rate))
     groups += [
-        DenseGroup(_unused_name(name, towers), "dense_embeddings", params, rate)
+        DenseGroup(unused_name(name, towers), "dense_embeddings", params, rate)
         for name, params, rate in split_by_schedule(
             members.get(embeddings_name, {}), emb_optimizer_config
         )
@@ -276,25 +304,13 @@ def _members(dense: _Parameters, group_of: Mapping[str, str]) -> dict[str, _Para
         first = first_names.setdefault(id(param), name)
         if first == name:
             members.setdefault(group, {})[name] = param
-        elif group_of[first] == group:
+        else:
+            other = f", not {group!r}," if group != group_of[first] else ""
             logger.warning(
-                "%r and %r are the same parameter; the group %r has it once, under the first name",
+                "%r and %r are the same parameter; the group %r%s has it under the first name",
                 first,
                 name,
-                group,
-            )
-        else:
-            raise ValueError(
-                f"{first!r} and {name!r} are the same parameter, but the first belongs to the "
-                f"group {group_of[first]!r} and the second to {group!r}, with a learning rate "
-                "each; register it as a parameter in one of the two places only"
+                group_of[first],
+                other,
             )
     return members
-
-
-def _unused_name(name: str, taken: Iterable[str]) -> str:
-    """Returns `name`, with underscores at its end if a task is called so."""
-    taken = set(taken)
-    while name in taken:
-        name += "_"
-    return name

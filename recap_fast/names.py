@@ -38,21 +38,21 @@ def is_table(param_name: str) -> bool:
     return param_name.split(".")[-3:-2] == [TABLES]
 
 
+def tables_in(param_names: Iterable[str]) -> list[str]:
+    """Returns the names of the tables of `EmbeddingBagCollection`s among parameters."""
+    return [table_name(name) for name in param_names if is_table(name)]
+
+
 def table_name(param_name: str) -> str:
     """Returns what an embedding table is called, given the name of its weights."""
     return param_name.removesuffix(".weight").rpartition(".")[2]
 
 
 def check_table_names(
-    emb_optimizer_config: EmbeddingOptimizerConfig, param_names: Iterable[str]
+    emb_optimizer_config: EmbeddingOptimizerConfig, tables: Iterable[str]
 ) -> None:
-    """Raises if `tables` names one that none of the parameters is.
-
-    Args:
-        emb_optimizer_config: What to check.
-        param_names: FQNs; a table's is "<path>.embedding_bags.<table>.weight".
-    """
-    known = dict.fromkeys(table_name(name) for name in param_names if is_table(name))
+    """Raises if the configuration's `tables` names one that is not among these."""
+    known = dict.fromkeys(tables)
     for name in emb_optimizer_config.tables:
         if name in known:
             continue
@@ -66,3 +66,11 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     quoted = [repr(name) for name in names]
     more = f" and {len(quoted) - limit} more" if len(quoted) > limit else ""
     return ", ".join(quoted[:limit]) + more
+
+
+def unused_name(name: str, taken: Iterable[str]) -> str:
+    """Returns `name`, with underscores at its end if that is taken."""
+    taken = set(taken)
+    while name in taken:
+        name += "_"
+    return name

@@ -7,6 +7,8 @@ and a checkpoint of either loads into the other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,6 +19,7 @@ from recap_fast.shim import RecapLRShim
 
 _CLASSES = OptimizerClasses(
     adam=torch.optim.Adam,
+    adamw=torch.optim.AdamW,
     adagrad=torch.optim.Adagrad,
     sgd=torch.optim.SGD,
     combined=CombinedOptimizer,
@@ -25,8 +28,8 @@ _CLASSES = OptimizerClasses(
 
 def build_optimizer(
     model: nn.Module,
-    optimizer_config: RecapOptimizerConfig | OptimizerConfig,
-    emb_optimizer_config: EmbeddingOptimizerConfig | None = None,
+    optimizer_config: RecapOptimizerConfig | OptimizerConfig | Any,
+    emb_optimizer_config: EmbeddingOptimizerConfig | Any | None = None,
     *,
     clip_grad_norm: float | None = None,
 ) -> tuple[CombinedOptimizer, RecapLRShim]:

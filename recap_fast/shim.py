@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torchrec.optim import keyed
 
-from recap_fast.config import LearningRate
+from recap_fast.config import LearningRate, as_learning_rate
 from recap_fast.keyed import is_dense, leaves
 from recap_fast.names import table_name
 from recap_fast.schedules import compute_lr
@@ -19,9 +18,10 @@ from recap_fast.schedules import compute_lr
 class RecapLRShim(LRScheduler):
     """Drives the rates of a `CombinedOptimizer`; used like any other torch scheduler.
 
-    The param groups of torchrec's `FusedOptimizer`s inside, however deep, are fused embeddings.
-    They follow the schedule of their tables in `table_learning_rates`, or else `emb_learning_rate`.
-    All others are dense: they follow `lr_dict`, in order. If the optimizer has a method
+    The param groups of torchrec's `FusedOptimizer`s inside, however deep, and those of
+    `fused_optimizer` are fused embeddings. They follow the schedule of their tables in
+    `table_learning_rates`, or else `emb_learning_rate`. All others are dense: they follow
+    `lr_dict`, in order. If the optimizer has a method
     `sync_fused_learning_rates`, it is called after every change of the rates.
 
     A rate depends on its schedule and the step alone, so the step is all that a resume restores.
@@ -41,9 +41,13 @@ class RecapLRShim(LRScheduler):
         table_learning_rates: Schedules of fused tables that have their own, by table name. Tables
             that share a param group share a table-batched module, so they must have the same one.
             A table that is not here may be on another process.
+        fused_optimizer: What in the optimizer trains the embeddings, whatever its class. A
+            `FusedOptimizer` is one without being named here.
+
+    Schedules are `LearningRate`s, or what `recap_fast.config.as_learning_rate` takes.
 
     Raises:
-        TypeError: If the optimizer is not a `CombinedOptimizer` or a schedule not a `LearningRate`.
+        TypeError: If the optimizer is not a `CombinedOptimizer` or a schedule cannot be read.
         ValueError: If groups and schedules do not match, or `last_epoch` is less than -1.
     """
 
@@ -55,15 +59,25 @@ class RecapLRShim(LRScheduler):
         last_epoch: int = -1,
         device_schedule: bool = False,
         table_learning_rates: Mapping[str, LearningRate] | None = None,
+        fused_optimizer: keyed.KeyedOptimizer | None = None,
     ) -> None:
         if last_epoch < -1:
             raise ValueError(f"last_epoch must be -1 or greater, found {last_epoch}")
-        self.table_learning_rates = dict(table_learning_rates or {})
-        self._schedules = _schedule_per_param_group(
-            optimizer, lr_dict, emb_learning_rate, self.table_learning_rates
+        if not isinstance(optimizer, keyed.CombinedOptimizer):
+            raise TypeError(
+                "optimizer must be a torchrec.optim.keyed.CombinedOptimizer, "
+                f"found {type(optimizer).__name__}"
+            )
+        self.lr_dict = _schedules_of("lr_dict", lr_dict)
+        self.table_learning_rates = _schedules_of(
+            "table_learning_rates", table_learning_rates or {}
         )
-        self.lr_dict = dict(lr_dict)
-        self.group_names = list(lr_dict)
+        if emb_learning_rate is not None:
+            emb_learning_rate = as_learning_rate(emb_learning_rate, "emb_learning_rate")
+        self._schedules = _schedule_per_param_group(
+            optimizer, self.lr_dict, emb_learning_rate, self.table_learning_rates, fused_optimizer
+        )
+        self.group_names = list(self.lr_dict)
         self.emb_learning_rate = emb_learning_rate
         self._device_schedule = device_schedule
         if device_schedule:
@@ -72,7 +86,7 @@ class RecapLRShim(LRScheduler):
                     "device_schedule=True needs a recap_fast FusedCombinedOptimizer, found "
                     f"{type(optimizer).__name__}"
                 )
-            optimizer.follow_on_device(list(lr_dict.values()))
+            optimizer.follow_on_device(list(self.lr_dict.values()))
         # The base class would want each group's "initial_lr" with last_epoch; we need none.
         super().__init__(optimizer)
         if last_epoch != -1:
@@ -112,30 +126,39 @@ class RecapLRShim(LRScheduler):
 
         The schedules stay those that this object was made with: a run may resume with new ones.
 
+        The state of another torch scheduler is taken too, such as that of the recap recommender's
+        own shim, which has all attributes of the scheduler: only `last_epoch` is read from it.
+
         Raises:
-            ValueError: If it is not the state of a `RecapLRShim` for the same groups.
+            ValueError: If there is no step in it, or if it is the state of a `RecapLRShim` for
+                other groups.
         """
-        own = self.state_dict()
-        if state_dict.keys() != own.keys():
+        if "last_epoch" not in state_dict:
             raise ValueError(
-                f"not the state of a RecapLRShim: expected the keys {', '.join(own)}; "
-                f"found {', '.join(map(str, state_dict)) or 'none'}"
+                "not the state of a learning-rate scheduler: there is no last_epoch in it, only "
+                f"{', '.join(map(str, state_dict)) or 'nothing'}"
             )
         step = state_dict["last_epoch"]
         if type(step) is not int or step < 0:
             raise ValueError(f"last_epoch in the state must be an int, 0 or more; found {step!r}")
-        saved_names = state_dict["group_names"]
+        own = self.state_dict()
+        if state_dict.keys() == own.keys():
+            self._check_groups(state_dict, own)
+        self._move_to(step)
+
+    def _check_groups(self, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Raises if the state of a `RecapLRShim` is for other groups."""
+        saved_names = saved["group_names"]
         if sorted(saved_names) != sorted(self.group_names):  # schedules go by name, not by place
             raise ValueError(
                 f"the state has {len(saved_names)} dense group(s): {', '.join(saved_names)}; this "
                 f"scheduler has {len(self.group_names)}: {', '.join(self.group_names)}"
             )
-        if state_dict["has_embedding_rate"] != own["has_embedding_rate"]:
+        if saved["has_embedding_rate"] != own["has_embedding_rate"]:
             raise ValueError(
-                f"has_embedding_rate is {state_dict['has_embedding_rate']} in the state, but "
+                f"has_embedding_rate is {saved['has_embedding_rate']} in the state, but "
                 f"{own['has_embedding_rate']} here: only one of the two has fused embeddings"
             )
-        self._move_to(step)
 
     def _move_to(self, step: int) -> None:
         """Sets the rates of `step` as construction sets those of step 0."""
@@ -156,30 +179,21 @@ class RecapLRShim(LRScheduler):
                 )
 
 
+def _schedules_of(name: str, given: Mapping[str, Any]) -> dict[str, LearningRate]:
+    return {key: as_learning_rate(rate, f"{name}[{key!r}]") for key, rate in given.items()}
+
+
 def _schedule_per_param_group(
     optimizer: keyed.CombinedOptimizer,
     lr_dict: Mapping[str, LearningRate],
     emb_learning_rate: LearningRate | None,
     table_learning_rates: Mapping[str, LearningRate],
+    fused_optimizer: keyed.KeyedOptimizer | None,
 ) -> list[LearningRate]:
     """Returns the schedules in the order of `optimizer.param_groups`, after all checks."""
-    if not isinstance(optimizer, keyed.CombinedOptimizer):
-        raise TypeError(
-            "optimizer must be a torchrec.optim.keyed.CombinedOptimizer, "
-            f"found {type(optimizer).__name__}"
-        )
-    given = {f"lr_dict[{name!r}]": schedule for name, schedule in lr_dict.items()}
-    given |= {
-        f"table_learning_rates[{name!r}]": rate for name, rate in table_learning_rates.items()
-    }
-    if emb_learning_rate is not None:
-        given["emb_learning_rate"] = emb_learning_rate
-    for name, schedule in given.items():
-        if not isinstance(schedule, LearningRate):
-            raise TypeError(f"{name} must be a LearningRate, found {schedule!r}")
-
+    fused_ids = {id(leaf) for leaf in leaves(fused_optimizer)} if fused_optimizer else set()
     groups = [(leaf, group) for leaf in leaves(optimizer) for group in leaf.param_groups]
-    group_is_dense = [is_dense(leaf) for leaf, _ in groups]
+    group_is_dense = [is_dense(leaf) and id(leaf) not in fused_ids for leaf, _ in groups]
     num_dense, num_fused = group_is_dense.count(True), group_is_dense.count(False)
     names = ", ".join(lr_dict) or "none"
     if num_dense != len(lr_dict):
@@ -187,36 +201,34 @@ def _schedule_per_param_group(
             f"the optimizer has {num_dense} dense param group(s), but lr_dict has {len(lr_dict)} "
             f"learning rate(s): {names}. Give one per dense param group, in the optimizer's order"
         )
+    rate_names = [f"table_learning_rates[{name!r}]" for name in table_learning_rates]
+    if emb_learning_rate is not None:
+        rate_names.append("emb_learning_rate")
     # A fused part without a param group is fine: under model parallel a rank may hold no table.
     inside = [*leaves(optimizer), *(part for _, part in optimizer.optimizers)]
-    rate_names = [name for name in given if not name.startswith("lr_dict")]
-    if rate_names and all(is_dense(part) for part in inside):
+    if rate_names and fused_optimizer is None and all(is_dense(part) for part in inside):
         raise ValueError(
             f"{rate_names[-1]} is set, but all {num_dense} param group(s) are dense: {names}. "
             "Leave it out, or add the fused optimizer of the embeddings to the optimizer"
         )
-    dense_schedules = iter(lr_dict.values())
-    schedules = [
-        next(dense_schedules)
-        if dense
-        else _schedule_of_tables(_tables_of(leaf, group), emb_learning_rate, table_learning_rates)
-        for (leaf, group), dense in zip(groups, group_is_dense, strict=True)
-    ]
-    if None in schedules:
-        leaf, group = groups[schedules.index(None)]
-        raise ValueError(
-            f"the optimizer has {num_fused} fused embedding param group(s) besides the {num_dense} "
-            f"dense: {names}. Give them an emb_learning_rate; there is no other for "
-            f"{', '.join(_tables_of(leaf, group))}"
-        )
-    return schedules
-
-
-def _tables_of(leaf: torch.optim.Optimizer, group: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the tables in a param group of a fused optimizer."""
     # By identity: a sharded table cannot be compared.
-    ids = {id(param) for param in group["params"]}
-    return [table_name(name) for name, param in leaf.params.items() if id(param) in ids]
+    table_names = {id(param): table_name(name) for name, param in optimizer.params.items()}
+    dense_schedules = iter(lr_dict.values())
+    schedules = []
+    for (_, group), dense in zip(groups, group_is_dense, strict=True):
+        if dense:
+            schedules.append(next(dense_schedules))
+            continue
+        tables = [table_names[id(p)] for p in group["params"] if id(p) in table_names]
+        schedule = _schedule_of_tables(tables, emb_learning_rate, table_learning_rates)
+        if schedule is None:
+            raise ValueError(
+                f"the optimizer has {num_fused} fused embedding param group(s) besides the "
+                f"{num_dense} dense: {names}. Give them an emb_learning_rate; there is no other "
+                f"for {', '.join(tables)}"
+            )
+        schedules.append(schedule)
+    return schedules
 
 
 def _schedule_of_tables(

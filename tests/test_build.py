@@ -43,7 +43,6 @@ from tests.models import (
     LIKED,
     REPLIED,
     EmbeddingRanker,
-    Ranker,
     constant,
     features,
     multi_task_config,
@@ -426,9 +425,10 @@ def test_fused_tables_without_a_rate_are_refused(build_optimizer: Builder) -> No
         build_optimizer(model, multi_task_config())
 
 
-def test_unused_embedding_rate_is_refused(build_optimizer: Builder) -> None:
+def test_embedding_rate_for_tables_of_another_group_is_refused(build_optimizer: Builder) -> None:
+    config = OptimizerConfig(sgd=SgdConfig(lr=0.1))
     with pytest.raises(ValueError, match="emb_optimizer_config is given, but nothing uses it"):
-        build_optimizer(Ranker(), multi_task_config(), EMBEDDING_RATE)
+        build_optimizer(embedding_ranker(), config, EMBEDDING_RATE)
 
 
 WITHOUT_TORCHREC = """

@@ -387,10 +387,31 @@ def test_shared_parameter_goes_in_once_with_a_warning(caplog: pytest.LogCaptureF
     assert "'y.weight' and 'z.weight' are the same parameter" in caplog.text
 
 
-def test_parameter_shared_by_two_groups_is_refused() -> None:
-    pattern = "'towers.a.other' and 'y.weight' are the same.* group 'a' .* to 'backbone'"
-    with pytest.raises(ValueError, match=pattern):
-        group_parameters(tied("towers.a.other", "y.weight"), multi_task_config(("a",)))
+def test_parameter_shared_by_two_groups_is_in_the_first_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As in the original, which sees the first name only."""
+    with caplog.at_level(logging.WARNING, logger="recap_fast"):
+        groups = group_parameters(tied("towers.a.other", "y.weight"), multi_task_config(("a",)))
+    assert names(groups) == [
+        ("a", "tower", ["towers.a.weight", "towers.a.other"]),
+        ("backbone", "backbone", ["x.weight"]),
+    ]
+    assert "'towers.a.other' and 'y.weight' are the same parameter" in caplog.text
+    assert "the group 'a', not 'backbone', has it" in caplog.text
+
+
+def test_tower_of_parameters_of_another_tower_is_refused() -> None:
+    model = tied("towers.a.weight", "towers.b.weight")
+    with pytest.raises(ValueError, match="all parameters of the task 'b' are those of another"):
+        group_parameters(model, multi_task_config(("a", "b")))
+
+
+def test_embedding_rate_without_tables_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="recap_fast"):
+        groups = group_parameters(Ranker(), multi_task_config(), EMBEDDING_RATE)
+    assert [group.name for group in groups] == [LIKED, REPLIED, "backbone"]
+    assert "emb_optimizer_config has no effect: the model has no tables" in caplog.text
 
 
 def test_parameter_shared_by_two_groups_is_fine_in_one_group_of_everything() -> None:
@@ -500,13 +521,6 @@ ERRORS = {
         "chooses adagrad for all tables, but 'towers.a.ebc.embedding_bags.t.weight' is not fused, "
         "and belongs to the group 'a'",
     ),
-    "embedding rate without tables": (
-        Ranker(),
-        multi_task_config(),
-        EMBEDDING_RATE,
-        "nothing uses it: the model has no fused optimizer and no group of dense embeddings, "
-        "only ml.liked, ml.replied, backbone",
-    ),
     "embedding rate for one group of everything": (
         EmbeddingRanker(),
         SINGLE_TASK,
@@ -564,5 +578,5 @@ def test_single_group_without_dense_parameters_is_refused() -> None:
 
 
 def test_configuration_of_another_type_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"optimizer_config must be a Recap.* found dict"):
-        group_parameters(Ranker(), {"sgd": {"lr": 0.1}})
+    with pytest.raises(TypeError, match=r"optimizer_config must be a Recap.* found list"):
+        group_parameters(Ranker(), [0.1])

@@ -1,22 +1,31 @@
 """Configuration of optimizers and learning rates, checked when it is built.
 
 Field names and defaults are those of the recap recommender's own `optimizer:` section, so that its
-YAML loads unchanged. What is new here: adagrad and sgd for the dense groups, and a choice of
+YAML loads unchanged. What is new here: all algorithms and options of `torch.optim`'s Adam, AdamW,
+Adagrad and SGD for the dense groups, and others for some of them (`groups`); and a choice of
 algorithm and schedule for the embeddings, table by table. This package imports neither torch,
 torchrec nor FBGEMM.
+
+`as_optimizer_config` and `as_embedding_config` take the same fields from other objects: mappings,
+dataclasses and pydantic models of any version, such as the recap recommender's own.
 """
 
-from recap_fast.config.base import BaseConfig
-from recap_fast.config.dense import (
+from recap_fast.config.algorithms import (
     AdagradConfig,
     AdamConfig,
-    MultiTaskLearningRates,
-    OptimizerConfig,
+    AdamWConfig,
     RecapAdagradConfig,
     RecapAdamConfig,
-    RecapOptimizerConfig,
+    RecapAdamWConfig,
     RecapSgdConfig,
     SgdConfig,
+)
+from recap_fast.config.base import BaseConfig
+from recap_fast.config.convert import as_embedding_config, as_learning_rate, as_optimizer_config
+from recap_fast.config.dense import (
+    MultiTaskLearningRates,
+    OptimizerConfig,
+    RecapOptimizerConfig,
 )
 from recap_fast.config.embeddings import (
     EmbeddingAdagradConfig,
@@ -30,6 +39,7 @@ from recap_fast.config.embeddings import (
     TableOptimizerConfig,
 )
 from recap_fast.config.files import load_optimizer_config
+from recap_fast.config.groups import GroupConfig, GroupOptions, RecapGroupConfig
 from recap_fast.config.rates import (
     LearningRate,
     LinearRampToConstant,
@@ -50,6 +60,7 @@ from recap_fast.config.rowwise_adagrad import (
 __all__ = [
     "AdagradConfig",
     "AdamConfig",
+    "AdamWConfig",
     "BaseConfig",
     "EmbeddingAdagradConfig",
     "EmbeddingAdamConfig",
@@ -65,6 +76,8 @@ __all__ = [
     "EmbeddingRowwiseAdagradConfig",
     "EmbeddingSection",
     "EmbeddingSgdConfig",
+    "GroupConfig",
+    "GroupOptions",
     "LearningRate",
     "LinearRampToConstant",
     "LinearRampToCosine",
@@ -73,9 +86,14 @@ __all__ = [
     "PiecewiseConstant",
     "RecapAdagradConfig",
     "RecapAdamConfig",
+    "RecapAdamWConfig",
+    "RecapGroupConfig",
     "RecapOptimizerConfig",
     "RecapSgdConfig",
     "SgdConfig",
     "TableOptimizerConfig",
+    "as_embedding_config",
+    "as_learning_rate",
+    "as_optimizer_config",
     "load_optimizer_config",
 ]

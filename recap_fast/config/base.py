@@ -8,37 +8,53 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-def _refuse_text(value: Any) -> Any:
-    """Explains why a value that looks like a number in YAML may be text."""
-    if isinstance(value, str):
-        raise ValueError(
-            f"expected a number, found the text {value!r}. Remove quotes if there are any; in "
-            "scientific notation YAML 1.1 wants a decimal point and a signed exponent: write "
-            "1.0e-3, not 1e-3"
-        )
-    return value
+def _number(value: Any) -> Any:
+    """Returns the number that a text spells; any other value as it is.
+
+    YAML 1.1 reads 1e-3 as a text, since it wants 1.0e-3, and quotes are easily left around a value
+    from the environment.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"expected a number, found the text {value!r}") from None
 
 
-# Strict: no booleans, no text, no fraction where a whole number belongs. A whole number is a float.
+def _whole_number(value: Any) -> Any:
+    """Returns an int for a float without a fraction, such as YAML's 5.0e+3, and for such a text."""
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Strict: no booleans, no fraction where a whole number belongs. A whole number is a float.
 NonNegative = Annotated[
-    float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(_refuse_text)
+    float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(_number)
 ]
-Positive = Annotated[
-    float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_refuse_text)
-]
-Share = Annotated[float, Field(strict=True, ge=0, le=1), BeforeValidator(_refuse_text)]
-Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), BeforeValidator(_refuse_text)]
-Whole = Annotated[int, Field(strict=True), BeforeValidator(_refuse_text)]
-Step = Annotated[int, Field(strict=True, ge=0), BeforeValidator(_refuse_text)]
-NumSteps = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_refuse_text)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), BeforeValidator(_number)]
+PositiveOrInfinite = Annotated[float, Field(strict=True, gt=0), BeforeValidator(_number)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1), BeforeValidator(_number)]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), BeforeValidator(_number)]
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole_number)]
+Step = Annotated[int, Field(strict=True, ge=0), BeforeValidator(_whole_number)]
+NumSteps = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole_number)]
+Flag = Annotated[bool, Field(strict=True)]
+
+# Two spellings of one idea: torch's names and those of the recap recommender.
+_BETAS = ("beta_1", "beta_2")
+_SPELLINGS = {"eps": "epsilon", "epsilon": "eps"}
 
 
 class BaseConfig(BaseModel):
     """What all configuration classes share.
 
     Instances are frozen, unknown fields are refused, and a known field given as None counts as not
-    given. A subclass names its groups of alternatives in `exactly_one_of` and `at_most_one_of`;
-    breaking such a rule is a `pydantic.ValidationError` that names all fields of the group.
+    given. Where a class has `betas`, `beta_1` and `beta_2` are taken too, and the other way round;
+    so are `eps` and `epsilon`. A number may be a text that spells it.
+
+    A subclass names its groups of alternatives in `exactly_one_of` and `at_most_one_of`; breaking
+    such a rule is a `pydantic.ValidationError` that names all fields of the group.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,14 +64,40 @@ class BaseConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
+    def _read(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {
-            name: value
-            for name, value in data.items()
-            if value is not None or name not in cls.model_fields
-        }
+        known = {*cls.model_fields}
+        known |= {other for other, own in _SPELLINGS.items() if own in known}
+        if known & {"betas", *_BETAS}:
+            known |= {"betas", *_BETAS}
+        # Of a name that is not known, the error is to say so.
+        return cls._respell(
+            {name: value for name, value in data.items() if value is not None or name not in known}
+        )
+
+    @classmethod
+    def _respell(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Returns the fields under the names that this class has for them."""
+        fields = cls.model_fields
+        for other, own in _SPELLINGS.items():
+            if own in fields and other not in fields and other in given:
+                if own in given:
+                    raise ValueError(f"{own} and {other} are the same: set one of them")
+                given[own] = given.pop(other)
+        single = [name for name in _BETAS if name in given]
+        if "betas" in given and single:
+            raise ValueError(f"betas and {single[0]} are the same: set one of them")
+        if "betas" in given and "beta_1" in fields:
+            betas = given["betas"]
+            if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+                raise ValueError(f"betas must be two numbers, beta_1 and beta_2; found {betas!r}")
+            del given["betas"]
+            given |= dict(zip(_BETAS, betas, strict=True))
+        elif single and "betas" in fields:
+            defaults = dict(zip(_BETAS, fields["betas"].default, strict=True))
+            given["betas"] = tuple(given.pop(name, defaults[name]) for name in _BETAS)
+        return given
 
     @model_validator(mode="after")
     def _check_one_of(self) -> BaseConfig:

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from recap_fast.config.base import BaseConfig, Fraction, NonNegative
+from recap_fast.config.algorithms import (
+    AdagradConfig,
+    AdamConfig,
+    AdamWConfig,
+    DenseSection,
+    RecapAdagradConfig,
+    RecapAdamConfig,
+    RecapAdamWConfig,
+    RecapSgdConfig,
+    SgdConfig,
+)
+from recap_fast.config.base import BaseConfig, PositiveOrInfinite
+from recap_fast.config.groups import ALGORITHMS, GroupConfig, RecapGroupConfig
 from recap_fast.config.rates import LearningRate
 
-# One group for the whole model
-
-
-class AdamConfig(BaseConfig):
-    """Adam with torch's argument names."""
-
-    lr: NonNegative
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: NonNegative = 1e-7
-
-
-class SgdConfig(BaseConfig):
-    """SGD with torch's argument names."""
-
-    lr: NonNegative
-    momentum: NonNegative = 0.0
-
-
-class AdagradConfig(BaseConfig):
-    """Adagrad with torch's argument names.
-
-    The default `eps` of zero is the original's: an element whose gradients have all been zero then
-    becomes NaN (0 / 0). Set it unless every element gets a gradient.
-    """
-
-    lr: NonNegative
-    eps: NonNegative = 0.0
+_Name = Annotated[str, Field(min_length=1)]
 
 
 class OptimizerConfig(BaseConfig):
@@ -44,65 +30,41 @@ class OptimizerConfig(BaseConfig):
     Attributes:
         learning_rate: The schedule. Without it, the `lr` of the chosen section is used as a
             constant; with it, that `lr` has no effect.
-        adam, sgd, adagrad: The algorithm: exactly one of them.
+        adam, adamw, sgd, adagrad: The algorithm: exactly one of them.
+        groups: What is different about some parameters, by the name of the entry; see
+            `GroupOptions`. Without `learning_rate`, an entry with an algorithm has the `lr` of that
+            section, which only its own `lr_multiplier` multiplies.
+        clip_grad_norm: The greatest global norm of the gradients of all dense groups; the argument
+            of `build_optimizer` overrides it. Infinity clips nothing, but skips steps whose norm is
+            not finite.
     """
 
-    exactly_one_of = (("adam", "sgd", "adagrad"),)
+    exactly_one_of = (ALGORITHMS,)
 
     learning_rate: LearningRate | None = None
     adam: AdamConfig | None = None
+    adamw: AdamWConfig | None = None
     sgd: SgdConfig | None = None
     adagrad: AdagradConfig | None = None
+    groups: dict[_Name, GroupConfig] = Field(default_factory=dict)
+    clip_grad_norm: PositiveOrInfinite | None = None
 
     @property
-    def algorithm(self) -> tuple[str, AdamConfig | SgdConfig | AdagradConfig]:
+    def algorithm(self) -> tuple[str, DenseSection]:
         """The name of the chosen algorithm and its section."""
-        (name,) = self._given(("adam", "sgd", "adagrad"))
+        (name,) = self._given(ALGORITHMS)
         return name, getattr(self, name)
-
-
-# A group per task
-
-
-class RecapAdamConfig(BaseConfig):
-    """Adam for the dense groups."""
-
-    beta_1: Fraction = 0.9
-    beta_2: Fraction = 0.999
-    epsilon: NonNegative = 1e-7
-
-
-class RecapAdagradConfig(BaseConfig):
-    """Adagrad for the dense groups."""
-
-    epsilon: NonNegative = 1e-10
-    initial_accumulator_value: NonNegative = 0.0
-
-
-class RecapSgdConfig(BaseConfig):
-    """SGD for the dense groups."""
-
-    momentum: NonNegative = 0.0
-    nesterov: Annotated[bool, Field(strict=True)] = False
-
-    @model_validator(mode="after")
-    def _check_nesterov(self) -> RecapSgdConfig:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum greater than 0")
-        return self
 
 
 class MultiTaskLearningRates(BaseConfig):
     """A learning rate per task tower, and one for what the towers share.
 
     Attributes:
-        tower_learning_rates: By task name, at least one; their order is that of the param groups.
+        tower_learning_rates: By task name; their order is that of the param groups.
         backbone_learning_rate: For every dense parameter outside the towers.
     """
 
-    tower_learning_rates: Annotated[
-        dict[Annotated[str, Field(min_length=1)], LearningRate], Field(min_length=1)
-    ]
+    tower_learning_rates: dict[_Name, LearningRate]
     backbone_learning_rate: LearningRate | None = None
 
 
@@ -112,22 +74,30 @@ class RecapOptimizerConfig(BaseConfig):
     Attributes:
         multi_task_learning_rates: A param group per task tower and one for the backbone.
         single_task_learning_rate: Instead of the above: a single group.
-        adam, adagrad, sgd: The algorithm of all dense groups: exactly one of them.
+        adam, adamw, adagrad, sgd: The algorithm of all dense groups: exactly one of them.
+        groups: What is different about some parameters, by the name of the entry; see
+            `GroupOptions`.
+        clip_grad_norm: The greatest global norm of the gradients of all dense groups; the argument
+            of `build_optimizer` overrides it. Infinity clips nothing, but skips steps whose norm is
+            not finite.
     """
 
     exactly_one_of = (
         ("multi_task_learning_rates", "single_task_learning_rate"),
-        ("adam", "adagrad", "sgd"),
+        ALGORITHMS,
     )
 
     multi_task_learning_rates: MultiTaskLearningRates | None = None
     single_task_learning_rate: LearningRate | None = None
     adam: RecapAdamConfig | None = None
+    adamw: RecapAdamWConfig | None = None
     adagrad: RecapAdagradConfig | None = None
     sgd: RecapSgdConfig | None = None
+    groups: dict[_Name, RecapGroupConfig] = Field(default_factory=dict)
+    clip_grad_norm: PositiveOrInfinite | None = None
 
     @property
-    def algorithm(self) -> tuple[str, RecapAdamConfig | RecapAdagradConfig | RecapSgdConfig]:
+    def algorithm(self) -> tuple[str, DenseSection]:
         """The name of the chosen algorithm and its section."""
-        (name,) = self._given(("adam", "adagrad", "sgd"))
+        (name,) = self._given(ALGORITHMS)
         return name, getattr(self, name)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from recap_fast.config.base import BaseConfig, Fraction, NonNegative, Positive
+from recap_fast.config.base import BaseConfig, Flag, Fraction, NonNegative, Positive
 from recap_fast.config.rates import LearningRate
 from recap_fast.config.rowwise_adagrad import (
     EmbeddingEmaRowwiseAdagradConfig,
@@ -56,7 +56,7 @@ class EmbeddingAdamConfig(EmbeddingPartialRowwiseAdamConfig):
             number of forward passes.
     """
 
-    rowwise_bias_correction: Annotated[bool, Field(strict=True)] = False
+    rowwise_bias_correction: Flag = False
 
 
 class EmbeddingLambConfig(EmbeddingPartialRowwiseAdamConfig):
@@ -122,7 +122,7 @@ class TableOptimizerConfig(BaseConfig):
 
     learning_rate: LearningRate | None = None
     gradient_clipping: Positive | None = None
-    stochastic_rounding: Annotated[bool, Field(strict=True)] | None = None
+    stochastic_rounding: Flag | None = None
     sgd: EmbeddingSgdConfig | None = None
     adagrad: EmbeddingAdagradConfig | None = None
     rowwise_adagrad: EmbeddingRowwiseAdagradConfig | None = None

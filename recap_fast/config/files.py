@@ -9,8 +9,8 @@ import string
 from pathlib import Path
 
 import yaml
-from pydantic import ValidationError
 
+from recap_fast.config.convert import read_optimizer_config
 from recap_fast.config.dense import OptimizerConfig, RecapOptimizerConfig
 
 
@@ -72,16 +72,4 @@ def load_optimizer_config(
             f"section {section!r} of {path} must be a mapping, found {type(content).__name__}"
         )
 
-    is_recap = "multi_task_learning_rates" in content or "single_task_learning_rate" in content
-    config_class = RecapOptimizerConfig if is_recap else OptimizerConfig
-    try:
-        return config_class.model_validate(content)
-    except ValidationError as error:
-        reason = (
-            "it has multi_task_learning_rates or single_task_learning_rate"
-            if is_recap
-            else "it has neither multi_task_learning_rates nor single_task_learning_rate"
-        )
-        raise ValueError(
-            f"section {section!r} of {path}, read as {config_class.__name__} as {reason}: {error}"
-        ) from error
+    return read_optimizer_config(content, f"section {section!r} of {path}")

@@ -86,3 +86,23 @@ class LearningRate(BaseConfig):
     piecewise_constant: PiecewiseConstant | None = None
     linear_ramp_to_constant: LinearRampToConstant | None = None
     linear_ramp_to_cosine: LinearRampToCosine | None = None
+
+    def times(self, factor: float) -> LearningRate:
+        """Returns the schedule whose rate at every step is `factor` times the rate of this one."""
+        if factor == 1:
+            return self
+        (kind,) = self._given(self.exactly_one_of[0])
+        schedule = getattr(self, kind)
+        if kind == "constant":
+            return LearningRate(constant=factor * schedule)
+        if kind == "piecewise_constant":
+            scaled = {
+                "learning_rate_values": [factor * rate for rate in schedule.learning_rate_values]
+            }
+        else:
+            names = {
+                "learning_rate",
+                "final_learning_rate",
+            } & schedule.__class__.model_fields.keys()
+            scaled = {name: factor * getattr(schedule, name) for name in names}
+        return LearningRate.model_validate({kind: {**schedule.model_dump(), **scaled}})

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from recap_fast.config.base import (
     BaseConfig,
+    Flag,
     NonNegative,
     NumSteps,
     Positive,
@@ -59,7 +60,7 @@ class EmbeddingCounterConfig(BaseConfig):
         "equal", "tail_id_lr_increase", "tail_id_lr_decrease", "counter_sgd"
     ] = "equal"
     tail_id_threshold: NonNegative = 0.0
-    tail_id_threshold_is_ratio: Annotated[bool, Field(strict=True)] = False
+    tail_id_threshold_is_ratio: Flag = False
     max_counter_update_freq: NumSteps = 1000
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from typing import Any
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -29,7 +30,9 @@ from torchrec.optim import keyed
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings.kernels import kernel_arguments
 from recap_fast.keyed import leaves
-from recap_fast.names import table_name
+from recap_fast.names import some, table_name
+
+logger = logging.getLogger("recap_fast")
 
 _ADDS_UP_ROWS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 _SPLITS_ROWS = (
@@ -46,7 +49,8 @@ def check_built_kernels(
 ) -> None:
     """Raises if fused tables are not trained as configured.
 
-    Tables for which no algorithm is chosen pass: only their rate is then configured here.
+    Tables for which no algorithm is chosen pass: only their rate is then configured here. So do
+    those of kernels that cannot be read, which is logged.
 
     Args:
         model: The model, wrapped or not.
@@ -56,10 +60,19 @@ def check_built_kernels(
     Raises:
         ValueError: The message names a table, what was configured and what was found.
     """
+    read: set[int] = set()
     for leaf in leaves(fused_optimizer):
         kernel = getattr(leaf, "_emb_module", None)
-        for name in leaf.params if kernel is not None else ():
-            _check_kernel(table_name(name), kernel, emb_optimizer_config)
+        if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen):
+            for name, param in leaf.params.items():
+                read.add(id(param))
+                _check_kernel(table_name(name), kernel, emb_optimizer_config)
+    trusted = [name for name, param in fused_optimizer.params.items() if id(param) not in read]
+    if trusted:
+        logger.info(
+            "%s: not of a kernel that can be read, so taken as made; only learning rates are set",
+            some(trusted),
+        )
     for module in model.modules():
         if isinstance(module, ShardedEmbeddingBagCollection):
             for name, sharding in module.module_sharding_plan.items():

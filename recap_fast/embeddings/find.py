@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+
 from torch import nn
-from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+from torchrec.modules.fused_embedding_modules import (
+    FusedEmbeddingBagCollection,
+    FusedEmbeddingCollection,
+)
 from torchrec.optim import keyed
 from torchrec.optim.fused import FusedOptimizerModule
 
-from recap_fast.names import WRAPPER_SEGMENTS
+from recap_fast.config.convert import kind_of
+from recap_fast.fused_tables import memory_of
+from recap_fast.names import WRAPPER_SEGMENTS, table_name
+
+# Under which torchrec's collections have their tables, pooled and not.
+_HOLDERS = ("embedding_bags", "embeddings")
 
 
 def find_fused_optimizer(model: nn.Module) -> keyed.KeyedOptimizer | None:
     """Returns the `fused_optimizer` of a model or of what it wraps; None if there is none.
+
+    Any `KeyedOptimizer` is taken, under whatever names it has its tables. If the model has none,
+    but modules inside it have, it is a `CombinedOptimizer` of these, under the paths of the
+    modules, as torchrec's model parallel makes it.
 
     It may have no parameters, on a rank of torchrec's model parallel that holds no table. One that
     combines no optimizers at all counts as none, as in the original.
@@ -23,54 +38,85 @@ def find_fused_optimizer(model: nn.Module) -> keyed.KeyedOptimizer | None:
     owner: nn.Module | None = model
     while owner is not None and getattr(owner, "fused_optimizer", None) is None:
         owner = _wrapped_module(owner)
-    if owner is None:
-        for path, module in model.named_modules():
-            if isinstance(module, FusedOptimizerModule):
-                raise ValueError(
-                    f"{path or 'the model'} is a {type(module).__name__}, but the model has no "
-                    "fused_optimizer through which to set its learning rate: set it, or use "
-                    "recap_fast.embeddings.fuse_embeddings on the outermost unwrapped model"
-                )
-        return None
-
-    optimizer = owner.fused_optimizer
-    if not isinstance(optimizer, keyed.KeyedOptimizer):
-        raise TypeError(
-            "model.fused_optimizer must be a torchrec.optim.keyed.KeyedOptimizer, "
-            f"found {type(optimizer).__name__}"
-        )
+    optimizer = _optimizer_of_parts(model) if owner is None else _optimizer_of(owner)
     if isinstance(optimizer, keyed.CombinedOptimizer):
         is_empty = not optimizer.optimizers
     else:
         is_empty = not optimizer.params
     if is_empty:
         return None
-    _check_all_tables_listed(owner, optimizer)
+    _check_all_tables_listed(model, optimizer)
     return optimizer
 
 
-def _check_all_tables_listed(owner: nn.Module, optimizer: keyed.KeyedOptimizer) -> None:
+def _optimizer_of(module: nn.Module) -> keyed.KeyedOptimizer:
+    optimizer = module.fused_optimizer
+    if inspect.ismethod(optimizer):  # in torchrec's unsharded collections it is one
+        optimizer = optimizer()
+    if not isinstance(optimizer, keyed.KeyedOptimizer):
+        raise TypeError(
+            "model.fused_optimizer must be a torchrec.optim.keyed.KeyedOptimizer, "
+            f"found {kind_of(optimizer)}"
+        )
+    return optimizer
+
+
+def _optimizer_of_parts(model: nn.Module) -> keyed.CombinedOptimizer:
+    optimizers = []
+    for path, module in _modules_with_optimizer(model):
+        optimizer = _optimizer_of(module)
+        optimizers.append((_key(path, module, optimizer), optimizer))
+    return keyed.CombinedOptimizer(optimizers)
+
+
+def _modules_with_optimizer(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that have a fused optimizer, by path without wrappers."""
+    for name, child in module.named_children():
+        own = [part for part in (path, name) if part and part not in WRAPPER_SEGMENTS]
+        found = getattr(child, "fused_optimizer", None)
+        if isinstance(found, keyed.KeyedOptimizer) or isinstance(child, FusedOptimizerModule):
+            yield ".".join(own), child
+        else:
+            yield from _modules_with_optimizer(child, ".".join(own))
+
+
+def _key(path: str, module: nn.Module, optimizer: keyed.KeyedOptimizer) -> str:
+    """Returns what to put before an optimizer's names of its tables, to make FQNs of them.
+
+    torchrec's unsharded collections call them "<table>.weight" there.
+    """
+    named = dict(module.named_parameters())
+    for holder in _HOLDERS:
+        if optimizer.params and all(f"{holder}.{name}" in named for name in optimizer.params):
+            return f"{path}.{holder}"
+    return path
+
+
+def _check_all_tables_listed(model: nn.Module, optimizer: keyed.KeyedOptimizer) -> None:
     """Raises if a fused collection has a table that is not the one in the optimizer.
 
     Otherwise it would be taken for an unfused one, or its weights would stand still.
     """
-    for path, collection in owner.named_modules():
-        if not isinstance(collection, FusedEmbeddingBagCollection):
+    params = optimizer.params
+    is_listed = memory_of(params.values())
+    for path, collection in model.named_modules():
+        if not isinstance(collection, (FusedEmbeddingBagCollection, FusedEmbeddingCollection)):
             continue
-        bare = [part for part in path.split(".") if part not in WRAPPER_SEGMENTS]
-        for name, bag in collection.embedding_bags.items():
-            fqn = ".".join([*bare, "embedding_bags", name, "weight"])
-            listed = optimizer.params.get(fqn)
-            if listed is None:
-                raise ValueError(
-                    f"model.fused_optimizer has no {fqn}, which is a fused table: make it with "
-                    "recap_fast.embeddings.fuse_embeddings"
-                )
-            if listed.data_ptr() != bag.weight.data_ptr():
+        for name, param in collection.named_parameters():
+            if param.is_meta or param.numel() == 0 or is_listed(param):
+                continue
+            parts = f"{path}.{name}".strip(".").split(".")
+            fqn = ".".join(part for part in parts if part not in WRAPPER_SEGMENTS)
+            if table_name(name) in map(table_name, params):
                 raise ValueError(
                     f"{fqn} is not the table that FBGEMM trains: was the model copied, moved or "
                     "cast after its embeddings were fused? Do that first, then fuse"
                 )
+            raise ValueError(
+                f"model.fused_optimizer has no {fqn}, which is a fused table: have it combine the "
+                "fused_optimizer of all fused modules (torchrec.optim.keyed.CombinedOptimizer), or "
+                "delete it, and they are found"
+            )
 
 
 def _wrapped_module(module: nn.Module) -> nn.Module | None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchrec.optim import keyed
 
-from recap_fast.config import EmbeddingOptimizerConfig
+from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
 from recap_fast.embeddings.collection import FusedTableCollection
 from recap_fast.embeddings.kernels import table_kernel
 from recap_fast.embeddings.tables import (
@@ -18,7 +18,7 @@ from recap_fast.embeddings.tables import (
     find_collections,
     find_tables,
 )
-from recap_fast.names import check_table_names
+from recap_fast.names import check_table_names, tables_in
 
 
 def fuse_embeddings(
@@ -53,6 +53,7 @@ def fuse_embeddings(
     Raises:
         ValueError: Something cannot be honoured; the message names it, and nothing was changed.
     """
+    emb_optimizer_config = as_embedding_config(emb_optimizer_config)
     check_not_wrapped(model)
     collections = find_collections(model)
     tables = find_tables(collections)
@@ -60,7 +61,7 @@ def fuse_embeddings(
         if table.weight.is_meta:
             raise ValueError(f"{name} is on the meta device, without weights: initialise it first")
     check_tables(model, tables)
-    check_table_names(emb_optimizer_config, dict(model.named_parameters()))
+    check_table_names(emb_optimizer_config, tables_in(name for name, _ in model.named_parameters()))
     device = torch.device(device) if device is not None else _common_device(tables)
     kernels = {
         path: {

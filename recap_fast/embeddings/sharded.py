@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
-from recap_fast.config import EmbeddingOptimizerConfig
+from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
 from recap_fast.embeddings.kernels import table_kernel
 from recap_fast.embeddings.tables import (
     check_not_wrapped,
@@ -14,7 +14,7 @@ from recap_fast.embeddings.tables import (
     find_collections,
     find_tables,
 )
-from recap_fast.names import check_table_names
+from recap_fast.names import check_table_names, tables_in
 
 
 def set_table_optimizers(
@@ -56,10 +56,11 @@ def set_table_optimizers(
     Raises:
         ValueError: Something cannot be honoured; the message names it, and nothing was changed.
     """
+    emb_optimizer_config = as_embedding_config(emb_optimizer_config)
     check_not_wrapped(model)
     tables = find_tables(find_collections(model))
     check_tables(model, tables)
-    check_table_names(emb_optimizer_config, dict(model.named_parameters()))
+    check_table_names(emb_optimizer_config, tables_in(name for name, _ in model.named_parameters()))
     device = torch.device(device)
     kernels = {}
     for name, table in tables.items():

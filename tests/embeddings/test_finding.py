@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import keyed
 
 from recap_fast import build_optimizer, reference
@@ -47,23 +49,25 @@ def test_a_fused_optimizer_without_tables_on_this_rank_counts() -> None:
     assert find_fused_optimizer(model) is model.fused_optimizer
 
 
-def test_fused_tables_without_a_fused_optimizer_are_refused() -> None:
+def test_fused_optimizers_of_parts_are_found() -> None:
     inner = fuse_embeddings(ranker(), SGD)
-    with pytest.raises(
-        ValueError, match=r"^0\.ebc is a FusedTableCollection, but the model has no"
-    ):
-        find_fused_optimizer(nn.Sequential(inner, nn.Sigmoid()))
+    expected = [f"0.{name}" for name in inner.fused_optimizer.params]
+    assert list(find_fused_optimizer(nn.Sequential(inner, nn.Sigmoid())).params) == expected
 
 
-def of_the_collection(model: nn.Module) -> nn.Module:
-    model.fused_optimizer = model.ebc.fused_optimizer()
+def of_another_model(model: nn.Module) -> nn.Module:
+    other = nn.Module()
+    other.other = EmbeddingBagCollection(
+        [EmbeddingBagConfig(name="t", num_embeddings=3, embedding_dim=4, feature_names=["f"])]
+    )
+    model.fused_optimizer = fuse_embeddings(other, SGD).fused_optimizer
     return model
 
 
 CHANGED: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "copied": (copy.deepcopy, f"{TABLES[0]} is not the table that FBGEMM trains"),
     "cast": (nn.Module.double, f"{TABLES[0]} is not the table that FBGEMM trains"),
-    "another optimizer": (of_the_collection, f"fused_optimizer has no {TABLES[0]}"),
+    "another optimizer": (of_another_model, f"fused_optimizer has no {TABLES[0]}"),
 }
 
 

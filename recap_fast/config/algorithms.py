@@ -1,0 +1,163 @@
+"""Sections of the algorithms that train dense parameters.
+
+Those of a whole model (`AdamConfig`, ...) have torch's names, those of the recap recommender
+(`RecapAdamConfig`, ...) its own; each takes the other spelling too (see `BaseConfig`). Both have
+all that the classes of `torch.optim` have, with the same meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+
+from recap_fast.config.base import BaseConfig, Flag, Fraction, NonNegative
+
+
+class DenseSection(BaseConfig):
+    """What every section has.
+
+    Attributes:
+        weight_decay: Added to the gradient, in proportion to the parameter (an L2 penalty).
+        maximize: Ascend instead of descend.
+    """
+
+    weight_decay: NonNegative = 0.0
+    maximize: Flag = False
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The fields, but for `lr`, as arguments of the `torch.optim` class."""
+        fields = self.model_dump(exclude={"lr"})
+        if "beta_1" in fields:
+            fields["betas"] = (fields.pop("beta_1"), fields.pop("beta_2"))
+        if "epsilon" in fields:
+            fields["eps"] = fields.pop("epsilon")
+        return fields
+
+
+class _Sgd(DenseSection):
+    momentum: NonNegative = 0.0
+    dampening: NonNegative = 0.0
+    nesterov: Flag = False
+
+    @model_validator(mode="after")
+    def _check_nesterov(self) -> _Sgd:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum greater than 0")
+        if self.nesterov and self.dampening != 0:
+            raise ValueError("nesterov needs a dampening of 0")
+        return self
+
+
+# For all parameters alike
+
+
+class AdamConfig(DenseSection):
+    """Adam.
+
+    Attributes:
+        lr: The constant rate, where there is no schedule.
+        betas: Decay of the averages of the gradient and of its square.
+        eps: Added to the denominator.
+        amsgrad: Divide by the greatest second moment so far.
+    """
+
+    lr: NonNegative
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: NonNegative = 1e-7
+    amsgrad: Flag = False
+
+
+class AdamWConfig(AdamConfig):
+    """Adam with decoupled weight decay: the parameter shrinks by `lr * weight_decay` of itself.
+
+    Attributes:
+        weight_decay: Its strength; the default is torch's.
+    """
+
+    weight_decay: NonNegative = 1e-2
+
+
+class SgdConfig(_Sgd):
+    """SGD.
+
+    Attributes:
+        lr: The constant rate, where there is no schedule.
+        momentum: Decay of the momentum buffer; 0 keeps none.
+        dampening: A gradient enters the buffer by 1 - dampening, the first one whole.
+        nesterov: Look ahead by the momentum; needs one, and no dampening.
+    """
+
+    lr: NonNegative
+
+
+class AdagradConfig(DenseSection):
+    """Adagrad.
+
+    The default `eps` of zero is the original's: an element whose gradients have all been zero then
+    becomes NaN (0 / 0). Set it unless every element gets a gradient.
+
+    Attributes:
+        lr: The constant rate, where there is no schedule.
+        lr_decay: The rate of step t is divided by 1 + (t - 1) * lr_decay.
+        eps: Added to the denominator.
+        initial_accumulator_value: What the sum of squared gradients starts from.
+    """
+
+    lr: NonNegative
+    lr_decay: NonNegative = 0.0
+    eps: NonNegative = 0.0
+    initial_accumulator_value: NonNegative = 0.0
+
+
+# For the groups of a multi-task ranker
+
+
+class RecapAdamConfig(DenseSection):
+    """Adam for the dense groups.
+
+    Attributes:
+        beta_1, beta_2: Decay of the averages of the gradient and of its square.
+        epsilon: Added to the denominator.
+        amsgrad: Divide by the greatest second moment so far.
+    """
+
+    beta_1: Fraction = 0.9
+    beta_2: Fraction = 0.999
+    epsilon: NonNegative = 1e-7
+    amsgrad: Flag = False
+
+
+class RecapAdamWConfig(RecapAdamConfig):
+    """Adam with decoupled weight decay: the parameter shrinks by `lr * weight_decay` of itself.
+
+    Attributes:
+        weight_decay: Its strength; the default is torch's.
+    """
+
+    weight_decay: NonNegative = 1e-2
+
+
+class RecapAdagradConfig(DenseSection):
+    """Adagrad for the dense groups.
+
+    Attributes:
+        epsilon: Added to the denominator.
+        initial_accumulator_value: What the sum of squared gradients starts from.
+        lr_decay: The rate of step t is divided by 1 + (t - 1) * lr_decay.
+    """
+
+    epsilon: NonNegative = 1e-10
+    initial_accumulator_value: NonNegative = 0.0
+    lr_decay: NonNegative = 0.0
+
+
+class RecapSgdConfig(_Sgd):
+    """SGD for the dense groups.
+
+    Attributes:
+        momentum: Decay of the momentum buffer; 0 keeps none.
+        dampening: A gradient enters the buffer by 1 - dampening, the first one whole.
+        nesterov: Look ahead by the momentum; needs one, and no dampening.
+    """

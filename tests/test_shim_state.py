@@ -1,0 +1,100 @@
+"""States of other schedulers, and schedules of other classes, in a `RecapLRShim`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torchrec.optim import keyed
+
+from recap_fast.config import LearningRate
+from recap_fast.schedules import compute_lr
+from recap_fast.shim import RecapLRShim
+from tests.models import constant, ramp
+from tests.original_configs import CLASSES
+
+RATES = {"liked": ramp(0.5, 8), "backbone": constant(0.25)}
+
+
+def optimizer() -> keyed.CombinedOptimizer:
+    return keyed.CombinedOptimizer(
+        [
+            keyed.KeyedOptimizerWrapper(
+                {name: nn.Parameter(torch.ones(1))}, lambda params: torch.optim.SGD(params, lr=1.0)
+            )
+            for name in RATES
+        ]
+    )
+
+
+class OriginalShim(LRScheduler):
+    """A scheduler in the shape of the original's, whose state is all of its attributes."""
+
+    def __init__(self, optimizer: Any, lr_dict: dict[str, Any], emb_learning_rate: Any) -> None:
+        self.optimizer = optimizer
+        self.lr_dict = lr_dict
+        self.group_names = list(lr_dict)
+        self.emb_learning_rate = emb_learning_rate
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        rates = [*self.lr_dict.values(), *[self.emb_learning_rate] * bool(self.emb_learning_rate)]
+        return [compute_lr(rate, self.last_epoch) for rate in rates]
+
+
+def state_after(steps: int, scheduler: LRScheduler) -> dict[str, Any]:
+    for _ in range(steps):
+        scheduler.optimizer.step()
+        scheduler.step()
+    return scheduler.state_dict()
+
+
+def rates_of(optimizer: keyed.CombinedOptimizer) -> list[float]:
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_state_of_the_originals_shim(steps: int) -> None:
+    original = optimizer()
+    state = state_after(steps, OriginalShim(original, RATES, None))
+    assert {"lr_dict", "base_lrs", "last_epoch", "_last_lr", "_step_count"} <= state.keys()
+
+    resumed = optimizer()
+    shim = RecapLRShim(resumed, RATES)
+    shim.load_state_dict(state)
+    assert shim.last_epoch == steps
+    assert rates_of(resumed) == shim.get_last_lr() == rates_of(original)
+    resumed.step()
+    shim.step()
+    assert rates_of(resumed) == [compute_lr(rate, steps + 1) for rate in RATES.values()]
+    assert shim.group_names == list(RATES)  # nothing else was taken from the state
+
+
+def test_other_attributes_of_a_state_are_not_looked_at() -> None:
+    state = {"last_epoch": 2, "group_names": ["of", "others"], "verbose": False, "lr_dict": None}
+    resumed = optimizer()
+    RecapLRShim(resumed, RATES).load_state_dict(state)
+    assert rates_of(resumed) == [0.125, 0.25]
+
+
+def test_the_state_of_another_torch_scheduler() -> None:
+    sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    state = state_after(4, LambdaLR(sgd, lambda _: 1.0))
+    resumed = optimizer()
+    RecapLRShim(resumed, RATES).load_state_dict(state)
+    assert rates_of(resumed) == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("version", CLASSES)
+def test_schedules_of_the_originals_classes(version: str) -> None:
+    original = CLASSES[version].learning_rate
+    rates = {
+        "liked": original(linear_ramp_to_constant={"learning_rate": 0.5, "num_ramp_steps": 8}),
+        "backbone": {"constant": 0.25},
+    }
+    shim = RecapLRShim(optimizer(), rates)
+    assert shim.lr_dict == RATES
+    assert all(isinstance(rate, LearningRate) for rate in shim.lr_dict.values())
