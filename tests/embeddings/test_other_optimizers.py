@@ -340,7 +340,7 @@ def test_two_fused_groups_of_an_unknown_class(build_optimizer: Callable[..., Any
         "learning_rate": {"constant": 0.5},
         "tables": {"b": {"learning_rate": {"constant": 1}}},
     }
-    optimizer, scheduler = build_optimizer(model, multi_task_config(), config)
+    optimizer, _ = build_optimizer(model, multi_task_config(), config)
     assert [group["lr"] for group in optimizer.param_groups[-2:]] == [0.5, 1.0]
     assert model.fused_optimizer.rates[-1] == [0.5, 1.0]
 
