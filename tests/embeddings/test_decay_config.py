@@ -82,7 +82,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (counter(counter_halflife=-2), "counter_halflife -2 needs the .* adagradw"),
     (counter(counter_halflife=-3), "counter_halflife\n  Input should be greater than or equal"),
     (counter(counter_halflife=True), "counter_halflife\n  Input should be a valid integer"),
-    (counter(adjustment_iter="1"), "expected a number, found the text '1'"),
+    (counter(adjustment_iter="one"), "expected a number, found the text 'one'"),
     (counter(adjustment_ub=0.0), "adjustment_ub\n  Input should be greater than 0"),
     (
         counter(counter_weight_decay_mode="adagradw", learning_rate_mode="counter_sgd"),
