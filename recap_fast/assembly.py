@@ -39,7 +39,7 @@ class OptimizerClasses(NamedTuple):
     adamw: Callable[..., torch.optim.Optimizer]
     adagrad: Callable[..., torch.optim.Optimizer]
     sgd: Callable[..., torch.optim.Optimizer]
-    combined: type[keyed.CombinedOptimizer]
+    combined: Callable[..., keyed.CombinedOptimizer]
 
 
 def assemble(

@@ -15,14 +15,6 @@ from recap_fast.shim import RecapLRShim
 
 __all__ = ["DEFAULT_LR", "build_optimizer"]
 
-_CLASSES = OptimizerClasses(
-    adam=FusedAdam,
-    adamw=FusedAdamW,
-    adagrad=FusedAdagrad,
-    sgd=FusedSGD,
-    combined=FusedCombinedOptimizer,
-)
-
 
 def build_optimizer(
     model: nn.Module,
@@ -32,6 +24,8 @@ def build_optimizer(
     capturable: bool = False,
     device_schedule: bool = False,
     clip_grad_norm: float | None = None,
+    step_supports_amp_scaling: bool | None = None,
+    unscale_grads: bool = True,
 ) -> tuple[FusedCombinedOptimizer, RecapLRShim]:
     """Makes the optimizer of a model and its learning-rate scheduler.
 
@@ -53,6 +47,10 @@ def build_optimizer(
             at most this, within the call; see `FusedCombinedOptimizer`. It overrides the
             configuration's `clip_grad_norm`; None leaves that in force. Fused tables, which have no
             gradients, are clipped by `emb_optimizer_config` alone.
+        step_supports_amp_scaling: Whether a `torch.amp.GradScaler` leaves unscaling and skipping to
+            the step, which then never waits for the device, or does both itself, as for most
+            optimizers; see `recap_fast.optim.FusedAdam`. None: the value of `capturable`.
+        unscale_grads: If the step is given a scale, `.grad` is divided by it, too.
 
     Returns:
         The optimizer, with a param group for each group in the order of `group_parameters` and then
@@ -63,13 +61,18 @@ def build_optimizer(
         ValueError: A configuration is not valid, or the model does not fit it; the message names
             what was found.
     """
-    classes = _CLASSES
-    if capturable or device_schedule:
-        capturable_classes = {
-            name: functools.partial(getattr(classes, name), capturable=True)
-            for name in ("adam", "adamw", "adagrad", "sgd")
-        }
-        classes = classes._replace(**capturable_classes)
+    execution = {
+        "capturable": capturable or device_schedule,
+        "step_supports_amp_scaling": step_supports_amp_scaling,
+        "unscale_grads": unscale_grads,
+    }
+    classes = OptimizerClasses(
+        adam=functools.partial(FusedAdam, **execution),
+        adamw=functools.partial(FusedAdamW, **execution),
+        adagrad=functools.partial(FusedAdagrad, **execution),
+        sgd=functools.partial(FusedSGD, **execution),
+        combined=functools.partial(FusedCombinedOptimizer, unscale_grads=unscale_grads),
+    )
     return assemble(
         model,
         optimizer_config,

@@ -226,10 +226,11 @@ def _check_can_unfuse(optimizer: FusedOptimizer) -> None:
 
 def _unfuse(optimizer: FusedOptimizer) -> None:
     make_counts_torchs(optimizer, optimizer.param_groups)
-    for name in ("_stepper", *optimizer._OWN_OPTIONS):
+    of_torch = set()
+    if all(group.get("fused") for group in optimizer.param_groups):
+        of_torch.add("_step_supports_amp_scaling")  # which torch's fused step sets, and needs
+    for name in {"_stepper", *optimizer._OWN_OPTIONS} - of_torch:
         optimizer.__dict__.pop(name, None)
-    if not all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # which torch's fused step sets
     _set_class(optimizer, type(optimizer).torch_class())
 
 

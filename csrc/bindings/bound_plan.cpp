@@ -326,7 +326,16 @@ void BoundPlan::undo_step_counts() {
   }
 }
 
-Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_inf) {
+std::vector<ScaledGradient> BoundPlan::gradients_read() {
+  std::vector<ScaledGradient> gradients;
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    if (step_.grads[slot]) gradients.push_back({probes_[slot].grad(), slots_[slot].grad()});
+  }
+  return gradients;
+}
+
+Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_inf,
+                        const py::object& unscale_by) {
   const Reading reading(*this);
   if (!groups_unchanged() || !read_slots()) return Outcome::stale;
   check_captured_rates();
@@ -338,6 +347,9 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
   if (skip && !clips) return Outcome::skipped;
   if (!slots_without_state_.empty() && !skip) return Outcome::needs_state;
 
+  // Now: another thread may replace them once this one has given up the GIL.
+  std::vector<ScaledGradient> scaled;
+  if (!unscale_by.is_none()) scaled = gradients_read();
   for (const uint32_t slot : copied_) slots_[slot].copy_in();
   const double factor = clips ? clip(scale, skip) : 1.0;
   if (std::isnan(factor)) return Outcome::skipped;
@@ -355,6 +367,7 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
     cpu::run(cpu_plan_, step_, torch_thread_pool());
   }
   for (const uint32_t slot : copied_) slots_[slot].copy_out();
+  if (!scaled.empty()) unscale_gradients(scaled, unscale_by, found_inf);
   remember_gradients();
   return Outcome::stepped;
 }

@@ -14,6 +14,7 @@
 #include "group_reader.h"
 #include "python.h"
 #include "slot_tensors.h"
+#include "unscale.h"
 
 namespace recap {
 
@@ -43,8 +44,10 @@ class BoundPlan {
   BoundPlan(const std::vector<GroupSource>& groups, const std::vector<py::object>& optimizers,
             const std::vector<size_t>& first, bool device_values);
 
-  // `grad_scale` and `found_inf` are one-element tensors, numbers or None.
-  Outcome step(const py::object& grad_scale, const py::object& found_inf);
+  // All are one-element tensors, numbers or None. `grad_scale` divides gradients as they are read,
+  // `unscale_by` those in memory afterwards, unless `found_inf` is not 0.
+  Outcome step(const py::object& grad_scale, const py::object& found_inf,
+               const py::object& unscale_by);
 
   // With device values: `groups` have their learning rates, one after the other, in `rates`, which
   // every step moves on by `schedules`; see CudaPart::set_schedules.
@@ -157,6 +160,7 @@ class BoundPlan {
   static const float* on_device(const py::object& number, const char* name, at::Device device,
                                 at::Tensor& kept);
   void run_cuda_parts(const py::object& grad_scale, const py::object& found_inf);
+  std::vector<ScaledGradient> gradients_read();
   void remember_gradients();
   std::vector<Rate> rates() const;
 

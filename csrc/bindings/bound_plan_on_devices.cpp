@@ -1,7 +1,6 @@
 // The part of a bound plan that CUDA devices step: with values from the host or computed there, and
 // what a CUDA graph may capture of it.
 #include <ATen/ops/_foreach_norm.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
@@ -46,11 +45,7 @@ void BoundPlan::check_devices() const {
 const float* BoundPlan::on_device(const py::object& number, const char* name, at::Device device,
                                   at::Tensor& kept) {
   if (number.is_none()) return nullptr;
-  if (THPVariable_Check(number.ptr()) && THPVariable_Unpack(number.ptr()).numel() == 1) {
-    kept = THPVariable_Unpack(number.ptr()).detach().to(device, at::kFloat);
-  } else {
-    kept = at::full({}, scalar(number, name, 0.0), at::TensorOptions(device).dtype(at::kFloat));
-  }
+  kept = scalar_on(number, name, device);
   return kept.const_data_ptr<float>();
 }
 

@@ -53,10 +53,11 @@ PYBIND11_MODULE(_C, m) {
       .def("wants_device_values", &BoundPlan::wants_device_values, py::arg("scalar"))
       .def(
           "step",
-          [](BoundPlan& plan, const py::object& grad_scale, const py::object& found_inf) {
-            return static_cast<int>(plan.step(grad_scale, found_inf));
+          [](BoundPlan& plan, const py::object& grad_scale, const py::object& found_inf,
+             const py::object& unscale_by) {
+            return static_cast<int>(plan.step(grad_scale, found_inf, unscale_by));
           },
-          py::arg("grad_scale"), py::arg("found_inf"))
+          py::arg("grad_scale"), py::arg("found_inf"), py::arg("unscale_by") = py::none())
       .def_property_readonly("slots_without_state", &BoundPlan::slots_without_state);
 
   m.def("instruction_sets", &cpu::instruction_sets);

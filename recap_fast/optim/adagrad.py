@@ -21,10 +21,11 @@ class FusedAdagrad(FusedOptimizer, optim.Adagrad):
         weight_decay: L2 penalty.
         initial_accumulator_value: what ``sum`` starts from.
         eps: added to the denominator.
-        foreach, fused: None; accepted as in torch, since the step is always fused.
+        foreach, fused: accepted as in torch, and without effect: a step is always one native call.
         maximize: ascend instead of descend.
-        differentiable: False.
-        capturable: as in `FusedAdam`; torch's class has no such argument.
+        differentiable: False; a step has no backward.
+        capturable, step_supports_amp_scaling, unscale_grads: as in `FusedAdam`; torch's class does
+            not have them.
         clip_grad_norm: clip gradients by their global norm, see `FusedOptimizer`; None does not.
 
     Raises:
@@ -48,8 +49,18 @@ class FusedAdagrad(FusedOptimizer, optim.Adagrad):
         fused: bool | None = None,
         capturable: bool = False,
         clip_grad_norm: float | None = None,
+        step_supports_amp_scaling: bool | None = None,
+        unscale_grads: bool = True,
     ) -> None:
-        self._take_options(foreach, fused, differentiable, capturable, clip_grad_norm)
+        self._take_options(
+            foreach,
+            fused,
+            differentiable,
+            capturable,
+            clip_grad_norm,
+            step_supports_amp_scaling,
+            unscale_grads,
+        )
         super().__init__(
             params,
             lr,

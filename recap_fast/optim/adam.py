@@ -23,13 +23,20 @@ class FusedAdam(FusedOptimizer, optim.Adam):
         eps: added to the denominator.
         weight_decay: L2 penalty, or with ``decoupled_weight_decay`` AdamW's decay.
         amsgrad: divide by the largest second moment so far (Reddi et al., 2018).
-        foreach, fused: None; accepted as in torch, since the step is always fused.
+        foreach, fused: accepted as in torch, and without effect: a step is always one native call.
         maximize: ascend instead of descend.
         capturable: safe in CUDA graphs: step counts are kept on the device of the parameters, which
             must be a CUDA device, and a tensor ``lr`` is read there.
-        differentiable: False.
+        differentiable: False; a step has no backward.
         decoupled_weight_decay: as in AdamW (Loshchilov & Hutter, 2019).
         clip_grad_norm: clip gradients by their global norm, see `FusedOptimizer`; None does not.
+        step_supports_amp_scaling: has `torch.amp.GradScaler` hand its scale and ``found_inf`` to
+            the step, which divides and skips without waiting for the device, as torch does with
+            ``fused=True``. If False, the scaler unscales ``.grad`` before the step and does not
+            call a step that is to be skipped, as for torch's other optimizers: so libraries can
+            clip in between, and see which steps were taken. None: the value of ``capturable``.
+        unscale_grads: after a step that was given a scale, ``.grad`` is divided by it, as after
+            torch's. False leaves it scaled, which saves a pass over the gradients.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -53,8 +60,18 @@ class FusedAdam(FusedOptimizer, optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         clip_grad_norm: float | None = None,
+        step_supports_amp_scaling: bool | None = None,
+        unscale_grads: bool = True,
     ) -> None:
-        self._take_options(foreach, fused, differentiable, capturable, clip_grad_norm)
+        self._take_options(
+            foreach,
+            fused,
+            differentiable,
+            capturable,
+            clip_grad_norm,
+            step_supports_amp_scaling,
+            unscale_grads,
+        )
         super().__init__(
             params,
             lr,
@@ -91,8 +108,18 @@ class FusedAdamW(FusedOptimizer, optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         clip_grad_norm: float | None = None,
+        step_supports_amp_scaling: bool | None = None,
+        unscale_grads: bool = True,
     ) -> None:
-        self._take_options(foreach, fused, differentiable, capturable, clip_grad_norm)
+        self._take_options(
+            foreach,
+            fused,
+            differentiable,
+            capturable,
+            clip_grad_norm,
+            step_supports_amp_scaling,
+            unscale_grads,
+        )
         super().__init__(
             params,
             lr,

@@ -51,9 +51,9 @@ class FusedCombinedOptimizer(CombinedOptimizer):
     takes a step of its own: wrappers such as torchrec's for clipping, combined optimizers, other
     optimizers, and classes derived from those named that have another ``step``.
 
-    With `torch.amp.GradScaler`, gradients are divided by the scale within the call and a step with
-    an infinite gradient is skipped as a whole. The tables of fused embedding optimizers have by
-    then been updated, by scaled gradients; the first such step warns of it.
+    With `torch.amp.GradScaler` the tables of fused embedding optimizers learn from gradients that
+    are scaled, and from infinite ones, too: they train in the backward pass, before a scaler looks.
+    If it hands its scale to the step (``step_supports_amp_scaling``), the first such step warns.
 
     With ``clip_grad_norm`` the call also finds the global norm of the gradients, and scales them as
     it reads them: ``.grad`` keeps its values. On CUDA devices torch finds the norm, in float32,
@@ -64,16 +64,28 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         optims: as for `keyed.CombinedOptimizer`: keyed optimizers, or pairs of a key and one.
         clip_grad_norm: as for `recap_fast.keyed.CombinedOptimizer`; all dense optimizers must then
             be those of the native call.
+        step_supports_amp_scaling: as in `recap_fast.optim.FusedAdam`: the native call then divides
+            by the scale of a `GradScaler` and skips as a whole, without waiting for the device; all
+            dense optimizers must be those of the native call. None: whether they are, and all of
+            them were made with it.
+        unscale_grads: as in `recap_fast.optim.FusedAdam`, for the parameters of the native call.
     """
 
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling: bool = False
+    _wants_amp_scaling: bool | None = None
+    unscale_grads: bool = True
 
     def __init__(
         self,
         optims: Sequence[keyed.KeyedOptimizer | tuple[str, keyed.KeyedOptimizer]],
         clip_grad_norm: float | None = None,
+        *,
+        step_supports_amp_scaling: bool | None = None,
+        unscale_grads: bool = True,
     ) -> None:
         super().__init__(optims, clip_grad_norm)
+        self._wants_amp_scaling = step_supports_amp_scaling
+        self.unscale_grads = bool(unscale_grads)
         self._device_rates: Sequence[DeviceRates] = ()
         self._prepare()
 
@@ -96,6 +108,11 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                 "its own, and would not be clipped with the others; replace it, or use "
                 "recap_fast.keyed.CombinedOptimizer"
             )
+        supports_amp_scaling = self._wants_amp_scaling
+        if supports_amp_scaling is None and not self._unscaled:
+            flags = [optimizer._step_supports_amp_scaling for optimizer in self._native]
+            supports_amp_scaling = bool(flags) and all(flags)
+        self._step_supports_amp_scaling = bool(supports_amp_scaling)
         # Empty dicts as long as nobody registers a hook on an optimizer inside.
         self._inner_hooks = tuple(
             hooks
@@ -132,7 +149,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             ):
                 self._step_with_hooks(grad_scale, found_inf)
             else:
-                self._stepper.step(grad_scale, found_inf)
+                self._stepper.step(grad_scale, found_inf, self.unscale_grads)
             if not self._schedulers_know:
                 self._tell_schedulers()
         for part in self._others:
@@ -207,8 +224,8 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             raise RuntimeError(
                 "GradScaler: FusedCombinedOptimizer scales the steps of recap_fast.optim "
                 f"optimizers only, but under the key {key!r} holds a "
-                f"{type(part._optimizer if wrapped else part).__name__}; replace it, or use "
-                "recap_fast.keyed.CombinedOptimizer, whose gradients GradScaler unscales itself"
+                f"{type(part._optimizer if wrapped else part).__name__}; replace it, or leave "
+                "step_supports_amp_scaling False: GradScaler then unscales all gradients itself"
             )
         if grad_scale is None or self._warned_of_scaled_tables:
             return
@@ -244,7 +261,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                         "a step pre hook of an optimizer inside FusedCombinedOptimizer must return "
                         "None: its step has no arguments to change"
                     )
-        self._stepper.step(grad_scale, found_inf)
+        self._stepper.step(grad_scale, found_inf, self.unscale_grads)
         for optimizer in self._native:
             hooks = itertools.chain(
                 optimizer._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -15,6 +16,17 @@ from recap_fast.optim.left_to_torch import LeftToTorch
 from recap_fast.optim.observed import observed
 from recap_fast.optim.stepper import Stepper
 from recap_fast.state_memory import StateMemory
+
+logger = logging.getLogger("recap_fast")
+
+_logged: set[str] = set()
+
+
+def _log_without_effect(argument: str, value: object) -> None:
+    """Once per argument: who passes it does so for every optimizer."""
+    if argument not in _logged:
+        _logged.add(argument)
+        logger.info("%s=%s has no effect: a step is always one native call", argument, value)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -36,22 +48,30 @@ class FusedOptimizer(torch.optim.Optimizer):
     * Every gradient and hyperparameter is checked before the first write; if one is refused,
       nothing has changed.
     * CUDA parameters keep their step counts on the CPU, and a step computes bias corrections there,
-      unless ``capturable=True`` or `torch.amp.GradScaler` is used: then counts are on the device, a
-      learning rate may be a tensor there, and no step waits for the device.
-    * With `torch.amp.GradScaler` gradients are divided by the scale on the fly; ``.grad`` keeps its
-      scaled values.
+      unless ``capturable=True`` or a scaler's ``found_inf`` is on the device: then counts are there
+      too, a learning rate may be a tensor there, and no step waits for the device.
+    * `torch.amp.GradScaler` unscales gradients and skips steps by itself, as with any optimizer;
+      with ``step_supports_amp_scaling=True`` the native call does both, and no step waits for
+      ``found_inf``, as with torch's ``fused=True``.
     * Of a DTensor the local shard is stepped. Sparse gradients, complex parameters and other tensor
       subclasses without memory of their own are refused by name; but an optimizer that
       `recap_fast.fuse` made leaves the param groups that have them to torch's own step.
     """
 
     algorithm: ClassVar[str]
-    _step_supports_amp_scaling = True
+    # What torch.amp.GradScaler, Lightning and accelerate look at, under torch's name for it.
+    _step_supports_amp_scaling: bool = False
+    unscale_grads: bool = True
     _stepper: Stepper | None = None
     _clip_grad_norm: float | None = None
     _left_to_torch: LeftToTorch | None = None  # None: what is not native is refused
     # What torch's class does not have, and a pickle or copy must keep.
-    _OWN_OPTIONS = ("_clip_grad_norm", "_left_to_torch")
+    _OWN_OPTIONS = (
+        "_clip_grad_norm",
+        "_left_to_torch",
+        "_step_supports_amp_scaling",
+        "unscale_grads",
+    )
 
     def _take_options(
         self,
@@ -60,15 +80,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         differentiable: bool,
         capturable: bool,
         clip_grad_norm: float | None,
+        step_supports_amp_scaling: bool | None,
+        unscale_grads: bool,
     ) -> None:
         """Checks and keeps the arguments of a constructor that are about the step, not the update.
 
-        Before torch's constructor, so that what is refused has changed nothing.
+        Before torch's constructor, so that what is refused has changed nothing. Of torch's own,
+        ``foreach`` and ``fused`` have no effect, since there is one way to step.
         """
-        if foreach:
-            raise ValueError("foreach=True: the fused step has no foreach form; leave it None")
+        if foreach is not None:
+            _log_without_effect("foreach", foreach)
         if fused is not None and not fused:
-            raise ValueError("fused=False: use the torch.optim class, or leave fused None")
+            _log_without_effect("fused", fused)
         if differentiable:
             raise ValueError("differentiable=True: the fused step has no backward; use torch.optim")
         if capturable and not native.has_cuda_engine:
@@ -78,6 +101,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         if clip_grad_norm is not None:
             self._clip_grad_norm = check_max_norm(clip_grad_norm)
+        if step_supports_amp_scaling is None:
+            step_supports_amp_scaling = capturable
+        self._step_supports_amp_scaling = bool(step_supports_amp_scaling)
+        self.unscale_grads = bool(unscale_grads)
         table_types.register(type(self), self.torch_class())
 
     @property
@@ -155,5 +182,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         loss = evaluate(closure)
         if self._stepper is None:
             self._stepper = Stepper([self], max_norm=self._clip_grad_norm)
-        self._stepper.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        self._stepper.step(
+            getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self.unscale_grads
+        )
         return loss

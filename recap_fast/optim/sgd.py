@@ -22,9 +22,10 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         weight_decay: L2 penalty.
         nesterov: look ahead by the momentum (Sutskever et al., 2013).
         maximize: ascend instead of descend.
-        foreach, fused: None; accepted as in torch, since the step is always fused.
-        differentiable: False.
-        capturable: as in `FusedAdam`; torch's class has no such argument.
+        foreach, fused: accepted as in torch, and without effect: a step is always one native call.
+        differentiable: False; a step has no backward.
+        capturable, step_supports_amp_scaling, unscale_grads: as in `FusedAdam`; torch's class does
+            not have them.
         clip_grad_norm: clip gradients by their global norm, see `FusedOptimizer`; None does not.
 
     Raises:
@@ -48,8 +49,18 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         fused: bool | None = None,
         capturable: bool = False,
         clip_grad_norm: float | None = None,
+        step_supports_amp_scaling: bool | None = None,
+        unscale_grads: bool = True,
     ) -> None:
-        self._take_options(foreach, fused, differentiable, capturable, clip_grad_norm)
+        self._take_options(
+            foreach,
+            fused,
+            differentiable,
+            capturable,
+            clip_grad_norm,
+            step_supports_amp_scaling,
+            unscale_grads,
+        )
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         if capturable:
             self._mark_capturable()

@@ -73,12 +73,15 @@ class Stepper:
         self._groups: list[list[tuple[int, Group]]] = []  # in the plan, by optimizer
         self._left: list[tuple[int, list[Group]]] = []  # left to torch, with the optimizer's number
 
-    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def step(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_grads: bool = False
+    ) -> None:
         """Updates every parameter that has a gradient; threads that call it take turns.
 
         Args:
             grad_scale: one element; gradients are divided by it. None means 1.
             found_inf: one element; if it is not zero, nothing is written.
+            unscale_grads: whether gradients are divided by it in memory, too.
 
         Raises:
             Exception: naming the parameter or param group that cannot be stepped. Parameters,
@@ -89,17 +92,19 @@ class Stepper:
                 raise RuntimeError("step() was called from within a step of the same optimizer")
             self._stepping = True
             try:
-                self._step(grad_scale, found_inf)
+                self._step(grad_scale, found_inf, grad_scale if unscale_grads else None)
             finally:
                 self._stepping = False
 
-    def _step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
+    ) -> None:
         if not self._may_leave:
-            self._step_natively(grad_scale, found_inf)
+            self._step_natively(grad_scale, found_inf, unscale_by)
             return
         while True:
             try:
-                self._step_natively(grad_scale, found_inf)
+                self._step_natively(grad_scale, found_inf, unscale_by)
                 break
             except _REFUSALS as error:
                 if not self._leave_what_is_refused(error):
@@ -107,7 +112,9 @@ class Stepper:
         for number, groups in self._left:
             step_as_torch(self._references[number](), groups, grad_scale, found_inf)
 
-    def _step_natively(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_natively(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
+    ) -> None:
         for plan in self._captured:
             plan.check_captured_rates()
         if self._plan is None:
@@ -116,22 +123,24 @@ class Stepper:
             grad_scale, found_inf = self._clip_on_device(grad_scale, found_inf)
         elif grad_scale is not None or found_inf is not None:
             self._avoid_waiting_for(grad_scale, found_inf)
-        outcome = self._run(grad_scale, found_inf)
+        outcome = self._run(grad_scale, found_inf, unscale_by)
         if outcome == native.STEPPED:
             return
         if outcome == native.STALE:
             self._build()
-            outcome = self._run(grad_scale, found_inf)
+            outcome = self._run(grad_scale, found_inf, unscale_by)
         if outcome == native.NEEDS_STATE:
-            outcome = self._step_with_new_state(grad_scale, found_inf)
+            outcome = self._step_with_new_state(grad_scale, found_inf, unscale_by)
         if outcome not in (native.STEPPED, native.SKIPPED):
             raise RuntimeError("the param groups changed while they were being stepped")
         norm = self.grad_norm
         if outcome == native.SKIPPED and isinstance(norm, float) and not math.isfinite(norm):
             logger.warning("the norm of the gradients is %s: no parameter was updated", norm)
 
-    def _run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> int:
-        outcome = self._plan.step(grad_scale, found_inf)
+    def _run(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
+    ) -> int:
+        outcome = self._plan.step(grad_scale, found_inf, unscale_by)
         if self._max_norm is not None and not self._plan.has_cuda_parts:
             self.grad_norm = self._plan.grad_norm
         return outcome
@@ -282,7 +291,9 @@ class Stepper:
             return error
         return None
 
-    def _step_with_new_state(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
+    def _step_with_new_state(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
+    ) -> Any:
         """Makes the state that is missing and steps; takes it back if the step is not taken."""
         slots = [
             (optimizer, group, param)
@@ -299,7 +310,7 @@ class Stepper:
             for states, param, state in made:
                 states.setdefault(param, {}).update(state)
             self._build(first)
-            outcome = self._run(grad_scale, found_inf)
+            outcome = self._run(grad_scale, found_inf, unscale_by)
         finally:
             if outcome != native.STEPPED:
                 if self._plan is not plan:

@@ -76,6 +76,47 @@ def test_fully_sharded_params_step_as_with_torch(case, backend):
     assert min(sizes[1]) == 0 < min(sizes[0])  # an empty shard was among them
 
 
+def scaled_steps(by_step):
+    """Under a GradScaler: ours on the shards, torch's for loop on the whole parameters."""
+    model, whole = make_model(), make_model()
+    for layer in model:
+        fully_shard(layer, mesh=mesh())
+    params, whole_params = list(model.parameters()), list(whole.parameters())
+    ours = FusedAdam(params, lr=0.02, step_supports_amp_scaling=by_step)
+    theirs = torch.optim.Adam(whole_params, lr=0.02, foreach=False)
+    scalers = [torch.amp.GradScaler(device().type, init_scale=3.0) for _ in range(2)]
+    for step in range(3):
+        theirs.zero_grad()
+        backward(whole, step)
+        for own, other in zip(params, whole_params, strict=True):
+            other.grad.mul_(3.0)
+            own.grad = distribute_tensor(other.grad.clone(), own.device_mesh, own.placements)
+        if step == 1 and by_step:  # one that the step redistributes
+            params[0].grad = sharded(whole_params[0].grad.clone(), Replicate())
+        grads = [param.grad for param in params]
+        versions = [grad._version for grad in grads]
+        for scaler, optimizer in zip(scalers, (ours, theirs), strict=True):
+            scaler.scale(torch.ones((), device=device()))
+            scaler.step(optimizer)
+            scaler.update(3.0)
+        for own, other in zip(params, whole_params, strict=True):
+            assert torch.equal(own.grad.full_tensor(), other.grad)
+        for own, grad, version in zip(params, grads, versions, strict=True):
+            assert own.grad is not grad or not by_step or grad._version > version
+    for own, other in zip(params, whole_params, strict=True):
+        # A few roundings of float32 per step, of values around one.
+        torch.testing.assert_close(own.full_tensor(), other, rtol=2e-6, atol=5e-7)
+
+
+def scaled_by_both():
+    scaled_steps(by_step=False)
+    scaled_steps(by_step=True)
+
+
+def test_sharded_gradients_are_unscaled(backend):
+    run(2, scaled_by_both, backend=backend)
+
+
 def count_native_calls():
     model = fully_shard(make_model(), mesh=mesh())
     optimizer = FusedAdam(model.parameters())

@@ -56,7 +56,7 @@ def _capturable(device: torch.device) -> Callable[[], Any]:
 
 def _scaled(device: torch.device) -> Callable[[], Any]:
     """As GradScaler hands them over."""
-    optimizer = FusedAdam(_groups(device))
+    optimizer = FusedAdam(_groups(device), unscale_grads=False)
     optimizer.grad_scale = torch.tensor(2.0, device=device)
     optimizer.found_inf = torch.zeros((), device=device)
     return optimizer.step

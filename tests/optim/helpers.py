@@ -243,18 +243,17 @@ def scheduled(
     return optimizer, shim(optimizer, schedules(stretch), device_schedule), params
 
 
-def combined(params: Sequence[nn.Parameter]) -> FusedCombinedOptimizer:
-    """The first parameter on Adam as `a.0`, the second on Adagrad as `b.1`, the rest on SGD."""
+def combined(params: Sequence[nn.Parameter], **options: Any) -> FusedCombinedOptimizer:
+    """The first parameter on Adam as `a.0`, the second on Adagrad as `b.1`, the rest on SGD.
+
+    All of these have the `options`.
+    """
+    rest = {str(i): p for i, p in enumerate(params[2:], 2)}
     return combine(
         [
-            ("a", wrapped({"0": params[0]}, "adam", lr=0.1)),
-            ("b", wrapped({"1": params[1]}, "adagrad", lr=0.1)),
-            (
-                "c",
-                wrapped(
-                    {str(i): p for i, p in enumerate(params[2:], 2)}, "sgd", lr=0.1, momentum=0.9
-                ),
-            ),
+            ("a", wrapped({"0": params[0]}, "adam", lr=0.1, **options)),
+            ("b", wrapped({"1": params[1]}, "adagrad", lr=0.1, **options)),
+            ("c", wrapped(rest, "sgd", lr=0.1, momentum=0.9, **options)),
         ]
     )
 

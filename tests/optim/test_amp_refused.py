@@ -1,4 +1,4 @@
-"""What a torch.amp.GradScaler cannot do with several optimizers combined."""
+"""What a step that is given the scale of a torch.amp.GradScaler cannot do with others combined."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from tests.optim.helpers import (
 )
 
 
-def _table_model() -> tuple[EmbeddingRanker, FusedCombinedOptimizer]:
+def _table_model(native: bool) -> tuple[EmbeddingRanker, FusedCombinedOptimizer]:
     torch.manual_seed(0)
     model = fuse_embeddings(EmbeddingRanker(), EMBEDDING_RATE)
     dense = {name: p for name, p in model.named_parameters() if name.startswith("ranker.")}
     tables = next(m.fused_optimizer for m in model.modules() if hasattr(m, "fused_optimizer"))
     parts = [("tables", tables), ("", wrapped(dense, "adam"))]
-    return model, FusedCombinedOptimizer(parts)
+    return model, FusedCombinedOptimizer(parts, step_supports_amp_scaling=native)
 
 
 def test_scaled_updates_of_fused_tables_are_warned_of_once() -> None:
-    model, optimizer = _table_model()
+    model, optimizer = _table_model(native=True)
     scaler = grad_scaler(torch.device("cpu"))
     seen: list[Any] = []
     for _ in range(2):
@@ -55,8 +55,9 @@ def test_scaled_updates_of_fused_tables_are_warned_of_once() -> None:
     assert len(seen) == 1 and "fused embedding tables" in seen[0]
 
 
-def test_fused_tables_are_not_warned_of_without_a_scale() -> None:
-    model, optimizer = _table_model()
+@pytest.mark.parametrize("native", [False, True])
+def test_fused_tables_are_not_warned_of_without_a_scale(native: bool) -> None:
+    model, optimizer = _table_model(native)
     model(features()).sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -69,7 +70,8 @@ def test_a_torch_optimizer_inside_is_refused_under_a_scaler() -> None:
         [
             ("a", wrapped({"x": params[0]}, "adam")),
             ("b", keyed.KeyedOptimizerWrapper({"y": params[1]}, torch.optim.Adam)),
-        ]
+        ],
+        step_supports_amp_scaling=True,
     )
     scaler = grad_scaler(torch.device("cpu"))
     set_scaled_grads(params, 0)
@@ -94,7 +96,8 @@ def test_a_dense_optimizer_that_is_wrapped_or_nested_is_refused_under_a_scaler(
 ) -> None:
     params = parameters(2)
     part = wrap(wrapped({"x": params[0]}, "sgd", lr=1.0))
-    optimizer = FusedCombinedOptimizer([("a", part), ("b", wrapped({"y": params[1]}, "sgd"))])
+    parts = [("a", part), ("b", wrapped({"y": params[1]}, "sgd"))]
+    optimizer = FusedCombinedOptimizer(parts, step_supports_amp_scaling=True)
     scaler = grad_scaler(torch.device("cpu"))
     set_scaled_grads(params, 0)
     before = snapshot(optimizer, params)
@@ -102,10 +105,10 @@ def test_a_dense_optimizer_that_is_wrapped_or_nested_is_refused_under_a_scaler(
         scaler.step(optimizer)
     assert_unchanged(before, optimizer, params, skipped=True)
     unscaled = params[0].detach() - params[0].grad / SCALE
-    reference = CombinedOptimizer(optimizer.optimizers)  # as the error advises
+    advised = FusedCombinedOptimizer(parts, step_supports_amp_scaling=False)
     if name != "WarmupOptimizer":  # sets a rate of its own
-        reference.param_groups[0]["lr"] = 1.0
-        grad_scaler(torch.device("cpu")).step(reference)
+        advised.param_groups[0]["lr"] = 1.0
+        grad_scaler(torch.device("cpu")).step(advised)
         torch.testing.assert_close(params[0].detach(), unscaled)
 
 

@@ -158,9 +158,11 @@ def test_a_norm_that_is_not_finite_skips_the_step_and_says_so(device, kind, bad,
     assert not torch.equal(params[3], before[3])
 
 
-def test_a_grad_scaler_and_clipping_work_together(device):
+@pytest.mark.parametrize("by_step", [False, True], ids=["scaler", "step"])
+def test_a_grad_scaler_and_clipping_work_together(by_step, device):
     params, plain = make_params(device), make_params(device)
-    optimizer = combine(params, FusedAdam, {"lr": 0.1}, clip_grad_norm=2.0)
+    options = {"lr": 0.1, "step_supports_amp_scaling": by_step}
+    optimizer = combine(params, FusedAdam, options, clip_grad_norm=2.0)
     expected = torch.optim.Adam(plain, lr=0.1, foreach=False)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     for step in range(4):
@@ -176,6 +178,8 @@ def test_a_grad_scaler_and_clipping_work_together(device):
             scaler.update(1024.0)
             continue
         scaler.update(1024.0)
+        for p, q in zip(params, plain, strict=True):
+            assert torch.equal(p.grad, q.grad)  # unscaled, and not clipped
         torch.nn.utils.clip_grad_norm_(plain, 2.0, foreach=False)
         expected.step()
         assert float(optimizer.grad_norm) == pytest.approx(norm, rel=1e-6)

@@ -408,7 +408,7 @@ def test_a_switch_beside_a_refused_field_is_not_forgotten(
 @pytest.mark.parametrize("algorithm", FUSED)
 @pytest.mark.parametrize(
     "argument",
-    [{"foreach": True}, {"fused": False}, {"differentiable": True}, {"capturable": True}],
+    [{"differentiable": True}, {"capturable": True}],
 )
 def test_other_ways_of_stepping_are_refused_at_construction(
     algorithm: str, argument: dict[str, bool]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 import weakref
 from collections import defaultdict
@@ -68,9 +69,54 @@ def test_a_fused_optimizer_is_torchs_class_with_torchs_param_groups(algorithm: s
     assert ours.defaults == theirs.defaults
 
 
+@pytest.mark.parametrize("fused", [None, False, True])
+@pytest.mark.parametrize("foreach", [None, False, True])
 @pytest.mark.parametrize("algorithm", FUSED)
-def test_fused_true_is_accepted(algorithm: str) -> None:
-    FUSED[algorithm](parameters(1), fused=True, foreach=False).step()
+def test_other_ways_of_stepping_make_no_difference(
+    algorithm: str, foreach: bool | None, fused: bool | None, device: torch.device
+) -> None:
+    params = [parameters(2, device=device) for _ in range(3)]
+    ours = FUSED[algorithm](params[0], lr=0.1, foreach=foreach, fused=fused)
+    plain = FUSED[algorithm](params[1], lr=0.1)
+    theirs = TORCH[algorithm](params[2], lr=0.1)
+    ours.step()
+    plain.step()
+    theirs.load_state_dict(ours.state_dict())  # whatever the groups say of it, torch can use
+    theirs.step()
+    for mine, other in zip(*params[:2], strict=True):
+        assert same_bits(mine, other)
+    ours.load_state_dict(theirs.state_dict())
+    ours.step()
+
+
+def test_an_argument_without_effect_is_logged_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recap_fast.optim.fused._logged", set())
+    with caplog.at_level(logging.INFO, "recap_fast"):
+        FusedAdam(parameters(1), fused=True)
+        FusedAdam(parameters(1))
+        assert not caplog.records
+        FusedAdam(parameters(1), foreach=True, fused=False)
+        assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+        assert "foreach=True" in caplog.text and "fused=False" in caplog.text
+        FusedSGD(parameters(1), foreach=False, fused=False)
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("algorithm", FUSED)
+def test_a_param_group_may_say_how_torch_would_step_it(algorithm: str) -> None:
+    params = parameters(2)
+    group = {"params": params[:1], "foreach": True, "fused": False}
+    optimizer = FUSED[algorithm]([group, {"params": params[1:]}], lr=0.1)
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert not any(same_bits(param, old) for param, old in zip(params, before, strict=True))
+    theirs = TORCH[algorithm](
+        [{"params": params[:1]}, {"params": params[1:]}], lr=0.1, foreach=False
+    )
+    theirs.load_state_dict(optimizer.state_dict())
+    theirs.step()
 
 
 @pytest.mark.parametrize(
