@@ -183,6 +183,9 @@ def _fuse(optimizer: Optimizer) -> str | None:
     kind = type(optimizer)
     fused = _fused_class(kind)
     if fused is None:
+        inside = getattr(optimizer, "optimizer", None)
+        if isinstance(inside, Optimizer):
+            return f"{kind.__name__} wraps the optimizer that is to be fused, before it is wrapped"
         return f"{kind.__name__} has a step of its own"
     if not steps_as_its_class(optimizer):
         return f"the step of this {kind.__name__} was replaced on the object"

@@ -412,6 +412,20 @@ def test_a_class_with_a_step_of_its_own_keeps_it(caplog: pytest.LogCaptureFixtur
     assert "0 of 1 param groups are native; group 0: HalvedSGD has a step of its own" in caplog.text
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As libraries wrap optimizers."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+
+def test_a_wrapper_of_a_library_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "recap_fast"):
+        fuse(Wrapper(torch.optim.SGD(parameters(1))))
+    assert "group 0: Wrapper wraps the optimizer that is to be fused, before" in caplog.text
+
+
 def test_a_step_replaced_on_the_object_stays(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = torch.optim.SGD(parameters(1), lr=1.0)
     calls: list[int] = []
