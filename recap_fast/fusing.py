@@ -189,10 +189,7 @@ def _fuse(optimizer: Optimizer) -> str | None:
         return f"{kind.__name__} has a step of its own"
     if not steps_as_its_class(optimizer):
         return f"the step of this {kind.__name__} was replaced on the object"
-    # A GradScaler goes on as before: only torch's fused step takes its scale.
-    scales = optimizer.__dict__.get("_step_supports_amp_scaling", False)
     _set_class(optimizer, fused)
-    optimizer._step_supports_amp_scaling = scales
     optimizer._left_to_torch = LeftToTorch()
     if not _shares_state(optimizer):
         optimizer._place_state()
@@ -343,7 +340,12 @@ def _combine(optimizer: Any) -> None:
     kind = type(optimizer)
     _set_class(optimizer, FusedCombinedOptimizer)
     clip_grad_norm = before.get("clip_grad_norm")
-    FusedCombinedOptimizer.__init__(optimizer, optimizer.optimizers, clip_grad_norm)
+    FusedCombinedOptimizer.__init__(
+        optimizer,
+        optimizer.optimizers,
+        clip_grad_norm,
+        step_supports_amp_scaling=False,  # a GradScaler goes on doing it itself
+    )
     before.pop("step", None)
     optimizer.__dict__.update(before)  # those who registered a hook hold on to these very dicts
     optimizer._class_before = kind

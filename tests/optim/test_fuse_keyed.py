@@ -229,6 +229,37 @@ def test_a_member_whose_step_was_replaced_on_the_object_steps_by_itself(
     pair.check()
 
 
+def test_a_grad_scaler_goes_on() -> None:
+    """Also where members had torch's fused step, whose flag torchrec does not look at."""
+    options = {"lr": 0.1, "fused": True}
+    pair = Pair(
+        lambda params: keyed.CombinedOptimizer(
+            [
+                ("a", wrapper({"0": params[0]}, "adam", **options)),
+                ("b", wrapper({str(i): params[i] for i in (1, 2, 3)}, "sgd", **options)),
+            ]
+        )
+    )
+    scalers = [torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2) for _ in range(2)]
+    for step in range(6):
+        if step == 2:
+            fuse(pair.ours)
+        if step == 5:
+            unfuse(pair.ours)
+        for params, optimizer, scaler in zip(pair.params, pair.optimizers, scalers, strict=True):
+            scaler.scale(torch.ones(()))
+            set_grads(params, step)
+            for param in params:
+                param.grad *= scaler.get_scale()
+            if step == 3:
+                params[0].grad[0, 0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+        for ours, theirs in zip(*pair.params, strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    pair.check()
+
+
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"]
 )
