@@ -74,6 +74,8 @@ class Pair:
                 optimizer.step()
 
     def check(self) -> None:
+        stepper = getattr(self.ours, "_stepper", None)
+        assert stepper is None or not stepper._left, "torch took the step"
         assert_same(self.ours, self.params[0], self.theirs, self.params[1])
 
 

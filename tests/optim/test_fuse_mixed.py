@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing._internal.two_tensor import TwoTensor
 
 from recap_fast import fuse, unfuse
@@ -147,8 +148,16 @@ def test_hooks_run_once_a_step() -> None:
     pair.ours.register_step_pre_hook(lambda *_: calls.append("pre"))
     pair.ours.register_step_post_hook(lambda *_: calls.append("post"))
     fuse(pair.ours)
-    pair.step(0, 2)
-    assert calls == ["pre", "post"] * 2
+    pair.optimizers, pair.models = pair.optimizers[:1], pair.models[:1]
+    handle = register_optimizer_step_pre_hook(lambda *_: calls.append("global"))
+    try:
+        with torch.profiler.profile() as profile:
+            pair.step(0, 2)
+    finally:
+        handle.remove()
+    assert calls == ["global", "pre", "post"] * 2
+    ranges = [event.name for event in profile.events() if event.name.startswith("Optimizer.step")]
+    assert ranges == ["Optimizer.step#FusedSGD.step"] * 2
 
 
 def test_a_grad_scaler_works() -> None:
