@@ -359,11 +359,13 @@ def _is_fused_combined(optimizer: Optimizer) -> bool:
 def _uncombine(optimizer: Any) -> None:
     from recap_fast.keyed import CombinedOptimizer
 
-    state = optimizer.__getstate__()  # without what is derived from it
-    kind = state.pop("_class_before", CombinedOptimizer)
-    step = optimizer.__dict__.get("step")
-    optimizer.__dict__.clear()
-    optimizer.__dict__.update(state)
-    if step is not None:
-        optimizer.step = step
+    kind = optimizer.__dict__.pop("_class_before", CombinedOptimizer)
+    # What a pickle leaves out is derived from the rest, and not that of another class; or a method
+    # that others, such as schedulers, have put in the object.
+    derived = optimizer.__dict__.keys() - optimizer.__getstate__().keys()
+    if kind is CombinedOptimizer:
+        derived &= CombinedOptimizer.__getstate__(optimizer).keys()
+    for name in derived:
+        if not callable(getattr(type(optimizer), name, None)):
+            del optimizer.__dict__[name]
     _set_class(optimizer, kind)
