@@ -332,6 +332,53 @@ def test_both_builders_give_the_same_trajectory_and_checkpoint(algorithm: str, f
     )
 
 
+@pytest.mark.parametrize("by_step", [None, False, True])
+def test_under_a_scaler_both_builders_train_alike(by_step: bool | None) -> None:
+    """Tables are dense here: those that are fused learn from the scaled loss."""
+    runs = []
+    for name, builder in BUILDERS.items():
+        options = {} if name == "reference" else {"step_supports_amp_scaling": by_step}
+        model = embedding_ranker()
+        optimizer, scheduler = builder(model, multi_task_config(), EMBEDDING_RATE, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        scales = []
+        for step in range(8):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step)).backward()
+            if step == 4:
+                model.ranker._backbone[0].weight.grad[0, 0] = math.inf
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+            scales.append(scaler.get_scale())
+        grads = {key: param.grad for key, param in model.named_parameters()}
+        runs.append((optimizer, model.state_dict(), grads, scales))
+    (optimizer, weights, grads, scales), (_, expected, expected_grads, expected_scales) = runs
+    assert optimizer._step_supports_amp_scaling is bool(by_step)
+    assert scales == expected_scales
+    # The last gradients are of models that differ by the rounding of seven steps.
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("unscale_grads", [False, True])
+def test_gradients_stay_scaled_if_asked_to(unscale_grads: bool) -> None:
+    model = embedding_ranker()
+    optimizer, _ = build.build_optimizer(
+        model,
+        multi_task_config(),
+        EMBEDDING_RATE,
+        step_supports_amp_scaling=True,
+        unscale_grads=unscale_grads,
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(loss_of(model, 0)).backward()
+    before = {name: param.grad.clone() for name, param in model.named_parameters()}
+    scaler.step(optimizer)
+    for name, param in model.named_parameters():
+        assert torch.equal(param.grad * (2.0**10 if unscale_grads else 1.0), before[name]), name
+
+
 # Wrappers
 
 

@@ -120,6 +120,24 @@ def test_found_inf_is_read_at_each_replay(device: torch.device) -> None:
     assert_same_bits(run.tensors(), eager.tensors())
 
 
+def test_gradients_are_unscaled_at_each_replay_that_is_not_skipped(device: torch.device) -> None:
+    params = parameters(3, device=device)
+    values = [param.grad.clone() for param in params]
+    optimizer = FusedAdam(params, capturable=True)
+    optimizer.grad_scale = torch.tensor(4.0, device=device)
+    optimizer.found_inf = torch.zeros((), device=device)
+    optimizer.step()
+    with captured() as graph:
+        optimizer.step()
+    for skips in (0.0, 1.0, 0.0):
+        optimizer.found_inf.fill_(skips)
+        for param, value in zip(params, values, strict=True):
+            param.grad.copy_(value * 4)
+        graph.replay()
+        expected = [value * 4 if skips else value for value in values]
+        assert_same_bits([param.grad for param in params], expected)
+
+
 def test_a_whole_training_step(device: torch.device) -> None:
     """Forward and backward pass in the graph too, whose gradients lie in the graph's memory."""
     torch.manual_seed(0)

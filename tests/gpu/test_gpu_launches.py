@@ -55,7 +55,7 @@ def _capturable(device: torch.device) -> Callable[[], Any]:
 
 
 def _scaled(device: torch.device) -> Callable[[], Any]:
-    """As GradScaler hands them over."""
+    """As GradScaler hands them over, and without the launches of torch that unscale gradients."""
     optimizer = FusedAdam(_groups(device), unscale_grads=False)
     optimizer.grad_scale = torch.tensor(2.0, device=device)
     optimizer.found_inf = torch.zeros((), device=device)

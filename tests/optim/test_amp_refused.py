@@ -64,6 +64,37 @@ def test_fused_tables_are_not_warned_of_without_a_scale(native: bool) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_dense_groups_beside_fused_tables(native: bool) -> None:
+    """They step as without tables; an infinite gradient skips them, but not the tables."""
+    model, optimizer = _table_model(native)
+    dense = [param for name, param in model.named_parameters() if name.startswith("ranker.")]
+    table = next(param for name, param in model.named_parameters() if name.startswith("ebc."))
+    expected = [torch.nn.Parameter(param.detach().clone()) for param in dense]
+    theirs = torch.optim.Adam(expected, foreach=False)
+    for group in dict(optimizer.optimizers)["tables"].param_groups:
+        group["lr"] = 0.1
+    optimizer.sync_fused_learning_rates()
+    scaler = grad_scaler("cpu")
+    for step in range(3):
+        optimizer.zero_grad()
+        before = table.detach().clone()
+        scaler.scale(model(features(step)).sum()).backward()
+        assert not torch.equal(table, before)
+        for param, other in zip(dense, expected, strict=True):
+            other.grad = param.grad / scaler.get_scale()
+        if step == 1:
+            dense[0].grad[0, 0] = float("inf")
+        else:
+            theirs.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scaler.step(optimizer)
+        scaler.update()
+        for param, other in zip(dense, expected, strict=True):
+            torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-7)
+
+
 def test_a_torch_optimizer_inside_is_refused_under_a_scaler() -> None:
     params = parameters(2)
     optimizer = FusedCombinedOptimizer(
