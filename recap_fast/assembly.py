@@ -18,15 +18,13 @@ from recap_fast.embeddings.built import check_built_kernels, check_mean_pooling
 from recap_fast.embeddings.slices import show_slice_gradients
 from recap_fast.grouping import group_parameters
 from recap_fast.keyed import is_dense
+from recap_fast.schedules import DEFAULT_LR
 from recap_fast.shim import RecapLRShim
 
 if TYPE_CHECKING:
     from torchrec.optim import keyed
 
 logger = logging.getLogger("recap_fast")
-
-# The rate of every group until a schedule sets it: training with it blows up at once.
-DEFAULT_LR: Final = 24601.0
 
 # What the names of fused tables begin with in a state dict, if one would be there twice without.
 _FUSED_KEY: Final = "fused_optimizer"

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from recap_fast.assembly import DEFAULT_LR, OptimizerClasses, assemble
+from recap_fast.assembly import OptimizerClasses, assemble
 from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedSGD
 from recap_fast.optim.combined import FusedCombinedOptimizer
+from recap_fast.schedules import DEFAULT_LR
 from recap_fast.shim import RecapLRShim
 
 __all__ = ["DEFAULT_LR", "build_optimizer"]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from typing import Final
 
 from recap_fast.config import LearningRate, LinearRampToCosine
+
+# The rate of every group until a schedule sets it: training with it blows up at once.
+DEFAULT_LR: Final = 24601.0
 
 
 def compute_lr(config: LearningRate, step: int) -> float:

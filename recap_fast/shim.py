@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrec.optim import keyed
 
 from recap_fast.config import LearningRate, as_learning_rate
-from recap_fast.keyed import is_dense, leaves
+from recap_fast.keyed import CombinedOptimizer, is_dense, leaves
 from recap_fast.names import table_name
 from recap_fast.schedules import compute_lr
 
@@ -23,6 +25,8 @@ class RecapLRShim(LRScheduler):
     `table_learning_rates`, or else `emb_learning_rate`. All others are dense: they follow
     `lr_dict`, in order. If the optimizer has a method
     `sync_fused_learning_rates`, it is called after every change of the rates.
+
+    A param group that is added to the optimizer later keeps the rate it was given, or is given.
 
     A rate depends on its schedule and the step alone, so the step is all that a resume restores.
 
@@ -74,9 +78,19 @@ class RecapLRShim(LRScheduler):
         )
         if emb_learning_rate is not None:
             emb_learning_rate = as_learning_rate(emb_learning_rate, "emb_learning_rate")
-        self._schedules = _schedule_per_param_group(
-            optimizer, self.lr_dict, emb_learning_rate, self.table_learning_rates, fused_optimizer
+        schedules = iter(
+            _schedule_per_param_group(
+                optimizer,
+                self.lr_dict,
+                emb_learning_rate,
+                self.table_learning_rates,
+                fused_optimizer,
+            )
         )
+        self._schedules = [
+            (leaf, list(itertools.islice(schedules, len(leaf.param_groups))))
+            for leaf in leaves(optimizer)
+        ]
         self.group_names = list(self.lr_dict)
         self.emb_learning_rate = emb_learning_rate
         self._device_schedule = device_schedule
@@ -94,7 +108,36 @@ class RecapLRShim(LRScheduler):
 
     def get_lr(self) -> list[float]:
         """Returns the rate of every param group at the current step, `last_epoch`."""
-        return [compute_lr(schedule, self.last_epoch) for schedule in self._schedules]
+        inside = self._leaves()
+        if [len(leaf.param_groups) for leaf in inside] == [
+            len(each) for _, each in self._schedules
+        ]:
+            schedules = [each for _, own in self._schedules for each in own]
+            return [compute_lr(schedule, self.last_epoch) for schedule in schedules]
+        return [
+            group["lr"] if schedule is None else compute_lr(schedule, self.last_epoch)
+            for group, schedule in self._groups_with_schedules()
+        ]
+
+    def _leaves(self) -> Sequence[Optimizer]:
+        """Those of the optimizer, also if it has others now."""
+        if isinstance(self.optimizer, CombinedOptimizer):
+            return self.optimizer.leaves
+        return list(leaves(self.optimizer))
+
+    def _groups_with_schedules(self) -> Iterator[tuple[dict[str, Any], LearningRate | None]]:
+        """All param groups, in order; those added later have no schedule."""
+        schedules_of = {id(leaf): schedules for leaf, schedules in self._schedules}
+        for leaf in self._leaves():
+            groups, schedules = leaf.param_groups, schedules_of.get(id(leaf), ())
+            if len(groups) < len(schedules) > 1:
+                raise RuntimeError(
+                    f"a {type(leaf).__name__} inside the optimizer had {len(schedules)} param "
+                    f"groups, each with a schedule, but now has {len(groups)}; create another "
+                    "RecapLRShim, which knows which are left"
+                )
+            for index, group in enumerate(groups):
+                yield group, schedules[index] if index < len(schedules) else None
 
     def step(self, epoch: int | None = None) -> None:
         """Sets the rates of the next step; call it after `optimizer.step()`.
@@ -169,9 +212,10 @@ class RecapLRShim(LRScheduler):
             self.optimizer.move_device_rates(step)
 
     def _check_rates_are_ours(self) -> None:
-        groups = self.optimizer.param_groups
-        for index, (group, rate) in enumerate(zip(groups, self._last_lr, strict=True)):
-            if not isinstance(rate, Tensor) and group["lr"] != rate:
+        for index, (group, schedule) in enumerate(self._groups_with_schedules()):
+            if schedule is None or isinstance(group["lr"], Tensor):
+                continue
+            if group["lr"] != compute_lr(schedule, self.last_epoch):
                 raise RuntimeError(
                     f"the lr of param group {index} was set to {group['lr']}, but with "
                     "device_schedule=True rates follow their schedules only; leave lr alone, or "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,3 +60,22 @@ def new_state(
     raise TypeError(
         f"cannot make state for {type(optimizer).__name__}; it must be Adam, AdamW, Adagrad or SGD"
     )
+
+
+def strays(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, torch.optim.Optimizer]:
+    """Finds state that was left behind when a parameter went to a param group elsewhere.
+
+    One torch optimizer has one state for all its groups; several that are stepped as one should do
+    alike.
+
+    Returns:
+        By parameter, the optimizer that has state of it, but no param group with it.
+    """
+    found = {}
+    for optimizer in optimizers:
+        if optimizer.state:
+            grouped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+            for param, entries in optimizer.state.items():
+                if id(param) not in grouped and isinstance(entries, Mapping) and has_state(entries):
+                    found[param] = optimizer
+    return found

@@ -320,7 +320,7 @@ def test_an_optimizer_whose_state_is_unknown_is_refused_before_anything_changes(
     with pytest.raises(TypeError, match="RMSprop"):
         fresh.load_state_dict(saved)
     with pytest.raises(TypeError, match="RMSprop"):
-        fresh.init_state()
+        fresh.init_state(count_step=False)
     assert fresh.state_dict()["state"] == {}
     whole.load_state_dict(saved)  # it has state to load into
 
@@ -355,7 +355,7 @@ def test_init_state_makes_state_and_changes_nothing_else(kind: str) -> None:
     run.params["tower.bias"].grad = None
     before = {name: param.detach().clone() for name, param in run.params.items()}
     grads = {name: param.grad for name, param in run.params.items()}
-    run.optimizer.init_state()
+    run.optimizer.init_state(count_step=False)
     for name, param in run.params.items():
         assert torch.equal(param, before[name])
         assert param.grad is grads[name]
@@ -367,7 +367,7 @@ def test_init_state_makes_state_and_changes_nothing_else(kind: str) -> None:
     run.step(3)
     plain.step(3)
     run.assert_close(plain)
-    run.optimizer.init_state()
+    run.optimizer.init_state(count_step=False)
     assert run.optimizer.state[run.params[NAMES[0]]]["step"].item() == 3
     assert run.optimizer.state[run.params[NAMES[0]]]["exp_avg"].any()
 
@@ -376,7 +376,7 @@ def test_init_state_makes_state_and_changes_nothing_else(kind: str) -> None:
 def test_init_state_leaves_frozen_parameters_alone(kind: str) -> None:
     run = Run(kind)
     run.params["tower.bias"].requires_grad_(False)
-    run.optimizer.init_state({"ebc.weight"})  # torchrec's argument
+    run.optimizer.init_state({"ebc.weight"}, count_step=False)
     assert list(run.optimizer.state_dict()["state"]) == [NAMES[0], *NAMES[2:4]]
 
 
@@ -385,7 +385,7 @@ def test_init_state_then_in_place_loading(kind: str) -> None:
     """What torch.distributed.checkpoint does: make the state, fill its tensors, load the dict."""
     whole, run = Run("reference", steps=2), Run(kind)
     run.copy_params(whole)
-    run.optimizer.init_state()
+    run.optimizer.init_state(count_step=False)
     saved = run.optimizer.state_dict()
     for name, state in whole.optimizer.state_dict()["state"].items():
         for key, value in state.items():
@@ -422,8 +422,8 @@ class Dampened:
 @both
 def test_init_state_does_not_change_the_trajectory_of_dampened_momentum(kind: str) -> None:
     run = Dampened(kind)
-    run.optimizer.init_state()
-    run.optimizer.init_state()
+    run.optimizer.init_state(count_step=False)
+    run.optimizer.init_state(count_step=False)
     assert run.steps(2) == [1.0, 0.75 + 0.5]
 
 
@@ -436,7 +436,7 @@ def test_dampened_momentum_resumes(
     """From before the first step, and from after it; into an optimizer before or after its own."""
     for started, expected in ((False, [1.0, 1.25]), (True, [1.25, 1.4375])):
         whole, resumed = Dampened(source), Dampened(target)
-        whole.optimizer.init_state()
+        whole.optimizer.init_state(count_step=False)
         if started:
             whole.steps(1)
         saved = copy.deepcopy(whole.optimizer.state_dict())
@@ -446,7 +446,7 @@ def test_dampened_momentum_resumes(
             file.seek(0)
             saved = torch.load(file, weights_only=True)
         if before == "initialised":
-            resumed.optimizer.init_state()
+            resumed.optimizer.init_state(count_step=False)
         elif before == "used":
             resumed.steps(3)
         resumed.optimizer.load_state_dict(saved)
@@ -456,7 +456,7 @@ def test_dampened_momentum_resumes(
 def test_loading_none_for_a_buffer_keeps_dtypes() -> None:
     """A loaded buffer has the dtype of its parameter, though there was none to load into."""
     run = Dampened("fused")
-    run.optimizer.init_state()
+    run.optimizer.init_state(count_step=False)
     saved = {"x": {"momentum_buffer": torch.full((3,), 1.0, dtype=torch.float64)}}
     run.optimizer.load_state_dict({"state": saved})
     assert run.optimizer.state[run.param]["momentum_buffer"].dtype == torch.float32
@@ -526,7 +526,7 @@ def test_a_checkpoint_of_a_composed_optimizer_resumes(
     saved = copy.deepcopy(whole.optimizer.state_dict())
     resumed = Composed(target, compose, steps=3 if before == "used" else 0, seed=9)
     if before == "initialised":
-        resumed.optimizer.init_state()
+        resumed.optimizer.init_state(count_step=False)
     resumed.copy_params(whole)
     resumed.optimizer.load_state_dict(saved)
     whole.step(3, start=2)
@@ -543,7 +543,7 @@ def test_init_state_of_a_composed_optimizer_then_in_place_loading(
     whole, run = Composed("reference", compose, steps=2), Composed(kind, compose)
     grads = {name: param.grad for name, param in run.params.items()}
     run.copy_params(whole)
-    run.optimizer.init_state()
+    run.optimizer.init_state(count_step=False)
     assert grads == {name: param.grad for name, param in run.params.items()}
     saved = run.optimizer.state_dict()
     expected = whole.optimizer.state_dict()["state"]
@@ -565,7 +565,7 @@ def test_init_state_of_a_composed_optimizer_does_not_change_the_trajectory(
     kind: str, compose: Callable[[keyed.KeyedOptimizer], keyed.KeyedOptimizer]
 ) -> None:
     run, plain = Composed(kind, compose), Composed(kind, compose)
-    run.optimizer.init_state()
+    run.optimizer.init_state(count_step=False)
     run.step(3)
     plain.step(3)
     run.assert_close(plain)

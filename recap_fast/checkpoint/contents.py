@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from recap_fast.checkpoint.plain import check_plain, option_to_plain
 from recap_fast.checkpoint.trained import TrainedParam, bare_names
+from recap_fast.options import EXECUTION_OPTIONS
 
-# How an optimizer runs its step says nothing about what is trained; the rest are parameters.
-NOT_OPTIONS: Final = frozenset(
-    {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
-)
+# What says nothing about how parameters are trained.
+NOT_OPTIONS: Final = frozenset({"params", "param_names"}) | EXECUTION_OPTIONS
 
 
 @dataclass

@@ -45,12 +45,3 @@ def option_to_plain(value: Any, name: str) -> Any:
         return [option_to_plain(item, name) for item in value]
     check_plain(value, name)
     return value
-
-
-def option_like(own: Any, saved: Any) -> Any:
-    """Returns a saved option with the type of the one it replaces; a tensor is filled in place."""
-    if isinstance(own, torch.Tensor):
-        return own.fill_(saved)
-    if isinstance(own, tuple):
-        return tuple(option_like(a, b) for a, b in zip(own, saved, strict=True))
-    return saved

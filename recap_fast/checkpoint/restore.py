@@ -14,10 +14,11 @@ from torchrec.optim import keyed
 from recap_fast.checkpoint.contents import Description, describe
 from recap_fast.checkpoint.errors import CheckpointMismatchError
 from recap_fast.checkpoint.match import groups_by_param
-from recap_fast.checkpoint.plain import option_like, option_to_plain
+from recap_fast.checkpoint.plain import option_to_plain
 from recap_fast.checkpoint.trained import TrainedParam
 from recap_fast.embeddings.kernel_optimizer import set_forward_passes
 from recap_fast.names import is_table
+from recap_fast.options import option_like
 from recap_fast.shim import RecapLRShim
 from recap_fast.state_memory import StateMemory
 

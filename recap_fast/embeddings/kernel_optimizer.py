@@ -103,6 +103,13 @@ class KernelOptimizer(EmbeddingFusedOptimizer):
         self._emb_module.iter_cpu.copy_(self._emb_module.iter)
         self.step()
 
+    def reset_state(self) -> None:
+        """Makes the state that of a new module."""
+        for state in self.state.values():
+            for name, value in state.items():
+                value.fill_(1 if name == "max_counter" else 0)
+        set_forward_passes(self._emb_module, 0)
+
     def set_optimizer_step(self, step: int) -> None:
         """Sets the number of forward passes that the module has counted."""
         set_forward_passes(self._emb_module, step)

@@ -87,17 +87,24 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         self._wants_amp_scaling = step_supports_amp_scaling
         self.unscale_grads = bool(unscale_grads)
         self._device_rates: Sequence[DeviceRates] = ()
+        self._stepper: Stepper | None = None
         self._prepare()
 
     def _prepare(self) -> None:
+        """Sorts the optimizers by who steps them; again when there are others than before."""
+        self._prepared = len(self._optims)
         fused = [(key, part) for key, part in self._optims if _has_native_step(part)]
         names = [
             {param: self.prepend_opt_key(name, key) for name, param in part.params.items()}
             for key, part in fused
         ]
         self._native = [part._optimizer for _, part in fused]
-        self._stepper = Stepper(self._native, names, self.clip_grad_norm) if fused else None
-        if self._stepper is not None:
+        if not fused:
+            self._stepper = None
+        elif self._stepper is not None:
+            self._stepper.step_these(self._native, names)
+        else:
+            self._stepper = Stepper(self._native, names, self.clip_grad_norm)
             self._stepper.move_with(self._device_rates)
         self._others = [part for _, part in self._optims if not _has_native_step(part)]
         self._unscaled = [item for item in self.dense_optimizers() if item[1] in self._others]
@@ -122,6 +129,33 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         self._warned_of_scaled_tables = False
         self._schedulers_know = False
 
+    def init_state(
+        self, sparse_grad_parameter_names: set[str] | None = None, count_step: bool = True
+    ) -> None:
+        """As `CombinedOptimizer.init_state`, but that the native step takes dense gradients only.
+
+        So the gradients of zero of its parameters are dense, whatever their names.
+        """
+        native = {
+            id(param)
+            for optimizer in self._native
+            for group in optimizer.param_groups
+            for param in group["params"]
+        }
+        others = {name for name, param in self.params.items() if id(param) not in native}
+        # The schedules are still at their step, and not at the next.
+        steps = [int(rates.epoch) for rates in self._device_rates]
+        super().init_state(others & (sparse_grad_parameter_names or set()), count_step)
+        for rates, step in zip(self._device_rates, steps, strict=True):
+            rates.move_to(step)
+
+    def check_groups_may_go(self) -> None:
+        if self._device_rates:
+            raise ValueError(
+                "param_groups: rates on the device go by the place of their param group, so that "
+                "none can be taken away or replaced; create RecapLRShim without device_schedule"
+            )
+
     @observed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every dense parameter that has a gradient.
@@ -137,6 +171,8 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                 cannot be stepped; no parameter of the native call has been changed.
         """
         loss = evaluate(closure)
+        if len(self._optims) != self._prepared:
+            self._prepare()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         if grad_scale is not None or found_inf is not None:
@@ -275,5 +311,6 @@ class FusedCombinedOptimizer(CombinedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._stepper = None
         self._patch_step_function()  # or hooks are not called where none was made before
         self._prepare()

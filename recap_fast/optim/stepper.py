@@ -15,7 +15,7 @@ from torch import Tensor
 from recap_fast._native import native
 from recap_fast.clipping import NormParts, clip_on_device
 from recap_fast.optim.left_to_torch import step_as_torch
-from recap_fast.state import new_state
+from recap_fast.state import new_state, strays
 from recap_fast.state_memory import StateMemory
 
 if TYPE_CHECKING:
@@ -54,9 +54,6 @@ class Stepper:
         names: Sequence[Mapping[Tensor, str]] | None = None,
         max_norm: float | None = None,
     ) -> None:
-        # Weak: an optimizer owns its stepper, and a cycle would keep its state until a collection.
-        self._references = [weakref.ref(optimizer) for optimizer in optimizers]
-        self._names = names or [{} for _ in optimizers]
         self._max_norm = max_norm
         self._norm_parts: NormParts | None = None
         self.grad_norm: float | Tensor | None = None
@@ -66,12 +63,25 @@ class Stepper:
         self._device_rates: Sequence[DeviceRates] = ()
         self._turn = threading.RLock()
         self._stepping = False
-        # What torch steps has no part in a norm that the native call finds.
-        self._may_leave = max_norm is None and any(
-            optimizer._left_to_torch is not None for optimizer in optimizers
-        )
         self._groups: list[list[tuple[int, Group]]] = []  # in the plan, by optimizer
         self._left: list[tuple[int, list[Group]]] = []  # left to torch, with the optimizer's number
+        self.step_these(optimizers, names)
+
+    def step_these(
+        self, optimizers: Sequence[FusedOptimizer], names: Sequence[Mapping[Tensor, str]] | None
+    ) -> None:
+        """From now on, steps ``optimizers``; see the arguments of the class."""
+        # Weak: an optimizer owns its stepper, and a cycle would keep its state until a collection.
+        self._references = [weakref.ref(optimizer) for optimizer in optimizers]
+        self._names = names or [{} for _ in optimizers]
+        # What torch steps has no part in a norm that the native call finds; and schedules on the
+        # device are of groups by their position in the plan, in which then all must be.
+        self._may_leave = (
+            self._max_norm is None
+            and not self._device_rates
+            and any(optimizer._left_to_torch is not None for optimizer in optimizers)
+        )
+        self._drop_plan()
 
     def step(
         self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_grads: bool = False
@@ -167,6 +177,7 @@ class Stepper:
         self._device_rates = device_rates
         if device_rates:  # of groups by their position in the plan, in which then all must be
             self._may_leave = False
+        self._groups_then = [len(each.param_groups) for each in self._optimizers()]
         self._drop_plan()
 
     def check_captured_rates(self) -> None:
@@ -192,6 +203,8 @@ class Stepper:
     def _build(self, first: Sequence[int] = ()) -> None:
         """Puts another plan in the place of the present one, which stays if that fails."""
         self.check_captured_rates()
+        if self._device_rates:
+            self._check_places()
         sources = []
         params: list[Tensor] = []
         all_names: list[str] = []
@@ -291,6 +304,17 @@ class Stepper:
             return error
         return None
 
+    def _check_places(self) -> None:
+        """Raises if the param groups are at other places than when schedules were given to them."""
+        now = [len(each.param_groups) for each in self._optimizers()]
+        then = self._groups_then
+        if now[: len(then) - 1] != then[:-1] or now[len(then) - 1] < then[-1]:
+            raise RuntimeError(
+                f"device schedules: the optimizers had {then} param groups, and now have {now}, so "
+                "that schedules would drive others; use the combined optimizer's add_param_group, "
+                "which adds them at the end"
+            )
+
     def _step_with_new_state(
         self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
     ) -> Any:
@@ -303,7 +327,16 @@ class Stepper:
         ]
         first = self._plan.slots_without_state
         memory = StateMemory()
-        made = [(slots[i][0].state, slots[i][2], new_state(*slots[i], memory)) for i in first]
+        elsewhere = strays(self._optimizers())
+        made, moved = [], []
+        for optimizer, group, param in (slots[i] for i in first):
+            owner = elsewhere.get(param)
+            if owner is not None:
+                moved.append((owner.state, param))
+            if type(owner) is type(optimizer):
+                made.append((optimizer.state, param, owner.state[param]))
+            else:
+                made.append((optimizer.state, param, new_state(optimizer, group, param, memory)))
         before = [dict(states[param]) if param in states else None for states, param, _ in made]
         plan, outcome = self._plan, None
         try:
@@ -321,4 +354,6 @@ class Stepper:
                     else:
                         states[param].clear()
                         states[param].update(entries)
+        for states, param in moved if outcome == native.STEPPED else ():
+            del states[param]
         return outcome

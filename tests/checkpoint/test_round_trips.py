@@ -96,7 +96,7 @@ class Odd(nn.Module):
 def dampened(seed: int) -> Training:
     """Its momentum is None before the first step."""
     training = _combined(seed, lambda p: FusedSGD(p, lr=0.1, momentum=0.9, dampening=0.5))
-    training.optimizer.init_state()
+    training.optimizer.init_state(count_step=False)
     return training
 
 

@@ -255,6 +255,56 @@ def test_a_resumed_run_goes_on_at_the_saved_step(device: torch.device) -> None:
     _assert_same_bits(whole[2], resumed[2])
 
 
+def test_init_state_counts_a_step_but_moves_no_schedule(device: torch.device) -> None:
+    runs = [_scheduled(device, device_schedule=on_device) for on_device in (False, True)]
+    for step in range(6):
+        for optimizer, scheduler, params in runs:
+            if step in (0, 3):
+                optimizer.init_state()
+            set_grads(params, step)
+            optimizer.step()
+            scheduler.step()
+    for mine, other in zip(runs[0][2], runs[1][2], strict=True):
+        torch.testing.assert_close(mine, other, rtol=2**-22, atol=2**-24)
+    optimizer, scheduler, params = runs[1]
+    (rates,) = optimizer._device_rates
+    torch.testing.assert_close(rates.rates.tolist(), scheduler.get_last_lr(), rtol=1e-15, atol=0)
+    assert optimizer.state[params[0]]["step"].item() == 8
+
+
+def test_a_group_added_under_a_device_schedule_has_the_rate_it_was_given(
+    device: torch.device,
+) -> None:
+    optimizer, scheduler, params = _scheduled(device, device_schedule=True)
+    extra = parameter((3,), 7, device=device)
+    optimizer.step()
+    optimizer.add_param_group({"params": [extra], "betas": (0.0, 0.0), "eps": 0.0, "lr": 0.25})
+    scheduler.step()
+    before = extra.detach().clone()
+    for step in range(3):
+        set_grads([*params, extra], step)
+        optimizer.step()
+        scheduler.step()
+    torch.testing.assert_close((before - extra.detach()).abs(), torch.full_like(before, 0.25))
+    (rates,) = optimizer._device_rates
+    scheduled_rates = scheduler.get_last_lr()[:-1]
+    torch.testing.assert_close(rates.rates.tolist(), scheduled_rates, rtol=1e-15, atol=0)
+
+
+def test_groups_that_move_under_a_device_schedule_are_refused(device: torch.device) -> None:
+    """Schedules there go by place."""
+    optimizer, *_ = _scheduled(device, device_schedule=True)
+    optimizer.step()
+    with pytest.raises(ValueError, match="rates on the device go by the place"):
+        del optimizer.param_groups[0]
+    assert len(optimizer.param_groups) == len(optimizer.optimizers)
+    optimizer.optimizers[0][1]._optimizer.add_param_group(
+        {"params": [parameter((2,), 1, device=device)]}
+    )
+    with pytest.raises(RuntimeError, match="add_param_group"):
+        optimizer.step()
+
+
 def test_a_rate_set_by_hand_under_a_device_schedule_is_refused(device: torch.device) -> None:
     optimizer, scheduler, _ = _scheduled(device, device_schedule=True)
     optimizer.step()

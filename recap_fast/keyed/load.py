@@ -1,0 +1,149 @@
+"""What loading a state dict into a combined optimizer takes: new state, checks, options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchrec.optim.warmup import WarmupOptimizer
+
+from recap_fast.keyed.walk import is_dense, walk
+from recap_fast.options import EXECUTION_OPTIONS, option_like
+from recap_fast.state import has_state, new_state
+from recap_fast.state_memory import StateMemory
+
+if TYPE_CHECKING:
+    from recap_fast.keyed.combined import CombinedOptimizer
+
+
+class NewState(NamedTuple):
+    """A parameter without state, and the state to give it."""
+
+    states: MutableMapping[Tensor, Any]  # the optimizer's, in which it belongs
+    group: Mapping[str, Any]
+    param: Tensor
+    entries: dict[str, Tensor]
+
+
+def new_states(optimizer: CombinedOptimizer, wanted: Callable[[Tensor], bool]) -> list[NewState]:
+    """The state to give to each wanted dense parameter that has none; nothing is changed.
+
+    Raises:
+        TypeError: An optimizer inside is of a class whose state is not known.
+    """
+    found, memory = [], StateMemory()
+    for wrapper in walk(optimizer):
+        if isinstance(wrapper, WarmupOptimizer):
+            param = wrapper._warmup_param
+            if wanted(param) and not has_state(wrapper.state.get(param)):
+                # Iteration and stage.
+                start = {"warmup": torch.zeros(2, dtype=torch.long, device="cpu")}
+                found.append(NewState(wrapper.state, {}, param, start))
+    for leaf in filter(is_dense, optimizer.leaves):
+        for group in leaf.param_groups:
+            for param in group["params"]:
+                if wanted(param) and not has_state(leaf.state.get(param)):
+                    entries = new_state(leaf, group, param, memory)
+                    found.append(NewState(leaf.state, group, param, entries))
+    return found
+
+
+def check_state(
+    params: Mapping[str, Tensor],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    saved: Mapping[str, Mapping[str, Any]],
+    new: Mapping[Tensor, Mapping[str, Any]],
+) -> None:
+    """Raises ValueError if saved and own state differ in names, entries or shapes.
+
+    Args:
+        params: all parameters, by name.
+        state: what they have.
+        saved: what is to be loaded, by name.
+        new: what those without state are to have.
+    """
+    unknown = [name for name in saved if name not in params]
+    if unknown:
+        raise ValueError(
+            f"the state dict has state of {len(unknown)} parameter(s) that this optimizer does "
+            f"not have, such as {unknown[0]!r}; is it of another model?"
+        )
+    names = {param: name for name, param in params.items()}
+    absent = [names[param] for param, own in state.items() if own and names[param] not in saved]
+    if absent:
+        raise ValueError(
+            f"the state dict has no state of {len(absent)} parameter(s) that this optimizer "
+            f"has state of, such as {absent[0]!r}; is it of another model?"
+        )
+    for name, entries in saved.items():
+        _check_entries(name, entries, {**state.get(params[name], {}), **new.get(params[name], {})})
+
+
+def _check_entries(name: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    if saved.keys() != own.keys():
+        missing = ", ".join(key for key in own if key not in saved) or "none"
+        surplus = ", ".join(key for key in saved if key not in own) or "none"
+        raise ValueError(
+            f"the state dict has other entries for {name!r} than this optimizer: missing "
+            f"{missing}, unknown {surplus}; is it of another algorithm or option?"
+        )
+    for key, value in saved.items():
+        if not isinstance(own[key], Tensor) or (value is None and key == "momentum_buffer"):
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{key!r} of {name!r} is a {type(value).__name__} in the state dict, but a "
+                "tensor here"
+            )
+        if type(value) is type(own[key]) is Tensor and value.shape != own[key].shape:
+            raise ValueError(
+                f"{key!r} of {name!r} has shape {tuple(value.shape)} in the state dict, "
+                f"but {tuple(own[key].shape)} here; is it of another model?"
+            )
+
+
+def match_param_groups(
+    groups: Sequence[dict[str, Any]],
+    saved: Iterable[Mapping[str, Any]],
+    names: Mapping[int, str],
+) -> list[tuple[dict[str, Any], Mapping[str, Any]]]:
+    """Returns groups with the saved ones of the same parameters.
+
+    Args:
+        groups: all own param groups.
+        saved: those to be loaded, of names.
+        names: of the own parameters, by id.
+
+    Raises:
+        ValueError: They are of other parameters, or have other options.
+    """
+    own = [(tuple(sorted(names[id(p)] for p in group["params"])), group) for group in groups]
+    found = [(tuple(sorted(group["params"])), group) for group in saved]
+    own_options = {params: sorted(group) for params, group in own}
+    saved_options = {params: sorted(group) for params, group in found}
+    for params in {**own_options, **saved_options}:
+        here, there = own_options.get(params), saved_options.get(params)
+        if here != there:
+            raise ValueError(
+                f"the param group of {', '.join(params)} has the options {there} in the state "
+                f"dict, but {here} here; is it of another model or algorithm?"
+            )
+    if len(own) != len(found):
+        raise ValueError(
+            f"the state dict has {len(found)} param groups, but this optimizer {len(own)}"
+        )
+    left = list(found)
+    pairs = []
+    for params, group in own:
+        place = next(i for i, (others, _) in enumerate(left) if others == params)
+        pairs.append((group, left.pop(place)[1]))
+    return pairs
+
+
+def load_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Sets the options of a param group to saved ones, but for how its step is executed."""
+    for name, value in saved.items():
+        if name not in ("params", "param_names") and name not in EXECUTION_OPTIONS:
+            group[name] = option_like(group.get(name), value)
