@@ -328,12 +328,14 @@ class Stepper:
         first = self._plan.slots_without_state
         memory = StateMemory()
         elsewhere = strays(self._optimizers())
-        made, moved = [], []
-        for optimizer, group, param in (slots[i] for i in first):
+        made, moved, brought = [], [], set()
+        for index in first:
+            optimizer, group, param = slots[index]
             owner = elsewhere.get(param)
             if owner is not None:
                 moved.append((owner.state, param))
             if type(owner) is type(optimizer):
+                brought.add(index)
                 made.append((optimizer.state, param, owner.state[param]))
             else:
                 made.append((optimizer.state, param, new_state(optimizer, group, param, memory)))
@@ -342,7 +344,7 @@ class Stepper:
         try:
             for states, param, state in made:
                 states.setdefault(param, {}).update(state)
-            self._build(first)
+            self._build([index for index in first if index not in brought])
             outcome = self._run(grad_scale, found_inf, unscale_by)
         finally:
             if outcome != native.STEPPED:

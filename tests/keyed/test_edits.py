@@ -399,6 +399,32 @@ def test_a_parameter_takes_its_state_to_another_group(kind: str) -> None:
 
 
 @both
+def test_momentum_goes_on_in_another_group(kind: str) -> None:
+    """It is not taken for the first step, in which dampening does not count."""
+    params, twins = _parameters(0, 2), _parameters(0, 2)
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    fused = kind == "fused"
+    make = FusedCombinedOptimizer if fused else CombinedOptimizer
+    sgd = FusedSGD if fused else torch.optim.SGD
+    optimizer = make(
+        [
+            (str(i), keyed.KeyedOptimizerWrapper({"w": param}, lambda p: sgd(p, **options)))
+            for i, param in enumerate(params)
+        ]
+    )
+    expected = torch.optim.SGD([{"params": [twin]} for twin in twins], **options)
+    for seed in range(4):
+        if seed == 2:
+            for each in (optimizer, expected):
+                each.param_groups[1]["params"].append(each.param_groups[0]["params"].pop())
+        for each, own in ((optimizer, params), (expected, twins)):
+            _set_grads(own, seed)
+            each.step()
+    for mine, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(mine, twin)
+
+
+@both
 def test_all_made_anew(kind: str) -> None:
     """As pruning and restarts do it."""
     run = Run(kind)
