@@ -25,8 +25,8 @@ class OriginalConfigs(NamedTuple):
 
 def _classes(base: type[Any], field: Any, positive: Any) -> OriginalConfigs:
     class Piecewise(base):
-        learning_rate_boundaries: list[int] = None
-        learning_rate_values: list[float] = None
+        learning_rate_boundaries: list[int] | None = None
+        learning_rate_values: list[float] | None = None
 
     class RampToConstant(base):
         learning_rate: float
@@ -39,10 +39,10 @@ def _classes(base: type[Any], field: Any, positive: Any) -> OriginalConfigs:
         final_num_steps: positive = field(description="last step of the decay")
 
     class Rate(base):
-        constant: float = None
-        linear_ramp_to_cosine: RampToCosine = None
-        linear_ramp_to_constant: RampToConstant = None
-        piecewise_constant: Piecewise = None
+        constant: float | None = None
+        linear_ramp_to_cosine: RampToCosine | None = None
+        linear_ramp_to_constant: RampToConstant | None = None
+        piecewise_constant: Piecewise | None = None
 
     class Adam(base):
         lr: float
@@ -58,10 +58,10 @@ def _classes(base: type[Any], field: Any, positive: Any) -> OriginalConfigs:
         eps: float = 0
 
     class Optimizer(base):
-        learning_rate: Rate = None
-        adam: Adam = None
-        sgd: Sgd = None
-        adagrad: Adagrad = None
+        learning_rate: Rate | None = None
+        adam: Adam | None = None
+        sgd: Sgd | None = None
+        adagrad: Adagrad | None = None
 
     class RecapAdam(base):
         beta_1: float = 0.9
@@ -70,15 +70,15 @@ def _classes(base: type[Any], field: Any, positive: Any) -> OriginalConfigs:
 
     class MultiTaskRates(base):
         tower_learning_rates: dict[str, Rate] = field(description="by task")
-        backbone_learning_rate: Rate = None
+        backbone_learning_rate: Rate | None = None
 
     class RecapOptimizer(base):
-        multi_task_learning_rates: MultiTaskRates = None
-        single_task_learning_rate: Rate = None
+        multi_task_learning_rates: MultiTaskRates | None = None
+        single_task_learning_rate: Rate | None = None
         adam: RecapAdam
 
     class EmbeddingOptimizer(base):
-        learning_rate: Rate = None
+        learning_rate: Rate | None = None
         init_learning_rate: float = field(description="before a schedule sets it")
 
     return OriginalConfigs(Rate, RecapOptimizer, Optimizer, EmbeddingOptimizer)

@@ -15,6 +15,7 @@ from recap_fast.schedules import compute_lr
 from recap_fast.shim import RecapLRShim
 from tests.models import constant, ramp
 from tests.original_configs import CLASSES
+from tests.original_program import Shim
 
 RATES = {"liked": ramp(0.5, 8), "backbone": constant(0.25)}
 
@@ -28,21 +29,6 @@ def optimizer() -> keyed.CombinedOptimizer:
             for name in RATES
         ]
     )
-
-
-class OriginalShim(LRScheduler):
-    """A scheduler in the shape of the original's, whose state is all of its attributes."""
-
-    def __init__(self, optimizer: Any, lr_dict: dict[str, Any], emb_learning_rate: Any) -> None:
-        self.optimizer = optimizer
-        self.lr_dict = lr_dict
-        self.group_names = list(lr_dict)
-        self.emb_learning_rate = emb_learning_rate
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float]:
-        rates = [*self.lr_dict.values(), *[self.emb_learning_rate] * bool(self.emb_learning_rate)]
-        return [compute_lr(rate, self.last_epoch) for rate in rates]
 
 
 def state_after(steps: int, scheduler: LRScheduler) -> dict[str, Any]:
@@ -59,7 +45,7 @@ def rates_of(optimizer: keyed.CombinedOptimizer) -> list[float]:
 @pytest.mark.parametrize("steps", [0, 3])
 def test_the_state_of_the_originals_shim(steps: int) -> None:
     original = optimizer()
-    state = state_after(steps, OriginalShim(original, RATES, None))
+    state = state_after(steps, Shim(original, RATES, None))
     assert {"lr_dict", "base_lrs", "last_epoch", "_last_lr", "_step_count"} <= state.keys()
 
     resumed = optimizer()

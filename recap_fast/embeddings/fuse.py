@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from recap_fast.names import check_table_names, tables_in
 
 def fuse_embeddings(
     model: nn.Module,
-    emb_optimizer_config: EmbeddingOptimizerConfig,
+    emb_optimizer_config: EmbeddingOptimizerConfig | Any,
     device: torch.device | str | None = None,
 ) -> nn.Module:
     """Replaces the `EmbeddingBagCollection`s of a model, in place, by fused ones.
@@ -44,7 +45,8 @@ def fuse_embeddings(
             is a multiple of 4, and used nowhere else.
         emb_optimizer_config: Algorithm and hyperparameters of each table, and the rate to start
             with: `init_learning_rate`, or else what `learning_rate` gives for step 0. On the CPU,
-            FBGEMM has sgd, adagrad, rowwise_adagrad and ema_rowwise_adagrad.
+            FBGEMM has sgd, adagrad, rowwise_adagrad and ema_rowwise_adagrad. Or what
+            `config.as_embedding_config` takes.
         device: Where the tables go; by default where they are.
 
     Returns:

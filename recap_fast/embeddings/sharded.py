@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
@@ -19,7 +21,7 @@ from recap_fast.names import check_table_names, tables_in
 
 def set_table_optimizers(
     model: nn.Module,
-    emb_optimizer_config: EmbeddingOptimizerConfig,
+    emb_optimizer_config: EmbeddingOptimizerConfig | Any,
     device: torch.device | str,
 ) -> nn.Module:
     """Tells torchrec how to train the tables of a model that is about to be sharded.
