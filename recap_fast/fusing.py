@@ -365,7 +365,7 @@ def _uncombine(optimizer: Any) -> None:
     derived = optimizer.__dict__.keys() - optimizer.__getstate__().keys()
     if kind is CombinedOptimizer:
         derived &= CombinedOptimizer.__getstate__(optimizer).keys()
-    for name in derived:
+    for name in derived.union(optimizer._OWN_OPTIONS) & optimizer.__dict__.keys():
         if not callable(getattr(type(optimizer), name, None)):
             del optimizer.__dict__[name]
     _set_class(optimizer, kind)

@@ -56,7 +56,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
     If it hands its scale to the step (``step_supports_amp_scaling``), the first such step warns.
 
     With ``clip_grad_norm`` the call also finds the global norm of the gradients, and scales them as
-    it reads them: ``.grad`` keeps its values. On CUDA devices torch finds the norm, in float32,
+    it reads them: ``.grad`` is not clipped. On CUDA devices torch finds the norm, in float32,
     and nothing waits for the device. A step whose norm is not finite is skipped as a whole, on all
     processes that share a parameter.
 
@@ -74,6 +74,8 @@ class FusedCombinedOptimizer(CombinedOptimizer):
     _step_supports_amp_scaling: bool = False
     _wants_amp_scaling: bool | None = None
     unscale_grads: bool = True
+    # What other combined optimizers do not have.
+    _OWN_OPTIONS = ("_wants_amp_scaling", "unscale_grads")
 
     def __init__(
         self,
@@ -306,7 +308,14 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                 hook(optimizer, (optimizer,), {})
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_native", "_stepper", "_others", "_unscaled", "_inner_hooks"}
+        derived = {
+            "_native",
+            "_stepper",
+            "_others",
+            "_unscaled",
+            "_inner_hooks",
+            "_step_supports_amp_scaling",
+        }
         return {key: value for key, value in super().__getstate__().items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -36,8 +36,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     With ``clip_grad_norm`` the call also finds the global 2-norm of the gradients of all param
     groups, over the shards of DTensors on all processes, and scales the gradients as it reads them
-    so that the norm is at most that: as `torch.nn.utils.clip_grad_norm_` does, but ``.grad`` keeps
-    its values. A norm that is not finite skips the step, on all processes that share a parameter,
+    so that the norm is at most that: as `torch.nn.utils.clip_grad_norm_` does, but ``.grad`` is
+    not clipped. A norm that is not finite skips the step, on all processes that share a parameter,
     and logs a warning; infinity does only that. On CUDA devices torch finds the norm, in float32,
     and nothing waits for the device.
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from recap_fast import unfuse
 from recap_fast.optim import FusedAdam, FusedOptimizer, FusedSGD
 from tests.optim.helpers import (
     DTYPES,
@@ -121,6 +122,23 @@ def test_the_choice_stays(
     optimizer.step()
     result = through(optimizer)
     assert _by_step(result) is by_step and result.unscale_grads is not by_step
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd", "combined"])
+def test_what_goes_back_to_torch_is_not_handed_a_scale(kind: str) -> None:
+    """Its step would not look at it, and take gradients of a thousand times the size."""
+    params = parameters(3)
+    if kind == "combined":
+        optimizer = combined(params, step_supports_amp_scaling=True)
+    else:
+        optimizer = FUSED[kind](params, lr=1.0, step_supports_amp_scaling=True)
+    unfuse(optimizer)
+    assert not _by_step(optimizer) and not hasattr(optimizer, "unscale_grads")
+    scaler = grad_scaler("cpu")
+    grads = [param.grad.clone() for param in params]
+    set_scaled_grads(params, 0)
+    scaler.step(optimizer)
+    assert all(same_bits(param.grad, grad) for param, grad in zip(params, grads, strict=True))
 
 
 def test_a_class_derived_from_another_library_has_torchs_default() -> None:
