@@ -53,6 +53,16 @@ def set_forward_passes(kernel: SplitTableBatchedEmbeddingBagsCodegen, count: int
     kernel.iter_cpu.fill_(count)
 
 
+def reset_state(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+    """Makes the state of a kernel that of a new one; its tables stay as they are."""
+    for states in kernel.split_optimizer_states():
+        for value in states:
+            value.zero_()
+    if hasattr(kernel, "max_counter"):
+        kernel.max_counter.fill_(1)
+    set_forward_passes(kernel, 0)
+
+
 def reads_max_counter(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
     """Returns whether the updates of a kernel depend on the greatest counter of its rows."""
     mode = LearningRateMode(kernel.optimizer_args.learning_rate_mode)
@@ -102,13 +112,6 @@ class KernelOptimizer(EmbeddingFusedOptimizer):
         """Has the module go on from a loaded step and learning rate."""
         self._emb_module.iter_cpu.copy_(self._emb_module.iter)
         self.step()
-
-    def reset_state(self) -> None:
-        """Makes the state that of a new module."""
-        for state in self.state.values():
-            for name, value in state.items():
-                value.fill_(1 if name == "max_counter" else 0)
-        set_forward_passes(self._emb_module, 0)
 
     def set_optimizer_step(self, step: int) -> None:
         """Sets the number of forward passes that the module has counted."""

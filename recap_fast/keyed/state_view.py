@@ -25,6 +25,20 @@ class _Values(ValuesView):
         return (entries for _, entries in self._mapping.entries())
 
 
+def _can_reset(leaf: FusedOptimizer) -> bool:
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    return isinstance(getattr(leaf, "_emb_module", None), SplitTableBatchedEmbeddingBagsCodegen)
+
+
+def _reset(leaf: FusedOptimizer) -> None:
+    from recap_fast.embeddings.kernel_optimizer import reset_state  # which imports this package
+
+    reset_state(leaf._emb_module)
+
+
 class StateView(MutableMapping[Tensor, Any]):
     """The state of every parameter that has any; editing it edits the optimizers inside.
 
@@ -139,7 +153,7 @@ class StateView(MutableMapping[Tensor, Any]):
             if leaf not in resets:
                 for param in leaf.state:
                     self._check_unfused(param, new.pop(param, None))
-            elif not hasattr(leaf, "reset_state"):
+            elif not _can_reset(leaf):
                 name = self._optimizer.name_of(next(iter(leaf.state)))
                 raise ValueError(
                     f"{type(leaf).__name__} cannot reset the state of {name}, which is memory of "
@@ -153,7 +167,7 @@ class StateView(MutableMapping[Tensor, Any]):
             if id(states) not in untouched:
                 states.clear()
         for leaf in resets:
-            leaf.reset_state()
+            _reset(leaf)
         for param, entries in new.items():
             self[param] = entries
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import keyed
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.warmup import WarmupOptimizer, WarmupStage
@@ -28,7 +30,15 @@ from recap_fast.keyed import CombinedOptimizer, leaves
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.combined import FusedCombinedOptimizer
 from recap_fast.shim import RecapLRShim
-from tests.models import EmbeddingRanker, Ranker, constant, features, multi_task_config, ramp
+from tests.models import (
+    EmbeddingRanker,
+    Ranker,
+    constant,
+    features,
+    multi_task_config,
+    ramp,
+    tables,
+)
 
 both = pytest.mark.parametrize("kind", ["reference", "fused"])
 
@@ -709,6 +719,35 @@ def test_clearing_resets_fused_tables_too(kind: str, how: str) -> None:
     for run in ((model, optimizer, scheduler), fresh):
         _train(*run, range(3, 6))
     for name, value in model.state_dict().items():
+        assert torch.equal(value, fresh[0].state_dict()[name]), name
+
+
+@both
+def test_clearing_resets_torchrecs_own_fused_tables(kind: str) -> None:
+    def make() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        collection = FusedEmbeddingBagCollection(
+            tables=tables(),
+            optimizer_type=torch.optim.Adagrad,
+            optimizer_kwargs={"lr": 0.5},
+            location=EmbeddingLocation.HOST,
+        )
+        combine = FusedCombinedOptimizer if kind == "fused" else CombinedOptimizer
+        return collection, combine([collection.fused_optimizer()])
+
+    def train(model: nn.Module, optimizer: Any, seeds: range) -> None:
+        for seed in seeds:
+            model(features(seed)).values().square().sum().backward()
+            optimizer.step()
+
+    used, fresh = make(), make()
+    train(*used, range(3))
+    used[1].state.clear()
+    assert len(used[1].state) == 2
+    fresh[0].load_state_dict(used[0].state_dict())
+    for run in (used, fresh):
+        train(*run, range(3, 6))
+    for name, value in used[0].state_dict().items():
         assert torch.equal(value, fresh[0].state_dict()[name]), name
 
 
