@@ -40,6 +40,7 @@ EMULATED_TESTS = (
     "test_interop.py",
     "test_oracle.py",
     "test_stepper.py",
+    "test_user_entries.py",
 )
 
 

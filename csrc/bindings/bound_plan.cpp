@@ -326,6 +326,23 @@ void BoundPlan::undo_step_counts() {
   }
 }
 
+BoundPlan::Turn::Turn(BoundPlan& plan) : plan_(plan) {
+  if (!plan.stepping_.try_lock()) {
+    if (plan.stepped_by_ == std::this_thread::get_id()) {
+      throw std::runtime_error("step() was called from within a step of the same optimizer");
+    }
+    const py::gil_scoped_release release;  // which the other thread may need to finish
+    plan.stepping_.lock();
+  }
+  plan.stepped_by_ = std::this_thread::get_id();
+}
+
+BoundPlan::Turn::~Turn() {
+  plan_.held_.clear();
+  plan_.stepped_by_ = {};
+  plan_.stepping_.unlock();
+}
+
 std::vector<ScaledGradient> BoundPlan::gradients_read() {
   std::vector<ScaledGradient> gradients;
   for (size_t slot = 0; slot < slots_.size(); ++slot) {
@@ -336,7 +353,7 @@ std::vector<ScaledGradient> BoundPlan::gradients_read() {
 
 Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_inf,
                         const py::object& unscale_by) {
-  const Reading reading(*this);
+  const Turn turn(*this);
   if (!groups_unchanged() || !read_slots()) return Outcome::stale;
   check_captured_rates();
   const bool captures = !cuda_parts_.empty() && check_capture();

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../cpu/grad_norm.h"
@@ -125,13 +127,15 @@ class BoundPlan {
     std::string text() const;
   };
 
-  // While it lives, the gradients that `read_slots` has read stay in memory.
-  struct Reading {
-    explicit Reading(BoundPlan& plan) : held(plan.held_) {}
-    ~Reading() { held.clear(); }
-    Reading(const Reading&) = delete;
+  // While it lives, no other thread steps the plan, and what `read_slots` has read stays in memory.
+  class Turn {
+   public:
+    explicit Turn(BoundPlan& plan);
+    ~Turn();
+    Turn(const Turn&) = delete;
 
-    std::vector<c10::Storage>& held;
+   private:
+    BoundPlan& plan_;
   };
 
   struct Clipping {
@@ -192,6 +196,8 @@ class BoundPlan {
   // Whether a step lets other threads run Python, which may drop a gradient: then it holds them.
   bool gives_up_gil_ = false;
   std::vector<c10::Storage> held_;
+  std::mutex stepping_;
+  std::thread::id stepped_by_;
 };
 
 }  // namespace recap

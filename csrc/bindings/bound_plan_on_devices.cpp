@@ -88,7 +88,7 @@ void BoundPlan::set_schedules(const std::vector<size_t>& groups, const at::Tenso
 
 std::vector<at::Tensor> BoundPlan::sums_of_squares(const std::vector<uint32_t>& part_of_slot,
                                                    size_t parts) {
-  const Reading reading(*this);
+  const Turn turn(*this);
   if (!groups_unchanged() || !read_slots()) return {};
   check_capture();
   // torch's kernel takes tensors of one device and dtype at a time.

@@ -51,7 +51,7 @@ class Probe {
     device_ = impl_->device();
     contiguous_ = impl_->is_contiguous();
     for (PyObject* const state : states) {
-      const c10::TensorImpl* impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
+      c10::TensorImpl* const impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
       c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
       states_[state_count_++] = {state, impl, storage, storage->mutable_data()};
     }
@@ -75,10 +75,10 @@ class Probe {
   void prefetch() const {
     __builtin_prefetch(object_);
     prefetch_all(leaf_);
-    prefetch_all(storage_);
+    prefetch_start(storage_);
     if (meta_) __builtin_prefetch(&static_cast<const torch::autograd::AutogradMeta*>(meta_)->grad_);
     prefetch_all(last_grad_);
-    prefetch_all(last_grad_storage_);
+    prefetch_start(last_grad_storage_);
     __builtin_prefetch(state_dict_);
     for (int k = 0; k < state_count_; ++k) {
       __builtin_prefetch(states_[k].object);
@@ -100,7 +100,7 @@ class Probe {
       const State& state = states_[k];
       if (THPVariable_Unpack(state.object).unsafeGetTensorImpl() != state.impl ||
           state.impl->unsafe_storage().unsafeGetStorageImpl() != state.storage ||
-          state.storage->data() != state.data) {
+          state.storage->_mutable_data_ptr_no_checks().get() != state.data) {
         return false;
       }
     }
@@ -161,11 +161,18 @@ class Probe {
   }
 
   struct State {
-    PyObject* object;  // whose tensor torch.utils.swap_tensors may exchange
+    PyObject* object;  // torch.utils.swap_tensors gives it another tensor
     const c10::TensorImpl* impl;
     c10::StorageImpl* storage;
     const void* data;
   };
+
+  // What a step reads of a storage is within its first 64 bytes.
+  static void prefetch_start(const c10::StorageImpl* storage) {
+    const char* bytes = reinterpret_cast<const char*>(storage);
+    __builtin_prefetch(bytes);
+    __builtin_prefetch(bytes + 63);
+  }
 
   template <typename T>
   static void prefetch_all(const T* object) {

@@ -61,8 +61,7 @@ class Stepper:
         self._captured: list[Any] = []
         self._device_values = False
         self._device_rates: Sequence[DeviceRates] = ()
-        self._turn = threading.RLock()
-        self._stepping = False
+        self._building = threading.RLock()  # to step itself, threads take turns in the plan
         self._groups: list[list[tuple[int, Group]]] = []  # in the plan, by optimizer
         self._left: list[tuple[int, list[Group]]] = []  # left to torch, with the optimizer's number
         self.step_these(optimizers, names)
@@ -97,18 +96,7 @@ class Stepper:
             Exception: naming the parameter or param group that cannot be stepped. Parameters,
                 states and step counts are then as they were.
         """
-        with self._turn:
-            if self._stepping:
-                raise RuntimeError("step() was called from within a step of the same optimizer")
-            self._stepping = True
-            try:
-                self._step(grad_scale, found_inf, grad_scale if unscale_grads else None)
-            finally:
-                self._stepping = False
-
-    def _step(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
-    ) -> None:
+        unscale_by = grad_scale if unscale_grads else None
         if not self._may_leave:
             self._step_natively(grad_scale, found_inf, unscale_by)
             return
@@ -133,14 +121,16 @@ class Stepper:
             grad_scale, found_inf = self._clip_on_device(grad_scale, found_inf)
         elif grad_scale is not None or found_inf is not None:
             self._avoid_waiting_for(grad_scale, found_inf)
+        plan = self._plan
         outcome = self._run(grad_scale, found_inf, unscale_by)
         if outcome == native.STEPPED:
             return
-        if outcome == native.STALE:
-            self._build()
-            outcome = self._run(grad_scale, found_inf, unscale_by)
-        if outcome == native.NEEDS_STATE:
-            outcome = self._step_with_new_state(grad_scale, found_inf, unscale_by)
+        with self._building:
+            if outcome == native.STALE or self._plan is not plan:  # or another thread was here
+                self._build()
+                outcome = self._run(grad_scale, found_inf, unscale_by)
+            if outcome == native.NEEDS_STATE:
+                outcome = self._step_with_new_state(grad_scale, found_inf, unscale_by)
         if outcome not in (native.STEPPED, native.SKIPPED):
             raise RuntimeError("the param groups changed while they were being stepped")
         norm = self.grad_norm
