@@ -1,8 +1,13 @@
-# One obvious command each: demo, test, lint, bench, sanitize, wheel, clean.
+# One obvious command each: demo, test, lint, bench, matrix, sanitize, wheel, clean.
 PYTHON   ?= python3
 VENV     ?= .venv
+# These three belong together. For torch 2.14: torch==2.14.1 torchrec==1.9.2 fbgemm-gpu-cpu==1.9.0
 TORCH    ?= torch==2.13.0
 TORCHREC ?= torchrec==1.8.0
+FBGEMM   ?= fbgemm-gpu-cpu==1.8.0
+# For `make matrix`: TORCH[/TORCHREC/FBGEMM][@PYTHON], and a folder for what it installs.
+PAIRS    ?= 2.13.0/1.8.0/1.8.0
+CACHE    ?= build/matrix
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -10,7 +15,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 CSRC := $(shell find csrc tests/csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint format bench bench-compare sanitize wheel clean
+.PHONY: demo test test-all lint format bench bench-compare matrix sanitize wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/recap-fast demo
@@ -40,6 +45,11 @@ bench: $(VENV)/peers
 bench-compare: $(VENV)/built
 	$(BIN)/python -m benchmarks.compare $(BASE) $(COMPARE)
 
+# Builds and tests on other releases, each in an environment of its own; writes docs/compatibility.md:
+# make matrix PAIRS="2.14.1/1.9.2/1.9.0 2.15.0@python3.12" [MATRIX="--tests tests/optim"]
+matrix:
+	$(PYTHON) -m tools.matrix --cache $(CACHE) $(MATRIX) $(PAIRS)
+
 # The C++ core, without Python: memory and undefined behaviour, then races of the threaded engine.
 sanitize: $(VENV)/installed
 	cmake -S tests/csrc -B build/sanitize -DRECAP_SANITIZE=address,undefined
@@ -61,10 +71,10 @@ $(VENV)/installed: requirements/build.txt requirements/torchrec-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
 	$(PIP) -r requirements/build.txt -r requirements/torchrec-cpu.txt
-	$(PIP) --no-deps "$(TORCHREC)"
+	$(PIP) --no-deps "$(TORCHREC)" "$(FBGEMM)"
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt csrc/cuda/architectures.cmake $(CSRC)
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/cuda/*.cmake) $(CSRC)
 	$(PIP) --no-build-isolation -e ".[demo,test,lint]"
 	touch $@
 

@@ -6,12 +6,32 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+# The oldest torch that has what the extension uses, and the newest that the tests were run with:
+# docs/compatibility.md tells how they went.
+OLDEST_TORCH = (2, 11)
+NEWEST_TESTED_TORCH = (2, 15)
+
+
+def _check_release(version: str) -> None:
+    """Refuses a torch that is too old; warns of one that is newer than those tested."""
+    release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    oldest, newest = (".".join(map(str, each)) for each in (OLDEST_TORCH, NEWEST_TESTED_TORCH))
+    if release < OLDEST_TORCH:
+        sys.exit(f"recap_fast needs torch {oldest} or newer; this is torch {version}")
+    if release > NEWEST_TESTED_TORCH:
+        warnings.warn(
+            f"recap_fast was tested with torch {oldest} to {newest}, not with torch {version}: "
+            "run its tests before you rely on it",
+            stacklevel=2,
+        )
 
 
 def _import_torch():
@@ -37,6 +57,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         torch = _import_torch()
+        _check_release(torch.__version__)
         from torch.utils import cpp_extension
 
         output = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
@@ -53,6 +74,7 @@ class CMakeBuild(build_ext):
             "RECAP_TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
             "RECAP_TORCH_LIBRARY_DIR": cpp_extension.library_paths()[0],
             "RECAP_TORCH_CXX11_ABI": int(torch._C._GLIBCXX_USE_CXX11_ABI),
+            "RECAP_TORCH_CUDA": torch.version.cuda or "",
         }
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-D{key}={value}" for key, value in arguments.items() if value is not None]

@@ -24,17 +24,22 @@ from tests.native_build import (
 
 pytestmark = needs_compiler
 
-ARCHITECTURES = ROOT / "csrc" / "cuda" / "architectures.cmake"
+CMAKE_FILES = ROOT / "csrc" / "cuda"
+
+
+def _call(file: str, call: str, folder: Path) -> str:
+    """What a function of ours, written in CMake, puts into `found`, in <>."""
+    script = folder / "script.cmake"
+    script.write_text(f'include({CMAKE_FILES / file})\n{call}\nmessage("<${{found}}>")')
+    return run("cmake", "-P", str(script))
 
 
 # --- TORCH_CUDA_ARCH_LIST ------------------------------------------------------------------------
 
 
 def _read(listed: str, folder: Path) -> str:
-    script = folder / "script.cmake"
     call = f'read_torch_architectures("{listed}" found)'
-    script.write_text(f'include({ARCHITECTURES})\n{call}\nmessage("<${{found}}>")')
-    return run("cmake", "-P", str(script))
+    return _call("architectures.cmake", call, folder)
 
 
 @pytest.mark.parametrize(
@@ -57,11 +62,57 @@ def test_an_architecture_that_is_none_is_named(listed: str, tmp_path: Path) -> N
         _read(listed, tmp_path)
 
 
+# --- the toolkit's release -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "of_torch", "expected"),
+    [
+        ("13.0", "13.0", ""),
+        ("12.8", "12.6", ""),  # one runtime serves a major release
+        ("13.1", "", ""),  # a CPU build of torch
+        ("12.6", "12.6", "/x/nvcc is 12.6; it takes 12.8 or newer"),
+        (
+            "13.0",
+            "12.8",
+            "/x/nvcc is of CUDA 13.0, but torch is built for CUDA 12.8; set CUDACXX to an nvcc of "
+            "CUDA 12, or install a torch for CUDA 13",
+        ),
+        (
+            "12.9",
+            "13.0",
+            "/x/nvcc is of CUDA 12.9, but torch is built for CUDA 13.0; set CUDACXX to an nvcc of "
+            "CUDA 13, or install a torch for CUDA 12",
+        ),
+    ],
+)
+def test_a_toolkit_must_be_of_torchs_major_release(
+    nvcc: str, of_torch: str, expected: str, tmp_path: Path
+) -> None:
+    call = f'check_toolkit(/x/nvcc "{nvcc}" "{of_torch}" found)'
+    assert _call("toolkit.cmake", call, tmp_path).strip() == f"<{expected}>"
+
+
+@needs_nvcc
+def test_the_engine_is_not_built_for_another_cuda_than_torchs(tmp_path: Path) -> None:
+    path, other = _path_with_nvcc(), "-DRECAP_TORCH_CUDA=9.2"
+    done = _configure(tmp_path / "auto", "AUTO", other, PATH=path)
+    assert done.returncode == 0, done.stdout
+    assert "CMake Warning" in done.stdout
+    assert "recap_fast engines: cpu; not cuda: " in done.stdout
+    assert "but torch is built for CUDA 9.2; set CUDACXX to an nvcc of CUDA 9" in done.stdout
+    done = _configure(tmp_path / "on", "ON", other, PATH=path)
+    assert done.returncode != 0
+    assert "RECAP_CUDA is ON, but " in done.stdout
+
+
 # --- with and without nvcc -----------------------------------------------------------------------
 
 
-def _configure(folder: Path, cuda: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DRECAP_CUDA={cuda}"]
+def _configure(
+    folder: Path, cuda: str, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DRECAP_CUDA={cuda}", *options]
     variables = {key: value for key, value in os.environ.items() if key != "TORCH_CUDA_ARCH_LIST"}
     return subprocess.run(
         command,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
+import setuptools
 import torch
 
 from tests.native_build import ROOT
@@ -86,3 +91,45 @@ def test_a_wheel_has_the_extension_and_its_torch(checkout: Path, tmp_path: Path)
     with ZipFile(wheel) as archive:
         _assert_built(lambda name: archive.read(name).decode(), archive.namelist())
     assert not (checkout / "recap_fast" / RECORD).exists()
+
+
+# --- which torch it takes ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def setup_file(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """setup.py as a module that sets nothing up."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("setup_file", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.1+cpu", "2.15.0a0+git1234", torch.__version__])
+def test_a_torch_that_was_tested_is_taken(version: str, setup_file: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        setup_file._check_release(version)
+
+
+@pytest.mark.parametrize("version", ["2.16.0", "2.16.0.dev20270101+cu130", "3.0.0"])
+def test_a_newer_torch_is_taken_with_a_warning(version: str, setup_file: Any) -> None:
+    message = rf"tested with torch 2\.11 to 2\.15, not with torch {re.escape(version)}: run its"
+    with pytest.warns(UserWarning, match=message):
+        setup_file._check_release(version)
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.9.0+cpu", "1.13.1"])
+def test_an_older_torch_is_refused(version: str, setup_file: Any) -> None:
+    with pytest.raises(
+        SystemExit, match=r"needs torch 2\.11 or newer; this is " + re.escape(f"torch {version}")
+    ):
+        setup_file._check_release(version)
+
+
+def test_no_file_refuses_a_newer_torch(setup_file: Any) -> None:
+    oldest = ".".join(map(str, setup_file.OLDEST_TORCH))
+    wanted = re.findall(r'"torch\b(.*?)"', (ROOT / "pyproject.toml").read_text())
+    assert wanted == [f">={oldest}"] * 2
