@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from benchmarks.interleave import Quartiles
+if TYPE_CHECKING:  # it imports torch, which a table can do without
+    from benchmarks.interleave import Quartiles
 
 
 def number(value: float) -> str:

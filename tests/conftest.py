@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Generator
 
 import pytest
 import torch  # its libraries must be loaded before an extension that uses them
@@ -48,6 +49,20 @@ def table_backend(backend: str) -> str:
     if backend == "nccl" and fbgemm_gpu.__variant__ != "cuda":
         pytest.skip("nccl needs fbgemm-gpu with CUDA")
     return backend
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skips the files that need torchrec where it, or FBGEMM, is not installed."""
+    report = yield
+    call = getattr(report, "call", None)
+    error = call.excinfo.value.__cause__ if call is not None and call.excinfo is not None else None
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torchrec", "fbgemm_gpu"):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: could not import {error.name!r}")
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
