@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import headline, page, pictures
+from benchmarks import bars, headline, page, pictures
 from benchmarks.growth import Curves
 
 ROOT: Final = Path(__file__).parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results"
 PAGE: Final = ROOT / "docs" / "performance.md"
 README: Final = ROOT / "README.md"
+BARS: Final = ROOT / "docs" / "time-per-step.png"
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
@@ -38,8 +39,16 @@ def page_of(path: Path, page_path: Path = PAGE) -> str:
 
 
 def readme_of(path: Path, readme: str) -> str:
-    """The README with its figures taken from the results in `path`."""
-    return headline.replace(readme, headline.render(*_read(path)))
+    """The README with its figures taken from the results in `path`.
+
+    What is lost on other machines, it tells too.
+    """
+    others = [
+        each
+        for other in sorted(RESULTS.glob("*.json"))
+        if other.name != path.name and "measurements" in (each := _read(other)[0])
+    ]
+    return headline.replace(readme, headline.render(*_read(path), others))
 
 
 def write(path: Path) -> None:
@@ -53,6 +62,8 @@ def write(path: Path) -> None:
     written = [page_path]
     try:
         written += pictures.draw(_curves(_read(path)[0]), path)
+        if whole:
+            written.append(bars.draw(_read(path)[0], BARS))
     except ImportError as error:
         print(f"no pictures: {error}", file=sys.stderr)
     page_path.write_text(page_of(path, page_path))

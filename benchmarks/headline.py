@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from benchmarks.measurement import Measurement
-from benchmarks.table import number, table
+from benchmarks.table import milliseconds, number, plural, table
 
 _BEGIN: Final = "<!-- headline figures: written by python -m benchmarks.report -->"
 _END: Final = "<!-- end of headline figures -->"
 _BLOCK: Final = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 
-_ROWS: Final = {
+WORKLOADS: Final = {
     "RECAP": "the original's shipped model, {elements} elements",
     "DEMO": "the model of `make demo`, {elements} elements",
     "B": "480 tensors of 64 to 4,096 elements in 12 groups",
@@ -21,55 +21,111 @@ _ROWS: Final = {
     "F": "400 tensors of one element in 100 groups",
     "C": "one tensor of 50 M elements",
 }
+"""What is shown, in this order, and what it is called."""
+
 _PEERS: Final = {
-    "reference": "the reference",
+    "reference": "torch's default",
     "torch fused": "torch `fused=True`",
     "DeepSpeed": "DeepSpeed",
 }
 
+_EXPLAINED: Final = """\
+*torch's default* is what the original trains with: one `torch.optim.Adam` per group, without
+`fused=True`. It is `recap_fast.reference`, and {page}
+calls it "reference". Caches are cold, as they are after a backward pass. A ratio above 1 means that
+recap_fast is faster; it is the median over rounds in which both were timed."""
 
-def _cell(by_threads: Iterable[Measurement], peer: str) -> str:
-    """How often as fast as the peer, for each number of threads."""
+
+def label(measurement: Measurement) -> str:
+    """What a workload of `WORKLOADS` is called."""
+    elements = f"{measurement.elements / 1e6:.3g} M"
+    return WORKLOADS[measurement.workload].format(elements=elements)
+
+
+def shown(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    """The cold Adam steps of each workload of `WORKLOADS` that was measured, by threads."""
+    found: dict[str, list[Measurement]] = {workload: [] for workload in WORKLOADS}
+    for m in measurements:
+        if m.workload in WORKLOADS and (m.algorithm, m.cache) == ("adam", "cold"):
+            found[m.workload].append(m)
+    return {
+        workload: sorted(some, key=lambda m: m.threads) for workload, some in found.items() if some
+    }
+
+
+def _times(by_threads: Iterable[Measurement], peer: str) -> str:
+    return " / ".join(
+        milliseconds(m.timings.time(peer).median)
+        for m in by_threads
+        if peer in m.timings.microseconds
+    )
+
+
+def _cell(by_threads: Sequence[Measurement], peer: str) -> str:
+    """The time of the peer, and how often as fast recap_fast is, for each number of threads."""
     ratios = [
         f"{number(m.timings.ratio(peer, 'recap_fast').median)}x"
         for m in by_threads
         if peer in m.timings.microseconds
     ]
-    return " / ".join(ratios) or "-"
+    return f"{_times(by_threads, peer)} ({' / '.join(ratios)})" if ratios else "-"
 
 
-def _row(measurements: Iterable[Measurement], workload: str) -> list[str] | None:
-    """None if the workload was not measured."""
-    key = (workload, "adam", "cold")
-    found = [m for m in measurements if (m.workload, m.algorithm, m.cache) == key]
-    if not found:
-        return None
-    text = _ROWS[workload].format(elements=f"{found[0].elements / 1e6:.3g} M")
-    return [text, *(_cell(found, peer) for peer in _PEERS)]
+def _lost(results: Mapping[str, Any]) -> Iterator[str]:
+    """Every figure, of any algorithm, in which a peer of the table is faster than recap_fast."""
+    names = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
+    facts = results["machine"]
+    for data in results["measurements"]:
+        m = Measurement.from_json(data)
+        if m.workload not in WORKLOADS or m.cache != "cold":
+            continue
+        for peer, name in _PEERS.items():
+            if peer not in m.timings.microseconds:
+                continue
+            ratio = m.timings.ratio(peer, "recap_fast").median
+            if ratio < 1:
+                own, theirs = (m.timings.time(p).median for p in ("recap_fast", peer))
+                yield (
+                    f"* {label(m)}, {names[m.algorithm]}, {plural(m.threads, 'thread')}, "
+                    f"{facts['processor']}: {milliseconds(own)} ms against "
+                    f"{milliseconds(theirs)} ms of {name} ({ratio:.3g}x)"
+                )
 
 
-def render(results: Mapping[str, Any], source: str) -> str:
+def render(
+    results: Mapping[str, Any],
+    source: str,
+    others: Iterable[Mapping[str, Any]] = (),
+    page: str = "docs/performance.md",
+) -> str:
     """The block, with its marks.
 
     Args:
         results: as `benchmarks.report` writes them.
         source: the file they are in, for a link.
+        others: results of other machines, of which lost figures are listed too.
+        page: that has all figures, for a link.
     """
     facts = results["machine"]
     measurements = [Measurement.from_json(data) for data in results["measurements"]]
     threads = " / ".join(str(n) for n in sorted({m.threads for m in measurements}))
-    rows = [row for workload in _ROWS if (row := _row(measurements, workload))]
-    return "\n".join(
-        [
-            _BEGIN,
-            "How many times as fast `optimizer.step()` is, Adam, cold caches, with "
-            f"{threads} threads (medians):\n",
-            table(["", *(f"over {name}" for name in _PEERS.values())], rows),
-            f"{facts['processor']}, {facts['cores']} cores, {facts['instruction_set']}, torch "
-            f"{facts['torch']}; from [{source}]({source}).",
-            _END,
-        ]
-    )
+    rows = [
+        [label(some[0]), _times(some, "recap_fast"), *(_cell(some, peer) for peer in _PEERS)]
+        for some in shown(measurements).values()
+    ]
+    lost = [line for each in (results, *others) for line in _lost(each)]
+    parts = [
+        _BEGIN,
+        f"Milliseconds of one `optimizer.step()`, Adam, with {threads} threads (medians), and how "
+        "many times as fast recap_fast is:\n",
+        table(["", "recap_fast", *_PEERS.values()], rows),
+        f"{facts['processor']}, {facts['cores']} cores, {facts['instruction_set']}, torch "
+        f"{facts['torch']}; from [{source}]({source}).\n",
+        _EXPLAINED.format(page=f"[{page}]({page})"),
+    ]
+    if lost:
+        parts += ["\nOn the machines measured, recap_fast is the slower one here:\n", *lost]
+    return "\n".join([*parts, _END])
 
 
 def replace(readme: str, block: str) -> str:

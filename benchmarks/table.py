@@ -16,6 +16,12 @@ def number(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def milliseconds(microseconds: float) -> str:
+    """Three significant digits."""
+    value = microseconds / 1e3
+    return number(value) if value >= 1 else f"{value:.3g}"
+
+
 def with_quartiles(q: Quartiles, unit: str = "") -> str:
     return f"{number(q.median)}{unit} ({number(q.low)} to {number(q.high)})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,13 @@ import pytest
 
 pytest.importorskip("torchrec")
 
-from benchmarks import documents
+from benchmarks import bars, documents
+
+DOCUMENTS = [
+    documents.README,
+    documents.ROOT / "CONTRIBUTING.md",
+    *sorted((documents.ROOT / "docs").glob("*.md")),
+]
 
 
 def _source(text: str) -> Path:
@@ -28,6 +35,56 @@ def test_the_page_shows_the_results() -> None:
     assert documents.page_of(_source(page)) == page
 
 
-def test_the_pictures_are_there() -> None:
-    for picture in re.findall(r"!\[.*\]\((.+)\)", documents.PAGE.read_text()):
-        assert (documents.PAGE.parent / picture).is_file()
+def test_the_picture_of_a_step_shows_the_results() -> None:
+    results = json.loads(_source(documents.README.read_text()).read_text())
+    assert bars.describe(results).encode() in documents.BARS.read_bytes()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_a_document_links_to_is_there(document: Path) -> None:
+    """Files, pictures among them, and headings of Markdown files."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        name, _, heading = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.exists(), f"{document.name} links to {target}"
+        if heading:
+            assert heading in _anchors(file), f"{document.name} links to {target}"
+
+
+def _anchors(file: Path) -> set[str]:
+    """Those that are made of headings: in lower case, without punctuation, with `-` for spaces."""
+    headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_shows_its_picture() -> None:
+    picture = documents.BARS.relative_to(documents.ROOT)
+    assert f"]({picture})" in documents.README.read_text()
+
+
+def test_the_commands_of_make_are_there() -> None:
+    """Every `make TARGET` of a document."""
+    makefile = (documents.ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    for document in DOCUMENTS:
+        text = document.read_text()
+        named = set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", text, flags=re.MULTILINE))
+        assert named <= targets, f"{document.name} has make {named - targets}"
+    assert {"demo", "test"} <= targets
+
+
+def test_releases_that_belong_together_are_the_same_everywhere() -> None:
+    """README, Makefile and requirements name the same pairs of torchrec and FBGEMM."""
+    files = ("README.md", "Makefile", "requirements/torchrec-cpu.txt")
+    pairs = [
+        set(re.findall(r"torchrec==(\S+) +fbgemm-gpu-cpu==(\S+)", (documents.ROOT / f).read_text()))
+        for f in files
+    ]
+    assert len(pairs[0]) == 2
+    assert pairs[0] == pairs[2] and pairs[1] < pairs[0]
+    makefile = (documents.ROOT / "Makefile").read_text()
+    default = tuple(re.findall(r"^(?:TORCHREC|FBGEMM) +\?= .*==(\S+)$", makefile, re.MULTILINE))
+    assert default in pairs[0]
