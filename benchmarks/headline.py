@@ -14,7 +14,7 @@ _END: Final = "<!-- end of headline figures -->"
 _BLOCK: Final = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 
 WORKLOADS: Final = {
-    "RECAP": "the original's shipped model, {elements} elements",
+    "RECAP": "the ranker of the-algorithm-ml, {elements} elements",
     "DEMO": "the model of `make demo`, {elements} elements",
     "B": "480 tensors of 64 to 4,096 elements in 12 groups",
     "D": "400 tensors of 1,024 elements in 100 groups",
@@ -30,7 +30,7 @@ _PEERS: Final = {
 }
 
 _EXPLAINED: Final = """\
-*torch's default* is what the original trains with: one `torch.optim.Adam` per group, without
+*torch's default* is what the-algorithm-ml trains with: one `torch.optim.Adam` per group, without
 `fused=True`. It is `recap_fast.reference`, and {page}
 calls it "reference". Caches are cold, as they are after a backward pass. A ratio above 1 means that
 recap_fast is faster; it is the median over rounds in which both were timed."""

@@ -224,8 +224,8 @@ def test_the_headline_figures() -> None:
     results = {"machine": _FACTS, "measurements": [_recap(2), _recap(1)]}
     text = headline.render(results, "x.json")
     assert (
-        "| the original's shipped model, 48.1 M elements | 0.1 / 0.1 | 0.8 / 0.8 (8.00x / 8.00x) | "
-        "0.1 / 0.1 (1.11x / 1.11x) | - |"
+        "| the ranker of the-algorithm-ml, 48.1 M elements | 0.1 / 0.1 | "
+        "0.8 / 0.8 (8.00x / 8.00x) | 0.1 / 0.1 (1.11x / 1.11x) | - |"
     ) in text
     assert "Milliseconds of one `optimizer.step()`, Adam, with 1 / 2 threads (medians)" in text
     assert "[x.json](x.json)" in text
@@ -253,7 +253,7 @@ def test_the_picture_of_a_step_says_what_it_shows(tmp_path: Path) -> None:
     results = {"machine": _FACTS, "measurements": [_recap(1), _recap(2)]}
     said = bars.describe(results)
     assert said == (
-        "the original's shipped model, 48.1 M elements: torch's default 0.8 ms, 8.00x, "
+        "the ranker of the-algorithm-ml, 48.1 M elements: torch's default 0.8 ms, 8.00x, "
         "torch fused=True 0.1 ms, 1.11x, recap_fast 0.1 ms"
     )
     path = bars.draw(results, tmp_path / "bars.png")
