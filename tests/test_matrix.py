@@ -123,10 +123,13 @@ def test_pairs_have_folders_of_their_own() -> None:
 
 def test_a_dry_run_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page_before = PAGE.read_bytes()
-    assert main(["--dry-run", "--cache", str(tmp_path), "2.15.0", "2.13.0/1.8.0/1.8.0"]) == 0
+    some = ["--tests", "tests/optim", "--tests", "tests/test_native.py"]
+    every = ["2.15.0", "2.13.0/1.8.0/1.8.0"]
+    assert main(["--dry-run", "--cache", str(tmp_path), *some, *every]) == 0
     said = capsys.readouterr().out
     for torch in ("2.15.0", "2.13.0"):
         assert f"pip install --quiet --disable-pip-version-check torch=={torch}\n" in said
+    assert said.count(" tests/optim tests/test_native.py\n") == 2
     assert not list(tmp_path.iterdir())
     assert PAGE.read_bytes() == page_before
 

@@ -46,7 +46,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=ROOT / "build" / "matrix", help="a folder for environments"
     )
-    parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="some tests only")
+    parser.add_argument(
+        "--tests", action="append", default=[], metavar="PATH", help="these only; may be repeated"
+    )
     parser.add_argument(
         "--cuda", choices=("ON", "OFF", "AUTO"), default="OFF", help="build the CUDA engine?"
     )
