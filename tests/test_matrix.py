@@ -95,7 +95,7 @@ def test_a_fresh_pair_is_installed_built_and_tested(tmp_path: Path) -> None:
     assert (
         f"RECAP_CUDA=OFF {pip} torch==2.14.1 --no-build-isolation -e F/sources[demo,test]" in said
     )
-    assert said[-1].endswith("-m pytest -q -p no:cacheprovider --junitxml=F/report.xml tests/optim")
+    assert said[-1].endswith("-o junit_family=xunit1 --junitxml=F/report.xml tests/optim")
 
 
 def test_without_torchrec_nothing_of_it_is_installed() -> None:
@@ -165,7 +165,17 @@ def test_a_report_is_counted(tmp_path: Path) -> None:
     ours = (ROOT / "tests" / "conftest.py").read_text()
     (tmp_path / "conftest.py").write_text(ours.replace('"torchrec"', '"torchrec_of_nobody"'))
     report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-c", "/dev/null"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "junit_family=xunit1",
+        f"--junitxml={report}",
+        "-c",
+        "/dev/null",
+    ]
     options = ["--rootdir", str(tmp_path), "--continue-on-collection-errors", "."]
     done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
     assert "1 skipped: could not import 'torchrec_of_nobody'" in done.stdout, done.stdout

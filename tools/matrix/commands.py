@@ -93,7 +93,8 @@ def commands(
     if not _is_built(places, commit):
         words = (torch, "--no-build-isolation", "-e", f"{sources}[demo,test]")
         add("build", python, *_PIP, *words, RECAP_CUDA=cuda)
-    options = ("-q", "-p", "no:cacheprovider", f"--junitxml={places.report}")
+    options = ("-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1")
+    options += (f"--junitxml={places.report}",)
     add("test", python, "-m", "pytest", *options, *tests)
     return found
 
