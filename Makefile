@@ -23,8 +23,9 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/python -m pytest -q
 
-# The long tests too (many processes, kills), and those of the benchmarks, each workload run once.
-test-all: $(VENV)/built
+# The long tests too (many processes, kills), those of the benchmarks, each workload run once, and those of
+# docs/recipes.md with Lightning, transformers and accelerate.
+test-all: $(VENV)/recipes
 	$(BIN)/python -m pytest -q -m "" tests benchmarks
 
 lint: $(VENV)/built
@@ -81,3 +82,7 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(wildca
 # DeepSpeed, a peer of the benchmarks: without it, they go on and say so.
 $(VENV)/peers: $(VENV)/built
 	$(PIP) --no-build-isolation "recap-fast[bench]" && touch $@ || echo "no DeepSpeed to compare with"
+
+# What docs/recipes.md has recipes for: without it, the tests of these recipes are skipped.
+$(VENV)/recipes: $(VENV)/built
+	$(PIP) "recap-fast[recipes]" && touch $@ || echo "no Lightning, transformers and accelerate to test with"

@@ -28,6 +28,10 @@ logger = logging.getLogger("recap_fast")
 Group = dict[str, Any]
 _REFUSALS = (RuntimeError, TypeError, ValueError, KeyError)
 
+# For what a step seldom does: `torch.compile` would trace the Python in it, tensor by tensor, and
+# compile graphs that run once. (`torch.compiler.disable` would import the compiler here already.)
+_not_compiled = torch._disable_dynamo
+
 
 class Stepper:
     """Owns the plan over all param groups of ``optimizers`` and keeps it up to date.
@@ -145,6 +149,7 @@ class Stepper:
             self.grad_norm = self._plan.grad_norm
         return outcome
 
+    @_not_compiled
     def _clip_on_device(
         self, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -190,6 +195,7 @@ class Stepper:
             self._captured.append(self._plan)  # the graph goes on reading its memory
         self._plan = None
 
+    @_not_compiled
     def _build(self, first: Sequence[int] = ()) -> None:
         """Puts another plan in the place of the present one, which stays if that fails."""
         self.check_captured_rates()
@@ -305,6 +311,7 @@ class Stepper:
                 "which adds them at the end"
             )
 
+    @_not_compiled
     def _step_with_new_state(
         self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
     ) -> Any:
