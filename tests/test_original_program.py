@@ -13,15 +13,9 @@ from tests.original_configs import CLASSES
 from tests.original_program import STEPS, ModelAndLoss, original, read, run
 
 SWAPPED = {"recap_fast": recap_fast, "recap_fast.reference": reference}
-INIT_STATE = [
-    False,
-    pytest.param(
-        True, marks=pytest.mark.xfail(reason="init_state does not count a step", strict=False)
-    ),
-]
 
 
-@pytest.mark.parametrize("init_state", INIT_STATE)
+@pytest.mark.parametrize("init_state", [False, True])
 @pytest.mark.parametrize("optimizer_mod", SWAPPED.values(), ids=SWAPPED)
 @pytest.mark.parametrize("version", CLASSES)
 def test_it_trains_as_before(version: str, optimizer_mod: Any, init_state: bool) -> None:
