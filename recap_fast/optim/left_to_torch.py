@@ -149,5 +149,8 @@ def _unscale(groups: Sequence[Group], grad_scale: Tensor) -> None:
         for param in group["params"]:
             grad = param.grad
             if grad is not None:
-                values = grad._values() if grad.is_sparse else grad
-                values.detach().div_(grad_scale.to(values.device).reshape(()))
+                values = (grad._values() if grad.is_sparse else grad).detach()
+                # As GradScaler.unscale_ does, to the same bits.
+                inverse = grad_scale.to(values.device).reshape(()).double().reciprocal().float()
+                ignored = torch.zeros((), device=values.device)
+                torch._amp_foreach_non_finite_check_and_unscale_([values], ignored, inverse)
