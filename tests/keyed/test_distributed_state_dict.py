@@ -269,6 +269,47 @@ def test_a_group_without_parameters(kind: str) -> None:
     assert resumed[1].param_groups[0].keys() == whole[1].param_groups[0].keys()
 
 
+class Tied(nn.Module):
+    """One weight under two names, and a bias that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(3, 3, bias=False) for _ in range(2))
+        self.second.weight = self.first.weight
+        self.last = nn.Linear(3, 1)
+        self.last.bias.requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.second(self.first(inputs)))
+
+
+@ours
+@pytest.mark.parametrize("flat", [False, True])
+def test_tied_and_frozen_parameters(kind: str, flat: bool) -> None:
+    build = recap_fast.build_optimizer if kind == "fused" else reference.build_optimizer
+    config = OptimizerConfig.model_validate({"adam": {"lr": 0.1}})
+    arguments = StateDictOptions(flatten_optimizer_state_dict=flat)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = Tied()
+        runs.append((model, build(model, config)[0]))
+
+    def step(model: nn.Module, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+
+    step(*runs[0])
+    saved = copy.deepcopy(get_optimizer_state_dict(*runs[0], options=arguments))
+    runs[1][0].load_state_dict(runs[0][0].state_dict())
+    set_optimizer_state_dict(*runs[1], saved, options=arguments)
+    for run in runs:
+        step(*run)
+    for mine, other in zip(*(model.parameters() for model, _ in runs), strict=True):
+        assert torch.equal(mine, other)
+
+
 def _with_tables(kind: str) -> tuple[nn.Module, Any]:
     embeddings = EmbeddingOptimizerConfig(learning_rate=constant(0.1), rowwise_adagrad={})
     model = fuse_embeddings(EmbeddingRanker(), embeddings)

@@ -525,6 +525,35 @@ def test_a_plan_is_told_of_the_added_optimizer() -> None:
     assert combined._others == [] and len(combined._native) == 4
 
 
+def test_torchrecs_own_can_be_edited_once_it_is_fused() -> None:
+    params = _parameters(0, 2)
+    twins = _parameters(0, 2)
+    optimizer = keyed.CombinedOptimizer(
+        [
+            (str(i), keyed.KeyedOptimizerWrapper({"w": param}, torch.optim.Adam))
+            for i, param in enumerate(params)
+        ]
+    )
+    expected = torch.optim.Adam([{"params": [twin]} for twin in twins])
+
+    def step(seed: int) -> None:
+        for each, own in ((optimizer, params), (expected, twins)):
+            _set_grads(own, seed)
+            each.step()
+
+    step(0)
+    recap_fast.fuse(optimizer)
+    for each, own in ((optimizer, params), (expected, twins)):
+        own += _parameters(5, 1)
+        each.add_param_group({"params": own[-1:], "lr": 0.25})
+        del each.state[own[0]]
+    step(1)
+    recap_fast.unfuse(optimizer)
+    step(2)
+    for mine, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(mine, twin)
+
+
 # --- what stands around --------------------------------------------------------------------------
 
 
