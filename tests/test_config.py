@@ -538,6 +538,11 @@ def test_the_environment_is_substituted(write, monkeypatch) -> None:
     assert towers == {"liked_by_somebody": LearningRate(constant=0.125)}
 
 
+ALIASES = "a0: &a0 [x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 9)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -549,6 +554,8 @@ def test_the_environment_is_substituted(write, monkeypatch) -> None:
         ("optimizer: [1]\n", ["section 'optimizer'", "found list"]),
         ("optimizer: {\n", ["not valid YAML"]),
         ("optimizer: {sgd: {lr: 1.0, lr: 2.0}}\n", ["the key 'lr' is given twice", "line 1"]),
+        (ALIASES, ["aliases stand for more than 100000 nodes"]),
+        ("optimizer: &a {sgd: *a}\n", ["aliases stand for more than 100000 nodes"]),
         (
             "optimizer: {sgd: {lr: 1e-3e}}\n",
             ["section 'optimizer'", "OptimizerConfig", "sgd.lr", "found the text '1e-3e'"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import itertools
+import math
 import os
 import string
 from pathlib import Path
@@ -13,9 +15,25 @@ import yaml
 from recap_fast.config.convert import read_optimizer_config
 from recap_fast.config.dense import OptimizerConfig, RecapOptimizerConfig
 
+# More than any configuration has; aliases of aliases make billions of nodes of a few lines.
+_MAX_NODES = 100_000
+
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice, of which YAML would silently keep the last."""
+    """A SafeLoader that refuses a key given twice, of which YAML would silently keep the last.
+
+    It also refuses aliases that would make more than `_MAX_NODES` nodes, or one that contains
+    itself.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _expanded_size(node, {}) > _MAX_NODES:
+            raise yaml.MarkedYAMLError(
+                problem=f"its aliases stand for more than {_MAX_NODES} nodes",
+                problem_mark=node.start_mark,
+            )
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -29,6 +47,20 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return node
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Returns how many nodes there are once every alias is written out; infinity: no end."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = math.inf  # as long as it is being counted, it is inside itself
+    children = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = itertools.chain.from_iterable(node.value)
+    sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]
 
 
 def _substitute_environment(text: str) -> str:
