@@ -33,7 +33,7 @@ FEATURES: Final = 26
 _WATCH: Final = """\
 * Read pooled embeddings by name (`pooled["user"]`): under sharding they come in the order of the
   shards.
-* Where a row-wise table has mean pooling, torchrec 1.8 divides the outputs of tables sharded
+* Where a row-wise table has mean pooling, torchrec 1.8 and 1.9 divide the outputs of tables sharded
   otherwise too, which `build_optimizer` refuses: give such tables an `EmbeddingBagCollection` of
   their own.
 * FBGEMM's CPU kernels read past the end of their list of tables if the last table of a process has

@@ -128,7 +128,7 @@ def _plan(
             ),
             storage_reservation=FixedPercentageStorageReservation(_RESERVED),
             # It would not fuse tables on the CPU otherwise. And it would mix row-wise with other
-            # tables, of which torchrec 1.8 takes the mean twice.
+            # tables, of which torchrec 1.8 and 1.9 take the mean twice.
             constraints={
                 name: ParameterConstraints(
                     sharding_types=_planned_types(emb_optimizer_config.for_table(name)),

@@ -88,9 +88,9 @@ def check_built_kernels(
 def check_mean_pooling(model: nn.Module) -> None:
     """Raises if torchrec divides pooled outputs that it should not.
 
-    Where a row-wise table has mean pooling, torchrec 1.8 divides the outputs of all tables of the
-    collection by the lengths of their bags, but for the features of row-wise tables of sums: those
-    of other shardings are then means of means, or means in place of sums.
+    Where a row-wise table has mean pooling, torchrec 1.8 and 1.9 divide the outputs of all
+    tables of the collection by the lengths of their bags, but for the features of row-wise tables
+    of sums: those of other shardings are then means of means, or means in place of sums.
 
     Raises:
         ValueError: The message names two tables that must not be in one collection.

@@ -40,8 +40,9 @@ def set_table_optimizers(
       and with max_norm. lamb and partial_rowwise_lamb scale the step of a shard by the norms of
       its part of the row. `build_optimizer` refuses ema_rowwise_adagrad, which would mix up halves.
     * Row-wise, mean pooling divides after the kernel, so `gradient_clipping` clips what is already
-      divided by the length of the bag. torchrec 1.8 divides the outputs of other tables of the
-      collection too, unless they are row-wise as well; `build_optimizer` refuses that.
+      divided by the length of the bag. torchrec 1.8 and 1.9 divide the outputs of other
+      tables of the collection too, unless they are row-wise as well; `build_optimizer` refuses
+      that.
     * On the CPU, torchrec does not copy the model's weights into the shards: they start from new
       random values, unless a state dict is loaded.
 
