@@ -58,10 +58,12 @@ def pytest_make_collect_report(
     """Skips the files that need torchrec where it, or FBGEMM, is not installed."""
     report = yield
     call = getattr(report, "call", None)
-    error = call.excinfo.value.__cause__ if call is not None and call.excinfo is not None else None
-    if isinstance(error, ModuleNotFoundError) and error.name in ("torchrec", "fbgemm_gpu"):
-        report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 0, f"Skipped: could not import {error.name!r}")
+    error = None if call is None or call.excinfo is None else call.excinfo.value
+    while error is not None:  # recap_fast raises one that says what to install
+        if isinstance(error, ModuleNotFoundError) and error.name in ("torchrec", "fbgemm_gpu"):
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 0, f"Skipped: could not import {error.name!r}")
+        error = error.__cause__
     return report
 
 

@@ -154,6 +154,12 @@ def test_fails_twice(broken): assert False
 def test_is_skipped(): pytest.skip("here")
 """,
     "test_needs_torchrec.py": "import torchrec_of_nobody.optim\n",
+    "test_is_told_what_to_install.py": """\
+try:
+    import torchrec_of_nobody
+except ImportError as error:
+    raise ImportError("install torchrec_of_nobody") from error
+""",
     "test_is_broken.py": "import another_of_nobody\n",
 }
 
@@ -178,9 +184,9 @@ def test_a_report_is_counted(tmp_path: Path) -> None:
     ]
     options = ["--rootdir", str(tmp_path), "--continue-on-collection-errors", "."]
     done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
-    assert "1 skipped: could not import 'torchrec_of_nobody'" in done.stdout, done.stdout
+    assert "2 skipped: could not import 'torchrec_of_nobody'" in done.stdout, done.stdout
     found = results.read_report(report)
-    assert (found["passed"], found["skipped"], found["left_out"]) == (1, 1, 1), done.stdout
+    assert (found["passed"], found["skipped"], found["left_out"]) == (1, 1, 2), done.stdout
     named = ["test_is_broken", "test_some::test_fails", "test_some::test_fails_twice"]
     assert sorted(found["failed"]) == named
 
