@@ -10,8 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, optim
+from torch import optim
 from torch.optim import Optimizer
 
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
@@ -191,22 +190,7 @@ def _fuse(optimizer: Optimizer) -> str | None:
         return f"the step of this {kind.__name__} was replaced on the object"
     _set_class(optimizer, fused)
     optimizer._left_to_torch = LeftToTorch()
-    if not _shares_state(optimizer):
-        optimizer._place_state()
     return None
-
-
-def _shares_state(optimizer: Optimizer) -> bool:
-    """Whether another process may hold its state, which then must stay where it is."""
-    states = (state for state in optimizer.state.values() if isinstance(state, dict))
-    return any(
-        type(value) is Tensor
-        and value.device.type == "cpu"
-        and value.layout == torch.strided
-        and value.is_shared()
-        for state in states
-        for value in state.values()
-    )
 
 
 def _check_can_unfuse(optimizer: FusedOptimizer) -> None:

@@ -35,6 +35,13 @@ def _address(block: bytearray | mmap.mmap) -> int:
     return torch.frombuffer(block, dtype=torch.uint8).data_ptr()
 
 
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Its own strides; if it has gaps in memory, those torch would choose."""
+    if tensor.is_contiguous():
+        return tensor.stride()
+    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
+
+
 def _is_plain(tensor: object) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
@@ -77,13 +84,8 @@ class StateMemory:
             block = _large_block(size + _PAGE)
             wanted = (param.data_ptr() + (index + 1) * _PAGE // 4) % _PAGE
             begin = (wanted - _address(block)) % _PAGE // _CACHE_LINE * _CACHE_LINE
-        flat = torch.frombuffer(block, dtype=param.dtype, count=param.numel(), offset=begin)
-        strides = torch.empty_like(
-            param, device="meta", memory_format=torch.preserve_format
-        ).stride()
-        with torch.no_grad():
-            state = torch.empty(0, dtype=param.dtype, device="cpu")
-            return state.set_(flat.untyped_storage(), 0, param.shape, strides)
+        state = torch.frombuffer(block, dtype=param.dtype, count=param.numel(), offset=begin)
+        return state.as_strided_(param.shape, _dense_strides(param))
 
     def full_like(self, param: Tensor, value: float, index: int) -> Tensor:
         """As `empty_like`, filled with ``value``."""
@@ -92,10 +94,8 @@ class StateMemory:
     def step_count(self, count: float, dtype: torch.dtype) -> Tensor:
         """Returns a step count: a 0-dim tensor on the CPU."""
         block, begin = self._room(("step", dtype), dtype.itemsize, dtype.itemsize)
-        flat = torch.frombuffer(block, dtype=dtype, count=1, offset=begin)
-        with torch.no_grad():
-            step = torch.empty(0, dtype=dtype, device="cpu")
-            return step.set_(flat.untyped_storage(), 0, (), ()).fill_(count)
+        step = torch.frombuffer(block, dtype=dtype, count=1, offset=begin)
+        return step.as_strided_((), ()).fill_(count)
 
     def _room(self, kind: Hashable, size: int, alignment: int) -> tuple[bytearray, int]:
         """A block for tensors of a kind with room for `size` bytes, and where in it they begin."""

@@ -93,6 +93,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
     has_inference_tensors_ |= !slot.is_inert() && slot.param().is_inference();
     has_host_values_ |= !slot.is_inert() && !is_stepped_on_device(slot);
   }
+  gives_up_gil_ |= bytes > kShortStep;
   make_parts(slots);
   for (const GroupSource& source : groups) {
     if (!seen_states.insert(source.state.ptr()).second) continue;
@@ -187,14 +188,16 @@ void BoundPlan::refuse_shared_memory() const {
 }
 
 // A step counts in the memory of each state's `step`, which others may hold or share. One that is
-// elsewhere than on the CPU is replaced by a copy.
+// elsewhere than on the CPU, or not in a dtype that counts, is replaced by a copy.
 void BoundPlan::take_step_counts() {
   for (SlotTensors& slot : slots_) {
     const at::Tensor& step = slot.step_count();
     Counter counter;
     if (step.defined() && !is_stepped_on_device(slot)) {
-      if (!step.device().is_cpu() || is_wrapper_subclass(step)) {
-        slot.set_step_count(at::empty({}, at::TensorOptions().dtype(step.dtype()))
+      const bool counts = step.scalar_type() == at::kFloat || step.scalar_type() == at::kDouble;
+      if (!step.device().is_cpu() || is_wrapper_subclass(step) || !counts) {
+        const at::ScalarType dtype = counts ? step.scalar_type() : at::kDouble;
+        slot.set_step_count(at::empty({}, at::TensorOptions(at::kCPU).dtype(dtype))
                                 .copy_(step.detach().reshape({})));
       }
       const at::Tensor& own = slot.step_count();

@@ -188,18 +188,17 @@ void SlotTensors::take_state(const Hyper& hyper) {
   if (hyper.algorithm != Algorithm::sgd) {
     step_ = entry("step");
     const at::Tensor& step = step_count();
-    if (step.numel() == 1 && step.device().is_cpu()) {
+    if (step.numel() != 1 || step.is_complex() || step.scalar_type() == at::kBool) {
+      throw std::runtime_error(text("the state 'step' of parameter ", name_, " is ", step.dtype(),
+                                    " ", step.sizes(), " on ", step.device(),
+                                    "; it must be one real number"));
+    }
+    if (step.device().is_cpu()) {
       const double count = step.item().toDouble();
       if (!(count >= 0.0) || count != std::floor(count)) {
         throw py::value_error(text("the state 'step' of parameter ", name_, " is ", count,
                                    "; it must be a whole number of steps, 0 or more"));
       }
-    }
-    if (step.numel() != 1 ||
-        (step.scalar_type() != at::kFloat && step.scalar_type() != at::kDouble)) {
-      throw std::runtime_error(text("the state 'step' of parameter ", name_, " is ", step.dtype(),
-                                    " ", step.sizes(), " on ", step.device(),
-                                    "; it must be one float32 or float64 number"));
     }
   }
   has_state_ = true;

@@ -104,15 +104,16 @@ class Stepper:
         if not self._may_leave:
             self._step_natively(grad_scale, found_inf, unscale_by)
             return
-        while True:
-            try:
-                self._step_natively(grad_scale, found_inf, unscale_by)
-                break
-            except _REFUSALS as error:
-                if not self._leave_what_is_refused(error):
-                    raise
-        for number, groups in self._left:
-            step_as_torch(self._references[number](), groups, grad_scale, found_inf)
+        with self._building:  # which may change what is left to torch
+            while True:
+                try:
+                    self._step_natively(grad_scale, found_inf, unscale_by)
+                    break
+                except _REFUSALS as error:
+                    if not self._leave_what_is_refused(error):
+                        raise
+            for number, groups in self._left:
+                step_as_torch(self._references[number](), groups, grad_scale, found_inf)
 
     def _step_natively(
         self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
@@ -120,7 +121,9 @@ class Stepper:
         for plan in self._captured:
             plan.check_captured_rates()
         if self._plan is None:
-            self._build()
+            with self._building:
+                if self._plan is None:  # or another thread would step a plan of its own meanwhile
+                    self._build()
         if self._max_norm is not None and self._plan.has_cuda_parts:
             grad_scale, found_inf = self._clip_on_device(grad_scale, found_inf)
         elif grad_scale is not None or found_inf is not None:

@@ -261,7 +261,7 @@ BAD_STATES: dict[str, tuple[str, Callable[[Tensor], Any], type[Exception]]] = {
     "sparse": ("exp_avg_sq", lambda value: value.to_sparse(), RuntimeError),
     "not a tensor": ("exp_avg", lambda value: 0.0, TypeError),
     "None": ("exp_avg", lambda value: None, TypeError),
-    "a step of integers": ("step", lambda value: torch.tensor(1), RuntimeError),
+    "a step of truth values": ("step", lambda value: torch.tensor(True), RuntimeError),
     "a step of several numbers": ("step", lambda value: torch.ones(2), RuntimeError),
     "a step that is a number": ("step", lambda value: 1.0, TypeError),
     "a wrapper": ("exp_avg", lambda value: TwoTensor(value.clone(), value.clone()), TypeError),

@@ -187,7 +187,7 @@ def test_a_rate_that_is_a_tensor_is_followed(update: str, shape: tuple[int, ...]
     pair.check()
 
 
-def test_state_in_memory_that_others_share_stays_there() -> None:
+def test_state_that_others_hold_or_share_goes_on() -> None:
     optimizer = torch.optim.Adagrad(parameters(2), lr=0.1)
     optimizer.share_memory()
     sums = [state["sum"] for state in optimizer.state.values()]
@@ -195,6 +195,20 @@ def test_state_in_memory_that_others_share_stays_there() -> None:
     fuse(optimizer).step()
     for held, old, state in zip(sums, before, optimizer.state.values(), strict=True):
         assert state["sum"] is held and held.is_shared() and not torch.equal(held, old)
+        assert state["step"].item() == 1
+
+
+def test_state_stays_part_of_what_it_was_part_of() -> None:
+    """Such as one buffer for all parameters, which a program sums over processes."""
+    params = [torch.nn.Parameter(torch.zeros(5)) for _ in range(2)]
+    whole, mask = torch.zeros(10), torch.ones(5)
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    for param, part in zip(params, whole.split(5), strict=True):
+        param.grad = torch.ones(5)
+        optimizer.state[param] = {"momentum_buffer": part, "mask": mask}
+    fuse(optimizer).step()
+    assert (whole == 1).all()
+    assert all(optimizer.state[param]["mask"] is mask for param in params)
 
 
 def test_groups_may_come_and_change_after_it() -> None:

@@ -47,6 +47,22 @@ def test_a_count_that_is_held_goes_on_counting(algorithm: str, dtype: torch.dtyp
     assert [count.item() for count in counts] == [8, 4, 4, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("algorithm", ["adam", "adagrad"])
+def test_a_count_of_any_number_type_goes_on(algorithm: str, dtype: torch.dtype) -> None:
+    """As some converters of checkpoints write them, and torch takes them."""
+    seen = []
+    for make in (_fused, for_loop):
+        counts = [torch.tensor(count, dtype=dtype) for count in (3, 4)]
+        optimizer, params = _with_counts(algorithm, counts, make)
+        for _ in range(2):
+            optimizer.step()
+        assert [optimizer.state[param]["step"].item() for param in params] == [5, 6]
+        seen.append([param.detach().clone() for param in params])
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
 def test_a_count_that_two_parameters_share_counts_both_as_in_torch() -> None:
     seen = []
     for make in (_fused, for_loop):

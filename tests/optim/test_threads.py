@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 
+from recap_fast import fuse
 from recap_fast.optim import FusedAdam, FusedSGD
+from recap_fast.optim.stepper import Stepper
 from tests.optim.helpers import FUSED, bits, parameters
 
 LARGE = 1_500_000  # elements, of which a step gives up the GIL
@@ -85,6 +89,80 @@ def test_threads_that_step_the_same_optimizer_take_turns(elements: int) -> None:
     assert [optimizer.state[param]["step"].item() for param in params] == [8, 8]
     for param, other in zip(params, alone, strict=True):
         assert torch.equal(bits(param), bits(other))
+
+
+def _at_once(step: Callable[[], object], threads: int) -> None:
+    started = threading.Barrier(threads)
+
+    def run() -> None:
+        started.wait()
+        step()
+
+    running = [threading.Thread(target=run) for _ in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+
+
+def test_threads_that_take_the_first_step_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, built = Stepper._build, []
+
+    def slowly(self: Stepper, *args: object) -> None:
+        time.sleep(0.02)
+        build(self, *args)
+        built.append(self._plan)
+
+    monkeypatch.setattr(Stepper, "_build", slowly)
+    params = _params(2, 100)
+    _at_once(FusedSGD(params, lr=1.0).step, 4)
+    assert len(built) == 1
+    assert all((param == -4).all() for param in params)
+
+
+def test_threads_take_turns_in_what_is_left_to_torch() -> None:
+    params = _params(2, 100)
+    sparse = nn.Parameter(torch.zeros(4, 3))
+    sparse.grad = torch.ones(4, 3).to_sparse(1)
+    groups = [{"params": params}, {"params": [sparse]}]
+    optimizer = fuse(torch.optim.SGD(groups, lr=1.0, foreach=False))
+    _at_once(lambda: [optimizer.step() for _ in range(20)], 4)
+    assert all((param == -80).all() for param in (*params, sparse))
+
+
+@pytest.fixture
+def unhurried() -> Iterator[None]:
+    """No thread gets its turn in Python unless another gives it up."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.cpu_engine
+@pytest.mark.usefixtures("unhurried")
+@pytest.mark.parametrize("elements", [1000, LARGE])
+def test_a_long_step_lets_other_threads_run(elements: int) -> None:
+    params = _params(4, elements)
+    optimizer = FusedSGD(params, lr=1.0)
+    optimizer.step()
+    begin, ran = threading.Semaphore(0), []
+
+    def run() -> None:
+        for _ in range(50):
+            begin.acquire()
+            ran.append(True)
+
+    other = threading.Thread(target=run)
+    other.start()
+    seen = []
+    for _ in range(50):  # a thread may wake up too late for one
+        before = len(ran)
+        begin.release()
+        optimizer.step()
+        seen.append(len(ran) > before)
+    other.join()
+    assert any(seen) is (elements == LARGE)
 
 
 @pytest.mark.cpu_engine
