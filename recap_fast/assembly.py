@@ -15,7 +15,6 @@ from recap_fast.clipping import check_norm_is_global
 from recap_fast.config import as_embedding_config, as_optimizer_config
 from recap_fast.embeddings import find_fused_optimizer  # first: says so if torchrec is missing
 from recap_fast.embeddings.built import check_built_kernels, check_mean_pooling
-from recap_fast.embeddings.slices import show_slice_gradients
 from recap_fast.grouping import group_parameters
 from recap_fast.keyed import is_dense
 from recap_fast.schedules import DEFAULT_LR
@@ -87,7 +86,6 @@ def assemble(
         _log_group("fused embeddings", fused.params, how)
 
     optimizer = classes.combined(optimizers, clip_grad_norm)
-    show_slice_gradients(optimizer, (param for group in groups for param in group.params.values()))
     lr_dict = {group.name: group.learning_rate for group in groups}
     scheduler = RecapLRShim(
         optimizer,

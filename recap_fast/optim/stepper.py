@@ -60,6 +60,7 @@ class Stepper:
     ) -> None:
         self._max_norm = max_norm
         self._norm_parts: NormParts | None = None
+        self._computed_grads: list[Tensor] = []
         self.grad_norm: float | Tensor | None = None
         self._plan: Any = None
         self._captured: list[Any] = []
@@ -147,15 +148,27 @@ class Stepper:
     def _run(
         self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
     ) -> int:
+        if self._computed_grads:
+            self._show_grads()
         outcome = self._plan.step(grad_scale, found_inf, unscale_by)
         if self._max_norm is not None and not self._plan.has_cuda_parts:
             self.grad_norm = self._plan.grad_norm
         return outcome
 
+    def _show_grads(self) -> None:
+        """Has the native call see gradients that a subclass computes when asked for `grad`.
+
+        So do torchrec's slices of the tensor that several unfused tables are in. In C++, where the
+        call looks, they have none.
+        """
+        for param in self._computed_grads:
+            Tensor.grad.__set__(param, param.grad)
+
     @_not_compiled
     def _clip_on_device(
         self, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        self._show_grads()
         parts = self._norm_parts
         sums = self._plan.sums_of_squares(parts.part_of_param, parts.count)
         if not sums:
@@ -228,6 +241,7 @@ class Stepper:
             plan.set_schedules(rates.groups, rates.schedules, rates.rates, rates.epoch)
         self._drop_plan()
         self._plan, self._norm_parts = plan, parts
+        self._computed_grads = [each for each in params if type(each).grad is not Tensor.grad]
 
     def _name(self, number: int, index: int) -> str:
         """What errors call a param group."""

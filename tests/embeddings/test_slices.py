@@ -12,8 +12,10 @@ from torch import nn
 from torchrec.distributed.composable.table_batched_embedding_slice import (
     TableBatchedEmbeddingSlice,
 )
+from torchrec.optim import keyed
 
-from recap_fast import build_optimizer, reference
+from recap_fast import build_optimizer, fuse, reference
+from recap_fast.optim import FusedSGD
 from tests.embeddings.examples import config_of
 from tests.models import multi_task_config
 
@@ -86,3 +88,42 @@ def test_other_optimizers_have_no_hook() -> None:
     optimizer, _ = build_optimizer(model, multi_task_config(("liked",), backbone=False))
     assert not optimizer._optimizer_step_pre_hooks
     copy.deepcopy(optimizer)
+
+
+def _named(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return FusedSGD(params, lr=0.5)
+
+
+def _fused(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return fuse(torch.optim.SGD(params, lr=0.5))
+
+
+def _combined(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    wrapper = keyed.KeyedOptimizerWrapper(
+        {str(index): param for index, param in enumerate(params)},
+        lambda given: torch.optim.SGD(given, lr=0.5),
+    )
+    return fuse(keyed.CombinedOptimizer([wrapper]))
+
+
+@pytest.mark.parametrize("make", [_named, _fused, _combined])
+@pytest.mark.parametrize("clip_grad_norm", [None, 1e9])
+def test_every_way_to_a_native_step_trains_slices(
+    make: Callable[..., torch.optim.Optimizer], clip_grad_norm: float | None
+) -> None:
+    model = Sliced()
+    slices = [part.weight for part in model.embedding_bags.values()]
+    if clip_grad_norm is None:
+        optimizer = make(slices)
+    else:
+        optimizer = FusedSGD(slices, lr=0.5, clip_grad_norm=clip_grad_norm)
+    expected = torch.arange(20.0)
+    for factor in (1.0, 0.25):
+        optimizer.zero_grad()
+        model.loss(factor).backward()
+        optimizer.step()
+        expected -= 0.5 * factor
+        assert torch.equal(model.memory[0].detach(), expected)
+    optimizer.zero_grad()
+    optimizer.step()  # of a gradient that is not there any more
+    assert torch.equal(model.memory[0].detach(), expected)
