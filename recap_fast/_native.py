@@ -6,6 +6,7 @@ against. A mismatch would crash; here it is an ImportError that says what to do.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ def _built_torch_version() -> str:
         from recap_fast._torch_version import TORCH_VERSION
     except ImportError as error:
         raise ImportError(
-            "recap_fast is not built: install it with `pip install --no-build-isolation .` "
-            "(or `pip install --no-build-isolation -e .` to work on it)"
+            f"recap_fast, found in {Path(__file__).parent}, is not built. If you have installed "
+            "it, run Python in another folder than its sources. If not, run "
+            "`pip install --no-build-isolation .` in its sources, or with `-e .` to work on it"
         ) from error
     return TORCH_VERSION
 
@@ -32,8 +34,8 @@ def _load() -> Any:
     if _release(built) != _release(torch.__version__):
         raise ImportError(
             f"recap_fast was built against torch {built}, but torch {torch.__version__} is "
-            "running; reinstall it under this torch: `pip install --force-reinstall --no-deps "
-            "--no-build-isolation recap-fast`"
+            "running; reinstall it under this torch: run `pip install --force-reinstall --no-deps "
+            "--no-build-isolation .` in its sources"
         )
     from recap_fast import _C
 
