@@ -93,8 +93,8 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
     has_inference_tensors_ |= !slot.is_inert() && slot.param().is_inference();
     has_host_values_ |= !slot.is_inert() && !is_stepped_on_device(slot);
   }
-  gives_up_gil_ |= bytes > kShortStep;
   make_parts(slots);
+  gives_up_gil_ |= bytes > kShortStep || has_cuda_parts();
   for (const GroupSource& source : groups) {
     if (!seen_states.insert(source.state.ptr()).second) continue;
     // Beside the states of tensors it may hold whatever the user has put there.
