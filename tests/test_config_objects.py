@@ -13,9 +13,15 @@ import pydantic
 import pytest
 
 from recap_fast.config import (
+    AdamConfig,
+    AdamWConfig,
+    EmbeddingAdamConfig,
+    EmbeddingLambConfig,
     EmbeddingOptimizerConfig,
+    GroupConfig,
     LearningRate,
     OptimizerConfig,
+    RecapAdamWConfig,
     RecapOptimizerConfig,
     as_embedding_config,
     as_learning_rate,
@@ -175,6 +181,91 @@ def test_an_enumeration_is_its_value() -> None:
         {"rowwise_adagrad": {"weight_decay": 0.5, "weight_decay_mode": Mode.L2}}
     )
     assert config.rowwise_adagrad.weight_decay_mode == "l2"
+
+
+def test_fields_of_a_models_own_class_count() -> None:
+    """Not only those of the class that a field is declared with, all that `model_dump` returns."""
+
+    class Algorithm(pydantic.BaseModel):
+        pass
+
+    class Adam(Algorithm):
+        beta_1: float = 0.5
+
+    class Rates(pydantic.RootModel[dict[str, Rate]]):
+        pass
+
+    class Towers(pydantic.BaseModel):
+        tower_learning_rates: Rates
+
+        @pydantic.computed_field
+        @property
+        def number(self) -> int:
+            return len(self.tower_learning_rates.root)
+
+    class Config(pydantic.BaseModel):
+        adam: Algorithm
+        multi_task_learning_rates: Towers
+        clip_grad_norm: float = pydantic.Field(1.0, exclude=True)
+
+    towers = Towers(tower_learning_rates=Rates({"a": Rate(0.5)}))
+    config = Config(adam=Adam(), multi_task_learning_rates=towers)
+    assert as_optimizer_config(config) == RecapOptimizerConfig.model_validate(
+        {
+            "adam": {"beta_1": 0.5},
+            "multi_task_learning_rates": {"tower_learning_rates": {"a": {"constant": 0.5}}},
+            "clip_grad_norm": 1.0,
+        }
+    )
+
+
+def test_a_models_own_way_to_dump_itself_counts() -> None:
+    class Dumped(pydantic.BaseModel):
+        rate: float = 0.25
+
+        def model_dump(self, **options: Any) -> dict[str, Any]:
+            return {"constant": self.rate}
+
+    class Serialized(pydantic.BaseModel):
+        rate: float = 0.25
+
+        @pydantic.model_serializer
+        def fields(self) -> dict[str, Any]:
+            return {"constant": self.rate}
+
+    for config in (Dumped(), Serialized()):
+        assert as_learning_rate(config) == LearningRate(constant=0.25)
+
+
+def test_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    for step, rate in ((numpy.int64(3), numpy.float32(0.25)), (numpy.float64(3), numpy.int8(1))):
+        fields = {"learning_rate": rate, "num_ramp_steps": step}
+        schedule = as_learning_rate({"linear_ramp_to_constant": fields}).linear_ramp_to_constant
+        assert (schedule.learning_rate, schedule.num_ramp_steps) == (float(rate), 3)
+        assert (type(schedule.learning_rate), type(schedule.num_ramp_steps)) == (float, int)
+    with pytest.raises(ValueError, match="valid integer"):
+        as_learning_rate(
+            {"linear_ramp_to_constant": {"learning_rate": 1, "num_ramp_steps": numpy.float32(2.5)}}
+        )
+
+
+@pytest.mark.parametrize(
+    ("config_class", "field", "section"),
+    [
+        (OptimizerConfig, "adam", AdamWConfig(lr=0.5)),
+        (OptimizerConfig, "adamw", AdamConfig(lr=0.5)),
+        (RecapOptimizerConfig, "adam", RecapAdamWConfig()),
+        (GroupConfig, "adam", AdamWConfig(lr=0.5)),
+        (EmbeddingOptimizerConfig, "partial_rowwise_adam", EmbeddingLambConfig()),
+        (EmbeddingOptimizerConfig, "partial_rowwise_adam", EmbeddingAdamConfig()),
+    ],
+)
+def test_the_section_of_another_algorithm_is_refused(
+    config_class: type[Any], field: str, section: Any
+) -> None:
+    with pytest.raises(ValueError, match=f"{field}\n.*valid dictionary or instance of"):
+        config_class(**{field: section})
 
 
 def test_an_unknown_field_that_is_none_is_not_there() -> None:

@@ -53,7 +53,16 @@ class _Sgd(DenseSection):
 # For all parameters alike
 
 
-class AdamConfig(DenseSection):
+# Not derived from one another: pydantic would take AdamWConfig for a field of AdamConfig, and
+# decay that was to be decoupled would be an L2 penalty.
+class _Adam(DenseSection):
+    lr: NonNegative
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: NonNegative = 1e-7
+    amsgrad: Flag = False
+
+
+class AdamConfig(_Adam):
     """Adam.
 
     Attributes:
@@ -63,16 +72,12 @@ class AdamConfig(DenseSection):
         amsgrad: Divide by the greatest second moment so far.
     """
 
-    lr: NonNegative
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: NonNegative = 1e-7
-    amsgrad: Flag = False
 
-
-class AdamWConfig(AdamConfig):
+class AdamWConfig(_Adam):
     """Adam with decoupled weight decay: the parameter shrinks by `lr * weight_decay` of itself.
 
     Attributes:
+        lr, betas, eps, amsgrad: As in `AdamConfig`.
         weight_decay: Its strength; the default is torch's.
     """
 
@@ -114,7 +119,14 @@ class AdagradConfig(DenseSection):
 # For the groups of a multi-task ranker
 
 
-class RecapAdamConfig(DenseSection):
+class _RecapAdam(DenseSection):
+    beta_1: Fraction = 0.9
+    beta_2: Fraction = 0.999
+    epsilon: NonNegative = 1e-7
+    amsgrad: Flag = False
+
+
+class RecapAdamConfig(_RecapAdam):
     """Adam for the dense groups.
 
     Attributes:
@@ -123,16 +135,12 @@ class RecapAdamConfig(DenseSection):
         amsgrad: Divide by the greatest second moment so far.
     """
 
-    beta_1: Fraction = 0.9
-    beta_2: Fraction = 0.999
-    epsilon: NonNegative = 1e-7
-    amsgrad: Flag = False
 
-
-class RecapAdamWConfig(RecapAdamConfig):
+class RecapAdamWConfig(_RecapAdam):
     """Adam with decoupled weight decay: the parameter shrinks by `lr * weight_decay` of itself.
 
     Attributes:
+        beta_1, beta_2, epsilon, amsgrad: As in `RecapAdamConfig`.
         weight_decay: Its strength; the default is torch's.
     """
 

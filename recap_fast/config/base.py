@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Annotated, Any, ClassVar
 
 import yaml
@@ -9,11 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 def _number(value: Any) -> Any:
-    """Returns the number that a text spells; any other value as it is.
+    """Returns the number that a text spells, or that is numpy's; any other value as it is.
 
     YAML 1.1 reads 1e-3 as a text, since it wants 1.0e-3, and quotes are easily left around a value
-    from the environment.
+    from the environment. Numbers of steps are easily computed by numpy.
     """
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     if not isinstance(value, str):
         return value
     try:
@@ -51,7 +54,7 @@ class BaseConfig(BaseModel):
 
     Instances are frozen, unknown fields are refused, and a known field given as None counts as not
     given. Where a class has `betas`, `beta_1` and `beta_2` are taken too, and the other way round;
-    so are `eps` and `epsilon`. A number may be a text that spells it.
+    so are `eps` and `epsilon`. A number may be a text that spells it, or one of numpy's.
 
     A subclass names its groups of alternatives in `exactly_one_of` and `at_most_one_of`; breaking
     such a rule is a `pydantic.ValidationError` that names all fields of the group.

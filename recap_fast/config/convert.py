@@ -11,7 +11,7 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
 from recap_fast.config.base import BaseConfig
 from recap_fast.config.dense import OptimizerConfig, RecapOptimizerConfig
@@ -136,6 +136,11 @@ def _plain(value: Any) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in fields}
     if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__")):
         return {key: _plain(value[key]) for key in value.keys()}  # noqa: SIM118
+    if isinstance(value, BaseModel) and not _dumps_in_its_own_way(type(value)):
+        # `model_dump` would leave out what a field's declared class lacks and the value's own has.
+        names = [*type(value).model_fields, *(value.model_extra or ())]
+        fields = {name: _plain(getattr(value, name)) for name in names}
+        return fields["root"] if isinstance(value, RootModel) else fields
     for method in ("model_dump", "dict"):
         if callable(getattr(value, method, None)):
             return _plain(getattr(value, method)())
@@ -144,6 +149,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [_plain(item) for item in value]
     return value
+
+
+def _dumps_in_its_own_way(model: type[BaseModel]) -> bool:
+    decorated = bool(model.__pydantic_decorators__.model_serializers)
+    return decorated or model.model_dump is not BaseModel.model_dump
 
 
 def kind_of(value: Any) -> str:

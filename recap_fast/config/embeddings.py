@@ -33,7 +33,15 @@ class EmbeddingAdagradConfig(BaseConfig):
     eps: NonNegative = 1e-8
 
 
-class EmbeddingPartialRowwiseAdamConfig(BaseConfig):
+# Not derived from one another, as pydantic would take one for a field of the other.
+class _Adam(BaseConfig):
+    beta_1: Fraction = 0.9
+    beta_2: Fraction = 0.999
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.0
+
+
+class EmbeddingPartialRowwiseAdamConfig(_Adam):
     """Adam with one second moment per row, and decoupled weight decay.
 
     Attributes:
@@ -42,16 +50,12 @@ class EmbeddingPartialRowwiseAdamConfig(BaseConfig):
         weight_decay: Strength of the decay; only rows that get a gradient decay.
     """
 
-    beta_1: Fraction = 0.9
-    beta_2: Fraction = 0.999
-    eps: NonNegative = 1e-8
-    weight_decay: NonNegative = 0.0
 
-
-class EmbeddingAdamConfig(EmbeddingPartialRowwiseAdamConfig):
+class EmbeddingAdamConfig(_Adam):
     """Adam with decoupled weight decay; moments of rows without a gradient stay as they are.
 
     Attributes:
+        beta_1, beta_2, eps, weight_decay: As in `EmbeddingPartialRowwiseAdamConfig`.
         rowwise_bias_correction: Correct the bias by the number of updates of each row, not by the
             number of forward passes.
     """
@@ -59,9 +63,12 @@ class EmbeddingAdamConfig(EmbeddingPartialRowwiseAdamConfig):
     rowwise_bias_correction: Flag = False
 
 
-class EmbeddingLambConfig(EmbeddingPartialRowwiseAdamConfig):
+class EmbeddingLambConfig(_Adam):
     """LAMB: Adam's step, scaled by the ratio of a row's norm to that of its step; full or with one
     second moment per row. The decay is part of the step that is scaled.
+
+    Attributes:
+        beta_1, beta_2, eps, weight_decay: As in `EmbeddingPartialRowwiseAdamConfig`.
     """
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 from torchrec.modules.fused_embedding_modules import (
+    EmbeddingFusedOptimizer,
     FusedEmbeddingBagCollection,
     FusedEmbeddingCollection,
 )
@@ -14,7 +15,8 @@ from torchrec.optim import keyed
 from torchrec.optim.fused import FusedOptimizerModule
 
 from recap_fast.config.convert import kind_of
-from recap_fast.fused_tables import memory_of
+from recap_fast.fused_tables import memory_of, memory_range
+from recap_fast.keyed import leaves
 from recap_fast.names import WRAPPER_SEGMENTS, table_name
 
 # Under which torchrec's collections have their tables, pooled and not.
@@ -58,7 +60,33 @@ def _optimizer_of(module: nn.Module) -> keyed.KeyedOptimizer:
             "model.fused_optimizer must be a torchrec.optim.keyed.KeyedOptimizer, "
             f"found {kind_of(optimizer)}"
         )
+    _list_tables_without_state(module, optimizer)
     return optimizer
+
+
+def _list_tables_without_state(module: nn.Module, optimizer: keyed.KeyedOptimizer) -> None:
+    """Adds the tables that torchrec forgets to the optimizers of its unsharded fused collections.
+
+    These list a table by its state (torchrec 1.8 and 1.9), so that SGD, which keeps none, seems to
+    have no table. Its rate is that of its kernel all the same.
+    """
+    for leaf in leaves(optimizer):
+        if not isinstance(leaf, EmbeddingFusedOptimizer) or leaf.params:
+            continue
+        weights = {memory_range(each): each for each in leaf._emb_module.split_embedding_weights()}
+        weights.pop(None, None)
+        for collection in _fused_collections(module):
+            for name, param in collection.named_parameters():
+                weight = weights.pop(memory_range(param), None)
+                if weight is not None:
+                    leaf.params[f"{table_name(name)}.weight"] = weight
+                    leaf.param_groups[0]["params"].append(weight)
+
+
+def _fused_collections(module: nn.Module) -> Iterator[nn.Module]:
+    for each in module.modules():
+        if isinstance(each, (FusedEmbeddingBagCollection, FusedEmbeddingCollection)):
+            yield each
 
 
 def _optimizer_of_parts(model: nn.Module) -> keyed.CombinedOptimizer:

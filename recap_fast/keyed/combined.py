@@ -94,7 +94,7 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
         self._grad_norm: float | None = None
         self._inside = Inside(self)
         self._added_params: dict[str, Tensor] = {}
-        self._sizes: list[int] = []
+        self._places: list[list[int]] = []
 
     def _look_inside(self) -> Inside:
         """Which optimizers are inside, also after one was added here or to one combined in here."""
@@ -194,11 +194,14 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
 
     def _bring_state_along(self) -> None:
         """Moves the state of parameters that went to a group of another optimizer like theirs."""
-        sizes = [len(group["params"]) for leaf in self.leaves for group in leaf.param_groups]
-        if sizes == self._sizes:
-            return
-        self._sizes = sizes
         dense = [leaf for leaf in self.leaves if not isinstance(leaf, keyed.KeyedOptimizer)]
+        places = [
+            [id(param) for group in leaf.param_groups for param in group["params"]]
+            for leaf in dense
+        ]
+        if places == self._places:
+            return
+        self._places = places
         owners = strays(dense)
         for leaf in dense:
             for param in [p for group in leaf.param_groups for p in group["params"]]:
@@ -266,6 +269,7 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
 
     def _make_state(self) -> None:
         """Gives state to every trainable dense parameter without; nothing else changes."""
+        self._bring_state_along()
         for new in new_states(self, lambda param: param.requires_grad):
             entries = dict.fromkeys(new.entries) if new.group.get("dampening") else new.entries
             if entries:
@@ -340,6 +344,7 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
             TypeError: An optimizer inside has no state yet, and is of a class whose state is not
                 known; nothing is changed.
         """
+        self._bring_state_along()  # or it would be loaded to where it was
         params, state = self.params, self.state
         names = {id(param): name for name, param in params.items()}
         dropped: list[Tensor] = []

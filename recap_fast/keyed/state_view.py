@@ -10,6 +10,7 @@ from torchrec.optim.fused import FusedOptimizer
 
 from recap_fast.keyed.torch_format import asked_to_make_state
 from recap_fast.keyed.walk import leaves
+from recap_fast.state import has_state
 
 if TYPE_CHECKING:
     from recap_fast.keyed.combined import CombinedOptimizer
@@ -23,6 +24,10 @@ class _Items(ItemsView):
 class _Values(ValuesView):
     def __iter__(self) -> Iterator[Any]:
         return (entries for _, entries in self._mapping.entries())
+
+
+def _holds(entries: Any) -> bool:
+    return not isinstance(entries, Mapping) or has_state(entries)
 
 
 def _can_reset(leaf: FusedOptimizer) -> bool:
@@ -65,11 +70,19 @@ class StateView(MutableMapping[Tensor, Any]):
         """Fused embedding optimizers that keep anything."""
         return [leaf for leaf in self._optimizer.fused_leaves if any(leaf.state.values())]
 
+    def _holder(self, param: Tensor) -> MutableMapping[Tensor, Any] | None:
+        """The mapping that has the state of a parameter; None if there is none.
+
+        Where the parameter went to a group of another optimizer, a dict of nothing may be left.
+        """
+        found = [states for states in self._sources() if param in states]
+        return next((each for each in found if _holds(each[param])), found[0] if found else None)
+
     def _home(self, param: Tensor) -> MutableMapping[Tensor, Any]:
         """The mapping that has, or is to have, the state of a parameter."""
-        for states in self._sources():
-            if param in states:
-                return states
+        states = self._holder(param)
+        if states is not None:
+            return states
         for leaf in self._optimizer.leaves:
             if any(param is other for group in leaf.param_groups for other in group["params"]):
                 return leaf.state
@@ -83,12 +96,12 @@ class StateView(MutableMapping[Tensor, Any]):
 
     def entries(self) -> Iterator[tuple[Tensor, Any]]:
         """Parameters and their state."""
-        seen: set[Tensor] = set()
+        found: dict[Tensor, Any] = {}
         for states in self._sources():
             for param, entries in states.items():
-                if param not in seen:
-                    seen.add(param)
-                    yield param, entries
+                if param not in found or (_holds(entries) and not _holds(found[param])):
+                    found[param] = entries
+        return iter(found.items())
 
     def items(self) -> ItemsView[Tensor, Any]:
         return _Items(self)
@@ -112,10 +125,8 @@ class StateView(MutableMapping[Tensor, Any]):
         return any(param in states for states in self._sources())
 
     def get(self, param: Tensor, default: Any = None) -> Any:
-        for states in self._sources():
-            if param in states:
-                return states[param]
-        return default
+        states = self._holder(param)
+        return default if states is None else states[param]
 
     def __getitem__(self, param: Tensor) -> Any:
         return self._home(param)[param]

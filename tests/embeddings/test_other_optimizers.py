@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import keyed
 from torchrec.optim.fused import FusedOptimizer
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from recap_fast import build, checkpoint, reference
 from recap_fast.config import EmbeddingOptimizerConfig
@@ -233,6 +233,87 @@ def test_kernels_that_can_be_read_are_checked(build_optimizer: Callable[..., Any
     config = EmbeddingOptimizerConfig.model_validate({"learning_rate": {"constant": 1}, "sgd": {}})
     with pytest.raises(ValueError, match="optimizer=exact_sgd for the table t0, but it was made"):
         build_optimizer(make("its own"), multi_task_config(), config)
+
+
+# torchrec lists an unsharded table by its state, of which SGD keeps none
+
+
+class SgdModel(Model):
+    """The same with collections that train by SGD."""
+
+    def __init__(self, collections: int = 1) -> None:
+        super().__init__(collections)
+        for name, old in list(self.named_children()):
+            if isinstance(old, FusedEmbeddingBagCollection):
+                configs = old.embedding_bag_configs()
+                new = FusedEmbeddingBagCollection(configs, torch.optim.SGD, {"lr": 0.01})
+                new.load_state_dict(old.state_dict())
+                setattr(self, name, new)
+
+
+SGD_MODELS: dict[str, Callable[[], Model]] = {
+    "found": SgdModel,
+    "several found": lambda: SgdModel(2),
+    "its own": lambda: with_its_optimizer(SgdModel()),
+    "of several": lambda: with_all_optimizers(SgdModel(2)),
+}
+
+
+@pytest.mark.parametrize("name", SGD_MODELS)
+def test_tables_without_state_train_as_by_sgd(
+    name: str, build_optimizer: Callable[..., Any]
+) -> None:
+    torch.manual_seed(0)
+    model = SGD_MODELS[name]()
+    twin = copy.deepcopy(model.ranker)
+    tables = {
+        table_name: param.detach().clone().requires_grad_()
+        for collection in model.collections()
+        for table_name, param in collection.named_parameters()
+    }
+    optimizer, scheduler = build_optimizer(model, multi_task_config(), EMBEDDINGS)
+    assert list(optimizer.params)[-2:] == MODELS[name][1]
+
+    def pool(features: JaggedTensor, weight: torch.Tensor) -> torch.Tensor:
+        bags = features.values().split(features.lengths().tolist())
+        return torch.stack([weight[ids].sum(0) for ids in bags])
+
+    for step in range(4):
+        batch = features(step)
+        pooled = [
+            pool(batch[f"f_{each}"], tables[f"embedding_bags.{each}.weight"])
+            for each in ("t0", "t1")
+        ]
+        twin.load_state_dict(model.ranker.state_dict())
+        grads = torch.autograd.grad(
+            twin(torch.cat(pooled, dim=1)).square().mean(), list(tables.values())
+        )
+        with torch.no_grad():
+            for param, grad in zip(tables.values(), grads, strict=True):
+                param -= compute_lr(EMBEDDINGS.learning_rate, step) * grad
+        train(model, optimizer, scheduler, range(step, step + 1))
+    for collection in model.collections():
+        for table_name, param in collection.named_parameters():
+            torch.testing.assert_close(param, tables[table_name], rtol=1e-5, atol=1e-6)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert not any("t0" in key for key in saved["state"])  # as in torchrec's own
+    optimizer.load_state_dict(saved)
+
+
+def test_tables_without_state_have_rates_and_kernels_of_their_own(
+    build_optimizer: Callable[..., Any],
+) -> None:
+    quarter = {"learning_rate": {"constant": 0.25}}
+    rates = {"learning_rate": {"constant": 0.5}, "tables": {"t1": quarter}}
+    optimizer, _ = build_optimizer(SgdModel(2), multi_task_config(), rates)
+    assert [group["lr"] for group in optimizer.param_groups[-2:]] == [0.5, 0.25]
+    with pytest.raises(ValueError, match="optimizer=exact_adagrad for the table t0, but it was"):
+        build_optimizer(SgdModel(), multi_task_config(), {**rates, "tables": {}, "adagrad": {}})
+    with pytest.raises(ValueError, match="the tables t0 and t1 share a param group"):
+        one = SgdModel()
+        config = [table("t0", 8), table("t1", 8)]
+        one.ebc = FusedEmbeddingBagCollection(config, torch.optim.SGD, {"lr": 0.01})
+        build_optimizer(one, multi_task_config(), rates)
 
 
 def test_a_name_that_a_dense_parameter_has_too(build_optimizer: Callable[..., Any]) -> None:

@@ -408,6 +408,66 @@ def test_a_parameter_takes_its_state_to_another_group(kind: str) -> None:
     assert list(run.optimizer.state[moved]) == ["momentum_buffer"]
 
 
+def _exchange(groups: Any, params: list[Any]) -> None:
+    groups[0]["params"][0], groups[1]["params"][0] = params[1], params[0]
+
+
+def _move(groups: Any, params: list[Any]) -> None:
+    groups[1]["params"].append(groups[0]["params"].pop())
+
+
+def _make_state(run: Run) -> None:
+    run.optimizer.init_state(count_step=False)
+
+
+def _save_and_load(run: Run) -> None:
+    run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+
+
+def _read(run: Run) -> None:
+    assert all(run.optimizer.state[param] for param in run.params)
+
+
+@both
+@pytest.mark.parametrize("change", [_move, _exchange])
+@pytest.mark.parametrize("between", [None, _make_state, _save_and_load, _read])
+def test_what_comes_before_the_next_step_finds_the_state(
+    kind: str, change: Callable[..., None], between: Callable[[Run], None] | None
+) -> None:
+    run = Run(kind)
+    adam = torch.optim.Adam(
+        [{"params": [run.twins[0]], "lr": 0.1}, {"params": [run.twins[1]], "lr": 0.05}]
+    )
+    for index in range(2):
+        adam.state[run.twins[index]] = run.torch.members[index].state[run.twins[index]]
+    run.torch.members[:2] = [adam]
+    change(run.optimizer.param_groups, run.params)
+    change(adam.param_groups, run.twins)
+    if between is not None:
+        between(run)
+    run.steps(3)
+    run.assert_alike()
+    assert run.optimizer.state[run.params[0]]["step"] == 6
+    saved = run.optimizer.state_dict()["state"]
+    assert all(saved[f"{name}.w"]["step"] == 6 for name in NAMES[:2])
+
+
+@both
+@pytest.mark.parametrize("left", [{}, {"exp_avg": None}])
+def test_nothing_that_was_left_hides_the_state(kind: str, left: dict[str, Any]) -> None:
+    """As an empty dict, which looking for state makes."""
+    run = Run(kind, steps=0)
+    run.optimizer.state[run.params[0]].update(left)
+    _move(run.optimizer.param_groups, run.params)
+    run.torch.members[0] = torch.optim.Adam([run.twins[0]], lr=0.05)
+    run.steps(2)
+    run.assert_alike()
+    assert run.optimizer.state[run.params[0]]["step"] == 2
+    assert dict(run.optimizer.state.items())[run.params[0]]["step"] == 2
+    assert run.optimizer.state.get(run.params[0])["step"] == 2
+    assert run.optimizer.state_dict()["state"]["tower.w"]["step"] == 2
+
+
 @both
 def test_momentum_goes_on_in_another_group(kind: str) -> None:
     """It is not taken for the first step, in which dampening does not count."""
