@@ -97,6 +97,11 @@ class LeftToTorch:
             self._reasons.setdefault(param, str(refused))
         return str(refused)
 
+    def forget_others(self, groups: Sequence[Group]) -> None:
+        """Keeps no parameter that has left the optimizer alive."""
+        present = {id(param) for group in groups for param in group["params"]}
+        self._reasons = {param: why for param, why in self._reasons.items() if id(param) in present}
+
     def is_news(self, index: int, reason: str) -> bool:
         """Whether nobody has asked this before of the group at that position, for that reason."""
         is_news = (index, reason) not in self._said

@@ -264,6 +264,8 @@ class Stepper:
         self._groups, self._left = [], []
         for number, optimizer in enumerate(optimizers):
             left = optimizer._left_to_torch if self._may_leave else None
+            if left is not None:
+                left.forget_others(optimizer.param_groups)
             of_plan: list[tuple[int, Group]] = []
             of_torch: list[Group] = []
             for index, group in enumerate(optimizer.param_groups):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -334,6 +335,17 @@ def test_gradients_of_another_dtype_train_as_in_torch() -> None:
         convert(torch.optim.SGD([param], lr=0.1)).step()
         results.append(param.detach())
     assert torch.equal(*results)
+
+
+def test_a_parameter_that_has_left_is_not_kept_alive() -> None:
+    params = parameters(3)
+    params[0].grad = torch.ones_like(params[0]).to_sparse()
+    optimizer = fuse(torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.1))
+    optimizer.step()
+    gone = weakref.ref(params.pop(0))
+    del optimizer.param_groups[0]
+    optimizer.step()
+    assert gone() is None
 
 
 def test_a_parameter_that_becomes_native_again_does_so() -> None:
