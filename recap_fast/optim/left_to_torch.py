@@ -97,6 +97,12 @@ class LeftToTorch:
             self._reasons.setdefault(param, str(refused))
         return str(refused)
 
+    def take_back(self, groups: Sequence[Group]) -> None:
+        """Undoes `take`."""
+        for group in groups:
+            for param in group["params"]:
+                self._reasons.pop(param, None)
+
     def forget_others(self, groups: Sequence[Group]) -> None:
         """Keeps no parameter that has left the optimizer alive."""
         present = {id(param) for group in groups for param in group["params"]}

@@ -114,7 +114,13 @@ class Stepper:
                     if not self._leave_what_is_refused(error):
                         raise
             for number, groups in self._left:
-                step_as_torch(self._references[number](), groups, grad_scale, found_inf)
+                optimizer = self._references[number]()
+                try:
+                    step_as_torch(optimizer, groups, grad_scale, found_inf)
+                except BaseException:  # torch refuses it, too: once it is mended, all is native
+                    optimizer._left_to_torch.take_back(groups)
+                    self._drop_plan()
+                    raise
 
     def _step_natively(
         self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None

@@ -208,6 +208,27 @@ def test_what_torch_refuses_is_refused_as_in_torch() -> None:
     assert messages[0] == messages[1] and "sparse" in messages[0]
 
 
+def test_what_torch_refused_too_is_native_once_it_is_mended() -> None:
+    params, others = parameters(3), parameters(3)
+    optimizer = fuse(torch.optim.Adam(params, lr=0.1))
+    expected = torch.optim.Adam(others, lr=0.1, foreach=False)
+    for step in range(3):
+        for each, own in ((optimizer, params), (expected, others)):
+            set_grads(own, step)
+            if step == 1:
+                each.param_groups[0]["lr"] = "fast"
+                with pytest.raises(TypeError):
+                    each.step()
+                each.param_groups[0]["lr"] = 0.2
+                for state in each.state.values():  # torch counts before it looks at the rate
+                    state["step"].fill_(1)
+            before = [param.detach().clone() for param in own]
+            each.step()
+            assert not any(map(torch.equal, before, own))
+    assert optimizer._left_to_torch.reason(optimizer.param_groups[0]) is None
+    assert not optimizer._stepper._left
+
+
 def test_an_optimizer_that_was_made_fused_goes_on_refusing_them() -> None:
     model = Model()
     optimizer = fuse(FusedSGD(model.parameters(), lr=0.1))
