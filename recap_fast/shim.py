@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -182,10 +183,11 @@ class RecapLRShim(LRScheduler):
                 f"{', '.join(map(str, state_dict)) or 'nothing'}"
             )
         step = state_dict["last_epoch"]
-        if type(step) is not int or step < 0:
+        if not isinstance(step, numbers.Integral) or isinstance(step, bool) or step < 0:
             raise ValueError(f"last_epoch in the state must be an int, 0 or more; found {step!r}")
-        own = self.state_dict()
-        if state_dict.keys() == own.keys():
+        step = int(step)  # numpy has others
+        own = RecapLRShim.state_dict(self)
+        if own.keys() <= state_dict.keys():  # a derived class may save more
             self._check_groups(state_dict, own)
         self._move_to(step)
 

@@ -653,3 +653,41 @@ def test_it_can_be_copied_with_a_scheduler_attached(kind: str, how: str) -> None
 def test_the_two_kinds_follow_the_same_trajectory(kind: str) -> None:
     run, reference = Run(kind, steps=20), Run("reference", steps=20)
     run.assert_close(reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copying_a_wrapper_leaves_others_of_its_class_able_to_step(kind: str) -> None:
+    """torch has the class of what it copies look for hooks, which torchrec made none for."""
+
+    class Clipping(GradientClippingOptimizer):  # so that no other test is concerned
+        pass
+
+    params = _params()
+    inner = _optimizer(kind, params)
+    clipping = Clipping(inner, clipping=GradientClipping.NORM, max_gradient=1.0)
+    optimizer = type(inner)([("", clipping)])
+    copied_params, copied = copy.deepcopy((params, optimizer))
+    for seed in range(2):
+        for own, each in ((params, optimizer), (copied_params, copied)):
+            _set_grads(own, seed)
+            each.step()
+    for name, param in params.items():
+        torch.testing.assert_close(param, copied_params[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("entries", [None, 3])
+def test_state_that_is_no_mapping_is_refused_by_name(kind: str, entries: Any) -> None:
+    params = _params()
+    optimizer = _optimizer(kind, params)
+    _set_grads(params, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    state = {**before, "tower.bias": entries}
+    state["tower.weight"] = {k: v + 1 for k, v in before["tower.weight"].items()}
+    found = type(entries).__name__
+    with pytest.raises(ValueError, match=f"the state of 'tower.bias' is a {found} in the state"):
+        optimizer.load_state_dict({"state": state})
+    for name, own in optimizer.state_dict()["state"].items():
+        for key, value in own.items():
+            assert torch.equal(value, before[name][key])

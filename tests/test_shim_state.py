@@ -66,6 +66,35 @@ def test_other_attributes_of_a_state_are_not_looked_at() -> None:
     assert rates_of(resumed) == [0.125, 0.25]
 
 
+class Noting(RecapLRShim):
+    """One that saves something of its own besides."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "note": 1}
+
+
+def test_a_derived_class_may_save_more_and_is_checked_as_well() -> None:
+    resumed = optimizer()
+    shim = Noting(resumed, RATES)
+    state = {**shim.state_dict(), "last_epoch": 2}
+    shim.load_state_dict(state)
+    assert rates_of(resumed) == [0.125, 0.25]
+    RecapLRShim(optimizer(), RATES).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"has 1 dense group\(s\): other; this scheduler has 2"):
+        shim.load_state_dict({**state, "group_names": ["other"]})
+    assert shim.last_epoch == 2
+
+
+def test_a_step_may_be_numpys() -> None:
+    numpy = pytest.importorskip("numpy")
+    shim = RecapLRShim(optimizer(), RATES)
+    shim.load_state_dict({"last_epoch": numpy.int64(2)})
+    assert type(shim.last_epoch) is int and shim.last_epoch == 2
+    for wrong in (numpy.float32(2), numpy.int64(-1), True, None):
+        with pytest.raises(ValueError, match="last_epoch in the state must be an int, 0 or more"):
+            shim.load_state_dict({"last_epoch": wrong})
+
+
 def test_the_state_of_another_torch_scheduler() -> None:
     sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     state = state_after(4, LambdaLR(sgd, lambda _: 1.0))

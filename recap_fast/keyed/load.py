@@ -70,6 +70,12 @@ def check_state(
             f"the state dict has state of {len(unknown)} parameter(s) that this optimizer does "
             f"not have, such as {unknown[0]!r}; is it of another model?"
         )
+    for name, entries in saved.items():
+        if not isinstance(entries, Mapping):
+            raise ValueError(
+                f"the state of {name!r} is a {type(entries).__name__} in the state dict, but must "
+                "be a mapping"
+            )
     names = {param: name for name, param in params.items()}
     absent = [names[param] for param, own in state.items() if own and names[param] not in saved]
     if absent:

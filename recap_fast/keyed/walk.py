@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from torch.optim import Optimizer
@@ -44,6 +45,16 @@ def plain_leaves(optimizer: Optimizer) -> Iterator[Optimizer]:
             yield inner
 
 
+def _give_hooks(wrapper: keyed.OptimizerWrapper) -> None:
+    """Gives a wrapper what its step needs once one of its class was copied or unpickled.
+
+    torch then has the class look for hooks, in objects too that torchrec made without.
+    """
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        if not hasattr(wrapper, name):
+            setattr(wrapper, name, OrderedDict())
+
+
 class Inside:
     """The optimizers inside a combined one, as they are now.
 
@@ -57,6 +68,8 @@ class Inside:
     def __init__(self, optimizer: keyed.CombinedOptimizer) -> None:
         inside = list(walk(optimizer))
         wrappers = [each for each in inside if isinstance(each, keyed.OptimizerWrapper)]
+        for wrapper in wrappers:
+            _give_hooks(wrapper)
         # Without itself, which would be a cycle.
         self._nested = [e for e in inside[1:] if isinstance(e, keyed.CombinedOptimizer)]
         self._count = self._count_now(optimizer)
