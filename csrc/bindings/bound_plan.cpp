@@ -60,8 +60,9 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
                      bool device_values)
     : device_values_(device_values) {
   for (const py::object& optimizer : optimizers) {
-    owners_.push_back({py::weakref(optimizer), optimizer.attr("state"),
-                       ListSnapshot(optimizer.attr("param_groups"))});
+    const py::object param_groups = optimizer.attr("param_groups");
+    owners_.push_back({py::weakref(optimizer), optimizer.attr("state"), param_groups,
+                       ListSnapshot(param_groups)});
   }
   for (const GroupSource& source : groups) device_values_ |= is_capturable(source.group);
   refuse_capture(groups);
@@ -213,9 +214,9 @@ bool BoundPlan::Owner::unchanged() const {
   const auto self = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(optimizer.ptr()));
   const auto own_state =
       py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), state_name));
-  const auto groups = py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), groups_name));
-  if (!own_state || !groups) throw py::error_already_set();
-  return own_state.is(state) && groups.is(param_groups.list()) && param_groups.unchanged();
+  const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), groups_name));
+  if (!own_state || !now) throw py::error_already_set();
+  return own_state.is(state) && now.is(param_groups) && groups.unchanged();
 }
 
 bool BoundPlan::groups_unchanged() {

@@ -107,7 +107,8 @@ class BoundPlan {
   struct Owner {
     py::weakref optimizer;  // weak: it owns the plan
     py::object state;
-    ListSnapshot param_groups;
+    py::object param_groups;  // a list, or a tuple that a user put there
+    ListSnapshot groups;
 
     bool unchanged() const;
   };

@@ -75,7 +75,6 @@ class ListSnapshot {
     for (auto item : list_) items_.push_back(py::reinterpret_borrow<py::object>(item));
   }
 
-  const py::list& list() const { return list_; }
   size_t size() const { return items_.size(); }
   py::handle operator[](size_t i) const { return items_[i]; }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import assert_unchanged, parameters, snapshot
+from tests.optim.helpers import (
+    FUSED,
+    assert_unchanged,
+    for_loop,
+    parameters,
+    set_grads,
+    snapshot,
+)
 
 
 @pytest.fixture
@@ -90,3 +98,28 @@ def test_state_of_parameters_that_have_it_is_not_touched(after_new_state: Any) -
     with pytest.raises(MemoryError):
         optimizer.step()
     assert_unchanged(before, optimizer, params)
+
+
+@pytest.mark.parametrize("algorithm", FUSED)
+def test_groups_and_parameters_may_be_tuples(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch takes them; and they are no reason to build a plan for every step."""
+    builds = []
+    build = Stepper._build
+    monkeypatch.setattr(Stepper, "_build", lambda *args: (builds.append(1), build(*args)))
+    results = []
+    for make in (FUSED.__getitem__(algorithm), partial(for_loop, algorithm)):
+        params = parameters(3)
+        optimizer = make(params, lr=0.1)
+        optimizer.param_groups[0]["params"] = tuple(params)
+        optimizer.param_groups = tuple(optimizer.param_groups)
+        for step in range(4):
+            set_grads(params, step)
+            optimizer.step()
+            if step == 1:
+                built = len(builds)
+        results.append(params)
+    assert len(builds) == built
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
