@@ -140,7 +140,11 @@ class Stepper:
         if outcome == native.STEPPED:
             return
         with self._building:
-            if outcome == native.STALE or self._plan is not plan:  # or another thread was here
+            if self._plan is None:
+                outcome = native.STALE
+            elif self._plan is not plan:  # another thread's, which others may be stepping
+                outcome = self._run(grad_scale, found_inf, unscale_by)
+            if outcome == native.STALE:
                 self._build()
                 outcome = self._run(grad_scale, found_inf, unscale_by)
             if outcome == native.NEEDS_STATE:
