@@ -56,9 +56,10 @@ class StateMemory:
 
     On the CPU, small states of one name lie one after the other in blocks, where allocations of
     their own would spread them over pages and cache lines that hold nothing else; step counts too.
-    Larger ones begin at another offset into a page than the parameter and its other states:
-    addresses that agree in their last 12 bits compete for the same few places in the first-level
-    cache. Of these, the system is asked for huge pages, as far as they fill whole ones.
+    Larger ones, and those blocks, begin at other offsets into a page than a parameter's other
+    states: addresses that agree in their last 12 bits compete for the same few places in the
+    first-level cache. For large states, the system is asked for huge pages, as far as they fill
+    whole ones.
 
     Each tensor has a storage of its own, of just its size, so that saving or sharing it concerns no
     other. Such a storage cannot be resized. A block is freed with the last tensor in it; its memory
@@ -78,11 +79,12 @@ class StateMemory:
         if not _is_plain(param):
             return torch.empty_like(param, memory_format=torch.preserve_format)
         size = param.numel() * param.element_size()
+        begin_in_page = (index + 1) * _PAGE // 4
         if size <= _SMALL:
-            block, begin = self._room((index, param.dtype), size, _CACHE_LINE)
+            block, begin = self._room((index, param.dtype), size, _CACHE_LINE, begin_in_page)
         else:
             block = _large_block(size + _PAGE)
-            wanted = (param.data_ptr() + (index + 1) * _PAGE // 4) % _PAGE
+            wanted = (param.data_ptr() + begin_in_page) % _PAGE
             begin = (wanted - _address(block)) % _PAGE // _CACHE_LINE * _CACHE_LINE
         state = torch.frombuffer(block, dtype=param.dtype, count=param.numel(), offset=begin)
         return state.as_strided_(param.shape, _dense_strides(param))
@@ -97,13 +99,21 @@ class StateMemory:
         step = torch.frombuffer(block, dtype=dtype, count=1, offset=begin)
         return step.as_strided_((), ()).fill_(count)
 
-    def _room(self, kind: Hashable, size: int, alignment: int) -> tuple[bytearray, int]:
-        """A block for tensors of a kind with room for `size` bytes, and where in it they begin."""
+    def _room(
+        self, kind: Hashable, size: int, alignment: int, begin: int = 0
+    ) -> tuple[bytearray, int]:
+        """A block for tensors of a kind with room for `size` bytes, and where in it they are.
+
+        The first tensor of a block is `begin` bytes into a page.
+        """
         block, used = self._blocks.get(kind, (bytearray(), 0))
-        if used + size > len(block):
-            grown = min(max(2 * len(block), _FIRST_BLOCK), _LAST_BLOCK)
-            block = bytearray(max(grown, size) + alignment)
+        if not block:  # many optimizers have but one parameter
+            block = bytearray(size + alignment)
             used = -_address(block) % alignment
+        elif used + size > len(block):
+            grown = min(max(2 * len(block), _FIRST_BLOCK), _LAST_BLOCK)
+            block = bytearray(max(grown, size) + _PAGE)
+            used = (begin - _address(block)) % _PAGE
         self._blocks[kind] = block, used + -(-size // alignment) * alignment
         return block, used
 

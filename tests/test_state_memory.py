@@ -50,13 +50,13 @@ def test_a_parameter_with_gaps_gets_dense_state() -> None:
 
 def test_small_states_and_step_counts_are_packed() -> None:
     memory = StateMemory()
-    params = [torch.ones(3) for _ in range(5)]
-    begins = [memory.empty_like(param, 0).data_ptr() for param in params]
+    states = [memory.empty_like(torch.ones(3), 0) for _ in range(6)]
+    begins = [state.data_ptr() for state in states[1:]]  # the first has a block of its own
     assert begins == [begins[0] + 64 * i for i in range(5)]
-    counts = [memory.step_count(7, torch.float32) for _ in range(5)]
-    assert [count.item() for count in counts] == [7] * 5
+    counts = [memory.step_count(7, torch.float32) for _ in range(6)]
+    assert [count.item() for count in counts] == [7] * 6
     assert all((count.dtype, count.shape) == (torch.float32, ()) for count in counts)
-    begins = [count.data_ptr() for count in counts]
+    begins = [count.data_ptr() for count in counts[1:]]
     assert begins == [begins[0] + 4 * i for i in range(5)]
 
 
@@ -109,12 +109,14 @@ def test_memory_is_zero_before_it_is_filled() -> None:
         assert not state.any()
 
 
-def test_large_states_begin_at_offsets_of_their_own() -> None:
+def test_states_begin_at_offsets_of_their_own() -> None:
     memory = StateMemory()
     param = torch.empty(100_000)
-    states = [memory.empty_like(param, index) for index in range(3)]
-    offsets = {tensor.data_ptr() % 4096 // 64 for tensor in [param, *states]}
-    assert len(offsets) == 4
+    large = [memory.empty_like(param, index) for index in range(3)]
+    assert len({tensor.data_ptr() % 4096 // 64 for tensor in [param, *large]}) == 4
+    for _ in range(20):  # of a page each, they stay at the offset of their block
+        small = [memory.empty_like(torch.empty(1024), index) for index in range(3)]
+    assert len({tensor.data_ptr() % 4096 for tensor in small}) == 3
 
 
 def _is_advised_of_huge_pages(address: int) -> bool:
