@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ class StateMemory:
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[Hashable, tuple[bytearray, int]] = {}
+        self._blocks: dict[int | str, tuple[bytearray, int]] = {}  # and where its free room begins
 
     def empty_like(self, param: Tensor, index: int) -> Tensor:
         """Returns a tensor of the shape, dtype, device and strides of ``param``, to be filled.
@@ -81,7 +80,8 @@ class StateMemory:
         size = param.numel() * param.element_size()
         begin_in_page = (index + 1) * _PAGE // 4
         if size <= _SMALL:
-            block, begin = self._room((index, param.dtype), size, _CACHE_LINE, begin_in_page)
+            alignment = _CACHE_LINE if size > 32 else 32 if size > 16 else 16
+            block, begin = self._room(index, size, alignment, begin_in_page)
         else:
             block = _large_block(size + _PAGE)
             wanted = (param.data_ptr() + begin_in_page) % _PAGE
@@ -95,26 +95,27 @@ class StateMemory:
 
     def step_count(self, count: float, dtype: torch.dtype) -> Tensor:
         """Returns a step count: a 0-dim tensor on the CPU."""
-        block, begin = self._room(("step", dtype), dtype.itemsize, dtype.itemsize)
+        block, begin = self._room("step", dtype.itemsize, dtype.itemsize)
         step = torch.frombuffer(block, dtype=dtype, count=1, offset=begin)
         return step.as_strided_((), ()).fill_(count)
 
     def _room(
-        self, kind: Hashable, size: int, alignment: int, begin: int = 0
+        self, kind: int | str, size: int, alignment: int, begin: int = 0
     ) -> tuple[bytearray, int]:
         """A block for tensors of a kind with room for `size` bytes, and where in it they are.
 
         The first tensor of a block is `begin` bytes into a page.
         """
-        block, used = self._blocks.get(kind, (bytearray(), 0))
+        block, end = self._blocks.get(kind, (bytearray(), 0))
         if not block:  # many optimizers have but one parameter
             block = bytearray(size + alignment)
-            used = -_address(block) % alignment
-        elif used + size > len(block):
+            end = 0
+        used = end + -(_address(block) + end) % alignment
+        if used + size > len(block):
             grown = min(max(2 * len(block), _FIRST_BLOCK), _LAST_BLOCK)
             block = bytearray(max(grown, size) + _PAGE)
             used = (begin - _address(block)) % _PAGE
-        self._blocks[kind] = block, used + -(-size // alignment) * alignment
+        self._blocks[kind] = block, used + size
         return block, used
 
     def adopt(self, param: Tensor, state: dict[str, object]) -> None:
