@@ -51,13 +51,13 @@ def test_a_parameter_with_gaps_gets_dense_state() -> None:
 
 def test_small_states_and_step_counts_are_packed() -> None:
     memory = StateMemory()
-    states = [memory.empty_like(torch.ones(3), 0) for _ in range(6)]
-    begins = [state.data_ptr() for state in states[1:]]  # the first has a block of its own
+    states = [memory.empty_like(torch.ones(3), 0) for _ in range(7)]
+    begins = [state.data_ptr() for state in states[2:]]  # the first have a block of their own
     assert begins == [begins[0] + 16 * i for i in range(5)]
-    counts = [memory.step_count(7, torch.float32) for _ in range(6)]
-    assert [count.item() for count in counts] == [7] * 6
+    counts = [memory.step_count(7, torch.float32) for _ in range(7)]
+    assert [count.item() for count in counts] == [7] * 7
     assert all((count.dtype, count.shape) == (torch.float32, ()) for count in counts)
-    begins = [count.data_ptr() for count in counts[1:]]
+    begins = [count.data_ptr() for count in counts[2:]]
     assert begins == [begins[0] + 4 * i for i in range(5)]
 
 

@@ -78,7 +78,7 @@ class Probe {
     prefetch_start(storage_);
     if (meta_) __builtin_prefetch(&static_cast<const torch::autograd::AutogradMeta*>(meta_)->grad_);
     prefetch_all(last_grad_);
-    prefetch_start(last_grad_storage_);
+    if (last_grad_) __builtin_prefetch(&last_grad_storage_->_mutable_data_ptr_no_checks());
     prefetch_object(state_dict_);
     for (int k = 0; k < state_count_; ++k) {
       prefetch_object(states_[k].object);
@@ -157,7 +157,7 @@ class Probe {
     }
     last_grad_ = impl;
     last_grad_storage_ = impl->unsafe_storage().unsafeGetStorageImpl();
-    return address(impl);
+    return at_offset(impl, last_grad_storage_->_mutable_data_ptr_no_checks().get());
   }
 
   struct State {
@@ -187,8 +187,12 @@ class Probe {
 
   // The first element, for writing: what at::Tensor::mutable_data_ptr reads, without its calls.
   static void* address(const c10::TensorImpl* impl) {
-    char* data = static_cast<char*>(impl->unsafe_storage().unsafeGetStorageImpl()->mutable_data());
-    return data ? data + impl->storage_offset() * static_cast<int64_t>(impl->itemsize()) : nullptr;
+    return at_offset(impl, impl->unsafe_storage().unsafeGetStorageImpl()->mutable_data());
+  }
+
+  static void* at_offset(const c10::TensorImpl* impl, void* data) {
+    const auto bytes = impl->storage_offset() * static_cast<int64_t>(impl->itemsize());
+    return data ? static_cast<char*>(data) + bytes : nullptr;
   }
 
   PyObject* object_;
@@ -213,7 +217,7 @@ class Probe {
   // Hints for `prefetch` only: where these were in the last step.
   const c10::AutogradMetaInterface* meta_ = nullptr;
   const c10::TensorImpl* last_grad_ = nullptr;
-  const c10::StorageImpl* last_grad_storage_ = nullptr;
+  c10::StorageImpl* last_grad_storage_ = nullptr;
 };
 
 }  // namespace recap
