@@ -18,6 +18,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recap_fast import checkpoint as checkpoint
+    from recap_fast import config as config
+    from recap_fast import embeddings as embeddings
+    from recap_fast import keyed as keyed
+    from recap_fast import optim as optim
+    from recap_fast import reference as reference
     from recap_fast._native import build_info
     from recap_fast.build import build_optimizer
     from recap_fast.config import (
@@ -45,6 +51,8 @@ _HOME = {
     "unfuse": "recap_fast.fusing",
 }
 
+_MODULES = frozenset({"checkpoint", "config", "embeddings", "keyed", "optim", "reference"})
+
 __all__ = [
     "EmbeddingOptimizerConfig",
     "FusedCombinedOptimizer",
@@ -60,6 +68,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -68,4 +78,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(set(globals()) | set(__all__) | _MODULES)

@@ -13,7 +13,7 @@ from torch import nn
 
 from recap_fast.clipping import check_norm_is_global
 from recap_fast.config import as_embedding_config, as_optimizer_config
-from recap_fast.embeddings import find_fused_optimizer  # first: says so if torchrec is missing
+from recap_fast.embeddings import find_fused_optimizer
 from recap_fast.embeddings.built import check_built_kernels, check_mean_pooling
 from recap_fast.grouping import group_parameters
 from recap_fast.keyed import is_dense

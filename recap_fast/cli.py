@@ -19,9 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             importlib.import_module(module)
         except (ImportError, OSError) as error:
             return _fail(
-                f"the demo needs {module}, which cannot be imported ({error}).\n"
-                "Run `pip install recap-fast[demo]`, and on a machine without a GPU also"
-                " `pip install fbgemm-gpu-cpu` and `pip install --no-deps torchrec`."
+                f"the demo needs {module}, which cannot be imported ({error}).\n{_remedy(module)}"
             )
     from recap_fast.demo.errors import DemoError
 
@@ -43,6 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
     return 0
+
+
+def _remedy(module: str) -> str:
+    if module == "torch":
+        return "Run `pip install torch`, and then build recap_fast."
+    if module in ("fbgemm_gpu", "torchrec"):
+        from recap_fast.torchrec_releases import how_to_install
+
+        return how_to_install()
+    return "Run `pip install recap-fast[demo]`."
 
 
 def _fail(message: str, status: int = 1) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from recap_fast import torchrec_checked  # noqa: F401 - first: says if torchrec is missing
+
+# isort: split
 import itertools
 import numbers
 from collections.abc import Iterator, Mapping, Sequence

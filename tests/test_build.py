@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -476,26 +474,3 @@ def test_embedding_rate_for_tables_of_another_group_is_refused(build_optimizer: 
     config = OptimizerConfig(sgd=SgdConfig(lr=0.1))
     with pytest.raises(ValueError, match="emb_optimizer_config is given, but nothing uses it"):
         build_optimizer(embedding_ranker(), config, EMBEDDING_RATE)
-
-
-WITHOUT_TORCHREC = """
-import importlib, sys
-sys.modules["torchrec"] = None
-for name in ("build", "reference", "embeddings"):
-    try:
-        importlib.import_module(f"recap_fast.{name}")
-    except ImportError as error:
-        print(error)
-"""
-
-
-def test_without_torchrec_the_error_says_how_to_install_it() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCHREC], capture_output=True, text=True, check=True
-    )
-    messages = result.stdout.splitlines()
-    assert len(messages) == 3
-    for message in messages:
-        assert message.startswith("recap_fast.build_optimizer and recap_fast.embeddings need torc")
-        assert "`pip install torchrec`" in message
-        assert "`pip install fbgemm-gpu-cpu` and `pip install --no-deps torchrec`" in message

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torchrec")
 
 from benchmarks import bars, documents
+from recap_fast.torchrec_releases import PAIRS, REQUIREMENTS
 
 DOCUMENTS = [
     documents.README,
@@ -77,14 +78,26 @@ def test_the_commands_of_make_are_there() -> None:
 
 
 def test_releases_that_belong_together_are_the_same_everywhere() -> None:
-    """README, Makefile and requirements name the same pairs of torchrec and FBGEMM."""
-    files = ("README.md", "Makefile", "requirements/torchrec-cpu.txt")
-    pairs = [
-        set(re.findall(r"torchrec==(\S+) +fbgemm-gpu-cpu==(\S+)", (documents.ROOT / f).read_text()))
-        for f in files
-    ]
-    assert len(pairs[0]) == 2
-    assert pairs[0] == pairs[2] and pairs[1] < pairs[0]
+    """README, Makefile, requirements and the package name the same pairs of torchrec and FBGEMM."""
+    line = r"torch (\d+\.\d+)[: ].*torchrec==(\S+) +fbgemm-gpu-cpu==(\S+)"
+    readme = r"--no-deps torchrec==(\S+) +fbgemm-gpu-cpu==(\S+) +# for torch (\S+)"
+    pairs = {release: tuple(pair) for release, pair in PAIRS.items()}
+    shown = re.findall(readme, documents.README.read_text())
+    assert {release: (torchrec, fbgemm) for torchrec, fbgemm, release in shown} == pairs
+    requirements = (documents.ROOT / "requirements/torchrec-cpu.txt").read_text()
+    found = {release: tuple(pair) for release, *pair in re.findall(line, requirements)}
+    assert found == pairs
+    listed = [text for text in requirements.splitlines() if not text.startswith("#")]
+    assert tuple(listed) == REQUIREMENTS
     makefile = (documents.ROOT / "Makefile").read_text()
-    default = tuple(re.findall(r"^(?:TORCHREC|FBGEMM) +\?= .*==(\S+)$", makefile, re.MULTILINE))
-    assert default in pairs[0]
+    for release, *pair in re.findall(line, makefile):
+        assert pairs[release] == tuple(pair)
+    variable = r"^(?:TORCH|TORCHREC|FBGEMM) +\?= .*==(\S+)$"
+    release, *default = re.findall(variable, makefile, re.MULTILINE)
+    assert pairs[release.rpartition(".")[0]] == tuple(default)
+    (default_with_gpu,) = re.findall(
+        r"torch (\S+), that is\n`pip install torchrec==(\S+) fbgemm-gpu==(\S+)`",
+        documents.README.read_text(),
+    )
+    release, *pair = default_with_gpu
+    assert pairs[release] == tuple(pair)

@@ -12,6 +12,9 @@ which `load` tells whether it is complete, undamaged and of this model.
 
 from __future__ import annotations
 
+from recap_fast import torchrec_checked  # noqa: F401 - first: says if torchrec is missing
+
+# isort: split
 from recap_fast.checkpoint.errors import CheckpointError, CheckpointMismatchError
 from recap_fast.checkpoint.load import Loaded, load
 from recap_fast.checkpoint.save import save

@@ -14,16 +14,9 @@ What follows from an update during the backward pass:
 
 from __future__ import annotations
 
-try:
-    import fbgemm_gpu.split_table_batched_embeddings_ops_training  # noqa: F401
-    import torchrec  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"recap_fast.build_optimizer and recap_fast.embeddings need torchrec and FBGEMM ({error}): "
-        "run `pip install torchrec`, or, without a GPU, `pip install fbgemm-gpu-cpu` and "
-        "`pip install --no-deps torchrec`. recap_fast.optim works without them"
-    ) from error
+from recap_fast import torchrec_checked  # noqa: F401 - first: says if torchrec is missing
 
+# isort: split
 from recap_fast.embeddings.find import find_fused_optimizer
 from recap_fast.embeddings.fuse import fuse_embeddings
 from recap_fast.embeddings.sharded import set_table_optimizers
