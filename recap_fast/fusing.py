@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from torch import optim
+from torch import nn, optim
 from torch.optim import Optimizer
 
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
@@ -48,7 +48,8 @@ def fuse(optimizer: T) -> T:
     gradients turn out to be sparse at a step is left to torch from that step on, which is logged.
 
     One line at level INFO of the logger ``recap_fast`` says what steps natively, and what does not
-    and why: ``fuse: 9 of 12 param groups are native; group 3: sparse gradients``.
+    and why: ``fuse: 9 of 12 param groups are native; group 3: sparse gradients``. Where none is
+    native, it is a WARNING, which Python shows by default.
 
     Each optimizer takes a native call of its own. To have one call for several, make one optimizer
     with a param group for each, or a torchrec ``keyed.CombinedOptimizer``.
@@ -74,7 +75,8 @@ def fuse(optimizer: T) -> T:
     native = sum(report.native for report in reports)
     total = sum(report.total for report in reports)
     others = "".join(f"; {text}" for report in reports for text in report.others)
-    logger.info("fuse: %d of %d param groups are native%s", native, total, others)
+    level = logging.WARNING if total and not native else logging.INFO  # it changed nothing
+    logger.log(level, "fuse: %d of %d param groups are native%s", native, total, others)
     return optimizer
 
 
@@ -122,10 +124,30 @@ def _check(optimizer: Any, function: str) -> list[Optimizer]:
     for found in optimizers:
         if not isinstance(found, Optimizer):
             raise TypeError(
-                f"{function} takes a torch.optim.Optimizer or a list of them, found a "
-                f"{type(found).__module__}.{type(found).__qualname__}; pass the optimizer inside it"
+                f"{function} takes a torch.optim.Optimizer or a list of them, found "
+                f"{_found_instead(found, function)}"
             )
     return optimizers
+
+
+def _found_instead(found: Any, function: str) -> str:
+    """What is no optimizer, and what to pass in its place."""
+    if found is None:
+        return "None: pass the optimizer"
+    kind = found if isinstance(found, type) else type(found)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(found, type):
+        return f"the class {name}: make an instance of it"
+    if isinstance(found, nn.Module):
+        if hasattr(found, "configure_optimizers"):
+            return (
+                f"a {name}: call {function} on the optimizer in configure_optimizers, before you "
+                "return it"
+            )
+        return f"a {name}: pass the optimizer of the model"
+    if isinstance(getattr(found, "optimizer", None), Optimizer):
+        return f"a {name}: pass its attribute `optimizer`"
+    return f"a {name}; pass the optimizer inside it"
 
 
 def _is_keyed(optimizer: Optimizer) -> bool:
@@ -184,7 +206,10 @@ def _fuse(optimizer: Optimizer) -> str | None:
     if fused is None:
         inside = getattr(optimizer, "optimizer", None)
         if isinstance(inside, Optimizer):
-            return f"{kind.__name__} wraps the optimizer that is to be fused, before it is wrapped"
+            return (
+                f"{kind.__name__} wraps another optimizer: pass `optimizer.optimizer`, or call "
+                "`fuse` before the library wraps it"
+            )
         return f"{kind.__name__} has a step of its own"
     if not steps_as_its_class(optimizer):
         return f"the step of this {kind.__name__} was replaced on the object"

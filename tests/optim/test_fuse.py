@@ -9,6 +9,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -437,9 +438,66 @@ class Wrapper(torch.optim.Optimizer):
 
 
 def test_a_wrapper_of_a_library_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = Wrapper(torch.optim.SGD(parameters(1)))
+    fuse(optimizer)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        "fuse: 0 of 1 param groups are native; group 0: Wrapper wraps another optimizer: pass "
+        "`optimizer.optimizer`, or call `fuse` before the library wraps it"
+    )
+    fuse(optimizer.optimizer)
+    assert isinstance(optimizer.optimizer, FusedOptimizer)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "level"),
+    [
+        ([torch.optim.RMSprop], logging.WARNING),
+        ([torch.optim.RMSprop, torch.optim.NAdam], logging.WARNING),
+        ([torch.optim.RMSprop, torch.optim.SGD], logging.INFO),
+        ([torch.optim.SGD], logging.INFO),
+        ([], logging.INFO),  # nothing could be native
+    ],
+)
+def test_a_fuse_that_changes_nothing_warns(
+    kinds: list[type[torch.optim.Optimizer]], level: int, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "recap_fast"):
-        fuse(Wrapper(torch.optim.SGD(parameters(1))))
-    assert "group 0: Wrapper wraps the optimizer that is to be fused, before" in caplog.text
+        fuse([kind(parameters(1)) for kind in kinds])
+    assert [record.levelno for record in caplog.records] == [level]
+
+
+class Trained(torch.nn.Linear):
+    def configure_optimizers(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "found None: pass the optimizer"),
+        (torch.optim.Adam, r"found the class torch\.optim\.adam\.Adam: make an instance of it"),
+        (
+            Trained(1, 1),
+            r"found a .*Trained: call {function} on the optimizer in configure_optimizers, before",
+        ),
+        (torch.nn.Linear(1, 1), r"found a .*\.Linear: pass the optimizer of the model"),
+        (
+            types.SimpleNamespace(optimizer=torch.optim.SGD(parameters(1))),
+            "SimpleNamespace: pass its attribute `optimizer`",
+        ),
+        (3, "found a builtins.int; pass the optimizer inside it"),
+    ],
+    ids=["None", "class", "LightningModule", "model", "wrapper", "number"],
+)
+@pytest.mark.parametrize("function", [fuse, unfuse])
+def test_what_is_no_optimizer_is_refused_with_a_remedy(
+    function: Any, found: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message.format(function=function.__name__)):
+        function(found)
+    with pytest.raises(TypeError, match=message.format(function=function.__name__)):
+        function([torch.optim.SGD(parameters(1)), found])
 
 
 def test_a_step_replaced_on_the_object_stays(caplog: pytest.LogCaptureFixture) -> None:
