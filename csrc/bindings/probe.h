@@ -45,7 +45,10 @@ class Probe {
     impl_ = shard ? THPVariable_Unpack(shard).unsafeGetTensorImpl() : leaf_;
     if (shard) spec_ = spec_of(param);
     storage_ = impl_->unsafe_storage().unsafeGetStorageImpl();
-    data_ = address(impl_);
+    // Materializes memory that is shared until it is written to; its data pointer has a context of
+    // its own again from then on.
+    data_ = at_offset(impl_, storage_->mutable_data());
+    context_ = storage_->_mutable_data_ptr_no_checks().get_context();
     size_ = impl_->numel();
     dtype_ = impl_->dtype();
     device_ = impl_->device();
@@ -75,7 +78,7 @@ class Probe {
   void prefetch() const {
     prefetch_object(object_);
     prefetch_all(leaf_);
-    prefetch_start(storage_);
+    if (storage_) __builtin_prefetch(&storage_->_mutable_data_ptr_no_checks());
     if (meta_) __builtin_prefetch(&static_cast<const torch::autograd::AutogradMeta*>(meta_)->grad_);
     prefetch_all(last_grad_);
     if (last_grad_) __builtin_prefetch(&last_grad_storage_->_mutable_data_ptr_no_checks());
@@ -93,7 +96,7 @@ class Probe {
     if (inert_) return !gradient_of(leaf_).defined();
     if (shard_ && !shard_unchanged()) return false;
     if (impl_->dtype() != dtype_ || impl_->numel() != size_ ||
-        impl_->is_contiguous() != contiguous_ || address(impl_) != data_) {
+        impl_->is_contiguous() != contiguous_ || !same_memory()) {
       return false;
     }
     for (int k = 0; k < state_count_; ++k) {
@@ -171,13 +174,6 @@ class Probe {
   // cache line, in which the head need not be.
   static void prefetch_object(const PyObject* object) { __builtin_prefetch(object + 1); }
 
-  // What a step reads of a storage is within its first 64 bytes.
-  static void prefetch_start(const c10::StorageImpl* storage) {
-    const char* bytes = reinterpret_cast<const char*>(storage);
-    __builtin_prefetch(bytes);
-    __builtin_prefetch(bytes + 63);
-  }
-
   template <typename T>
   static void prefetch_all(const T* object) {
     const char* bytes = reinterpret_cast<const char*>(object);
@@ -185,9 +181,12 @@ class Probe {
     __builtin_prefetch(bytes + sizeof(T) - 1);
   }
 
-  // The first element, for writing: what at::Tensor::mutable_data_ptr reads, without its calls.
-  static void* address(const c10::TensorImpl* impl) {
-    return at_offset(impl, impl->unsafe_storage().unsafeGetStorageImpl()->mutable_data());
+  // Also tells whether somebody has come to share it until it is written to, as torch._lazy_clone
+  // does: a context of another kind says so, in the cache line of the pointer.
+  bool same_memory() const {
+    const c10::DataPtr& data =
+        impl_->unsafe_storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
+    return at_offset(impl_, data.get()) == data_ && data.get_context() == context_;
   }
 
   static void* at_offset(const c10::TensorImpl* impl, void* data) {
@@ -201,7 +200,8 @@ class Probe {
   c10::TensorImpl* leaf_;            // the parameter, which has the gradient
   c10::TensorImpl* impl_ = nullptr;  // that with the memory: the parameter or its local shard
   c10::StorageImpl* storage_ = nullptr;
-  void* data_ = nullptr;
+  const void* data_ = nullptr;
+  const void* context_ = nullptr;
   int64_t size_ = 0;
   caffe2::TypeMeta dtype_;
   at::Device device_ = at::kCPU;

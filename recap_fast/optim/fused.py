@@ -179,7 +179,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError, TypeError, ValueError, KeyError: naming the parameter or param group that
                 cannot be stepped; nothing has been changed.
         """
-        loss = evaluate(closure)
+        loss = None if closure is None else evaluate(closure)
         if self._stepper is None:
             self._stepper = Stepper([self], max_norm=self._clip_grad_norm)
         self._stepper.step(

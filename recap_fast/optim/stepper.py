@@ -63,6 +63,7 @@ class Stepper:
         self._computed_grads: list[Tensor] = []
         self.grad_norm: float | Tensor | None = None
         self._plan: Any = None
+        self._simple_plan: Any = None  # the same, if a step is nothing but its call
         self._captured: list[Any] = []
         self._device_values = False
         self._device_rates: Sequence[DeviceRates] = ()
@@ -101,6 +102,14 @@ class Stepper:
             Exception: naming the parameter or param group that cannot be stepped. Parameters,
                 states and step counts are then as they were.
         """
+        plan = self._simple_plan
+        if (
+            plan is not None
+            and grad_scale is None
+            and found_inf is None
+            and plan.step(None, None, None) == native.STEPPED
+        ):
+            return
         unscale_by = grad_scale if unscale_grads else None
         if not self._may_leave:
             self._step_natively(grad_scale, found_inf, unscale_by)
@@ -219,7 +228,7 @@ class Stepper:
     def _drop_plan(self) -> None:
         if self._plan is not None and self._plan.is_captured:
             self._captured.append(self._plan)  # the graph goes on reading its memory
-        self._plan = None
+        self._plan = self._simple_plan = None
 
     @_not_compiled
     def _build(self, first: Sequence[int] = ()) -> None:
@@ -252,6 +261,8 @@ class Stepper:
         self._drop_plan()
         self._plan, self._norm_parts = plan, parts
         self._computed_grads = [each for each in params if type(each).grad is not Tensor.grad]
+        if not (parts or self._may_leave or self._captured or self._computed_grads):
+            self._simple_plan = plan
 
     def _name(self, number: int, index: int) -> str:
         """What errors call a param group."""

@@ -189,3 +189,15 @@ def test_a_failed_load_changes_nothing() -> None:
     assert_unchanged(before, optimizer, params)
     optimizer.step()
     assert all(optimizer.state[param]["step"].item() == 2 for param in params)
+
+
+@pytest.mark.parametrize("algorithm", FUSED)
+def test_a_lazy_clone_of_a_parameter_keeps_its_values(algorithm: str) -> None:
+    optimizer = _make(FUSED[algorithm], algorithm)
+    optimizer.step()
+    for param in optimizer.param_groups[0]["params"]:
+        before = param.detach().clone()
+        shared = torch._lazy_clone(param.detach())  # of the same memory, until one is written to
+        optimizer.step()
+        assert torch.equal(shared, before)
+        assert not torch.equal(param, before)
