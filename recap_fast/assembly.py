@@ -13,6 +13,7 @@ from torch import nn
 
 from recap_fast.clipping import check_norm_is_global
 from recap_fast.config import as_embedding_config, as_optimizer_config
+from recap_fast.config.convert import kind_of
 from recap_fast.embeddings import find_fused_optimizer
 from recap_fast.embeddings.built import check_built_kernels, check_mean_pooling
 from recap_fast.grouping import group_parameters
@@ -50,6 +51,10 @@ def assemble(
     """Makes optimizer and scheduler of the given classes; the rest is as in `build_optimizer`."""
     from torchrec.optim import keyed
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, with all parameters to train, found {kind_of(model)}"
+        )
     optimizer_config = as_optimizer_config(optimizer_config)
     emb_optimizer_config = as_embedding_config(emb_optimizer_config)
     if clip_grad_norm is None:

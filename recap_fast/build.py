@@ -58,7 +58,8 @@ def build_optimizer(
         those of the fused optimizer, and its scheduler. All rates are those of step 0.
 
     Raises:
-        TypeError: A configuration is of a class that cannot be read.
+        TypeError: The model is no `nn.Module`, or a configuration is of a class that cannot be
+            read.
         ValueError: A configuration is not valid, or the model does not fit it; the message names
             what was found.
     """

@@ -119,9 +119,9 @@ def _check_names(keys: Iterable[str], groups: Sequence[str]) -> None:
         if key in groups:
             continue
         close = difflib.get_close_matches(key, groups, n=1)
-        hint = f"did you mean {some(close)}?" if close else f"there are {some(groups, 20)}"
+        hint = f"did you mean {some(close)}?" if close else f"there are {some(groups, 20)}."
         raise ValueError(
-            f"{_FIELD}: there is no group {key!r} of dense parameters; {hint}. Give the entry a "
+            f"{_FIELD}: there is no group {key!r} of dense parameters; {hint} Give the entry a "
             "pattern to choose parameters by their names"
         )
 

@@ -464,6 +464,13 @@ def test_one_line_per_group_is_logged(
     ]
 
 
+def test_a_model_is_needed_and_not_its_parameters(build_optimizer: Builder) -> None:
+    model = embedding_ranker()
+    for other in (model.parameters(), list(model.parameters()), type(model), None):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, with all parameters"):
+            build_optimizer(other, multi_task_config())
+
+
 def test_fused_tables_without_a_rate_are_refused(build_optimizer: Builder) -> None:
     model = fuse_embeddings(embedding_ranker(), EMBEDDING_RATE)
     with pytest.raises(ValueError, match=f"fused optimizer .of '{TABLES[0]}'.*no learning rate"):

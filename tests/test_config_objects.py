@@ -313,6 +313,33 @@ def test_something_else_is_refused_by_its_class(config: Any, found: str) -> None
             as_embedding_config(config)
 
 
+@dataclasses.dataclass
+class Whole:
+    optimizer: Any
+
+
+class WholeModel(pydantic.BaseModel):
+    optimizer: dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("config", "section"),
+    [
+        ({"optimizer": {"adam": {"lr": 1.0}}, "model": {}}, "config['optimizer']"),
+        (MappingProxyType({"optimizer": RECAP}), "config['optimizer']"),
+        (Whole(RECAP), "config.optimizer"),
+        (
+            WholeModel(optimizer=RECAP),
+            "config.optimizer",
+        ),
+    ],
+    ids=["dict", "mapping", "dataclass", "pydantic"],
+)
+def test_a_whole_configuration_is_not_its_section(config: Any, section: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"'optimizer': pass the section, {section}")):
+        as_optimizer_config(config)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -395,9 +395,11 @@ def test_a_norm_that_is_none_is_refused(value: object) -> None:
     [
         (
             {"ml.likd": {"lr_multiplier": 2}},
-            "groups: there is no group 'ml.likd' of dense parameters; did you mean 'ml.liked'?",
+            "groups: there is no group 'ml.likd' of dense parameters; did you mean 'ml.liked'? "
+            "Give the entry a pattern",
         ),
-        ({"bone": {}}, "Give the entry a pattern to choose parameters by their names"),
+        ({"bone": {}}, "did you mean 'backbone'? Give the entry a pattern"),
+        ({"xyz": {}}, "'backbone'. Give the entry a pattern to choose parameters by their names"),
         (
             {"x": {"pattern": "batch_norm"}},
             "the pattern 'batch_norm' of 'x' is left without a parameter; there are '_towers.",

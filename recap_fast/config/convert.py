@@ -19,6 +19,7 @@ from recap_fast.config.embeddings import EmbeddingOptimizerConfig
 from recap_fast.config.rates import LearningRate
 
 _Config = TypeVar("_Config", bound=BaseConfig)
+_SECTION = "optimizer"  # what the section of dense parameters is called in a whole configuration
 _RECAP_FIELDS = ("multi_task_learning_rates", "single_task_learning_rate")
 
 
@@ -42,7 +43,11 @@ def as_optimizer_config(
     if isinstance(config, (RecapOptimizerConfig, OptimizerConfig)):
         return config
     fields = _fields_of(config, name, "a RecapOptimizerConfig, an OptimizerConfig")
-    return _without_unknown_nulls(read_optimizer_config, fields, f"{name} ({kind_of(config)})")
+    source = f"{name} ({kind_of(config)})"
+    if fields.get(_SECTION) is not None:
+        inside = f"config[{_SECTION!r}]" if hasattr(config, "keys") else f"config.{_SECTION}"
+        raise ValueError(f"{source} has a section {_SECTION!r}: pass the section, {inside}")
+    return _without_unknown_nulls(read_optimizer_config, fields, source)
 
 
 def as_embedding_config(

@@ -65,6 +65,14 @@ def check_state(
         new: what those without state are to have.
     """
     unknown = [name for name in saved if name not in params]
+    if unknown and all(isinstance(name, int) for name in saved):
+        raise ValueError(
+            "the state dict is of a torch.optim optimizer: its keys are numbers, not names. Load "
+            "it into a torch.optim optimizer of this model, made as the one that it is from, and "
+            "pass what get_optimizer_state_dict(model, that_optimizer) of "
+            "torch.distributed.checkpoint.state_dict returns to set_optimizer_state_dict(model, "
+            "this_optimizer, ...) of the same module"
+        )
     if unknown:
         raise ValueError(
             f"the state dict has state of {len(unknown)} parameter(s) that this optimizer does "

@@ -126,6 +126,40 @@ def test_a_round_trip_goes_on_alike(
     assert resumed.state()["_backbone.0.weight"]["step"] == 6
 
 
+@pytest.mark.parametrize("build", [recap_fast.build_optimizer, reference.build_optimizer])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_torch_state_dict_is_refused_and_loads_as_the_message_says(
+    build: Callable[..., Any], grouped: bool
+) -> None:
+    """Of one group for all parameters, or of our groups in the reverse order."""
+
+    def torchs(model: nn.Module) -> torch.optim.Adam:
+        towers = list(model.children())[::-1]
+        groups = [{"params": list(each.parameters())} for each in towers]
+        return torch.optim.Adam(groups if grouped else model.parameters(), lr=0.01)
+
+    whole = Run("torch")
+    whole.optimizer = torchs(whole.model)
+    whole.steps(range(3))
+    saved = copy.deepcopy(whole.optimizer.state_dict())
+
+    model = Ranker()
+    model.load_state_dict(whole.model.state_dict())
+    optimizer, _ = build(model, multi_task_config())
+    with pytest.raises(ValueError, match=r"of a torch\.optim optimizer: its keys are numbers"):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state_dict()["state"]
+
+    that_optimizer = torchs(model)
+    that_optimizer.load_state_dict(saved)
+    named = get_optimizer_state_dict(model, that_optimizer)
+    set_optimizer_state_dict(model, optimizer, named)
+    for name, entries in whole.state().items():
+        found = optimizer.state_dict()["state"][name]
+        for key, value in entries.items():
+            assert torch.equal(torch.as_tensor(found[key]), torch.as_tensor(value)), (name, key)
+
+
 @ours
 @pytest.mark.parametrize("flat", [False, True])
 def test_it_is_what_torchs_optimizer_gives(kind: str, flat: bool) -> None:
