@@ -24,7 +24,8 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "`recap_fast.build_optimizer` makes it",
     "recap_fast, one optimizer": "`recap_fast.optim.FusedAdam` (`FusedAdagrad`, `FusedSGD`) with "
     "param groups",
-    "reference": "`CombinedOptimizer` over one default `torch.optim` optimizer per group, as "
+    "reference": "torch, an optimizer per group, each with torch's default implementation: "
+    "`CombinedOptimizer` over `torch.optim` optimizers, as "
     "`recap_fast.reference.build_optimizer` makes it",
     "torch for-loop": "one `torch.optim` optimizer with param groups, `foreach=False, fused=False`",
     "torch foreach": "the same with `foreach=True`",
