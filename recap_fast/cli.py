@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module in _DEMO_MODULES:
         try:
             importlib.import_module(module)
-        except (ImportError, OSError) as error:
+        except Exception as error:  # a build for another torch: OSError, RuntimeError
             return _fail(
                 f"the demo needs {module}, which cannot be imported ({error}).\n{_remedy(module)}"
             )

@@ -63,6 +63,19 @@ def test_a_missing_package_is_one_message(
     assert (how_to_install() if of_pair else "Run `pip install recap-fast[demo]`") in err
 
 
+@pytest.mark.parametrize("kind", ["OSError", "RuntimeError", "AttributeError"])
+def test_a_package_for_another_torch_is_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "fbgemm_gpu.py").write_text(f"raise {kind}('Could not load this library: x.so')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fbgemm_gpu", raising=False)
+    assert cli.main(["demo"]) == 1
+    err = capsys.readouterr().err
+    assert "needs fbgemm_gpu, which cannot be imported (Could not load this library: x.so)" in err
+    assert how_to_install() in err
+
+
 @pytest.fixture
 def synthetic_data(monkeypatch: pytest.MonkeyPatch) -> None:
     from recap_fast.demo import data
