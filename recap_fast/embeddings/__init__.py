@@ -2,6 +2,7 @@
 
 * `fuse_embeddings` puts the `EmbeddingBagCollection`s of a model on them, in one process;
 * `set_table_optimizers` has torchrec's `DistributedModelParallel` do so, sharded over processes;
+* `plan` says where it puts the tables, so that they train as configured;
 * `find_fused_optimizer` finds what they update.
 
 What follows from an update during the backward pass:
@@ -19,6 +20,7 @@ from recap_fast import torchrec_checked  # noqa: F401 - first: says if torchrec 
 # isort: split
 from recap_fast.embeddings.find import find_fused_optimizer
 from recap_fast.embeddings.fuse import fuse_embeddings
+from recap_fast.embeddings.planning import plan
 from recap_fast.embeddings.sharded import set_table_optimizers
 
-__all__ = ["find_fused_optimizer", "fuse_embeddings", "set_table_optimizers"]
+__all__ = ["find_fused_optimizer", "fuse_embeddings", "plan", "set_table_optimizers"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from typing import Any
 
@@ -23,23 +22,15 @@ from fbgemm_gpu.tbe.config.optimizer_config import (
 )
 from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import ShardingType
-from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim import keyed
 
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings.kernels import kernel_arguments
+from recap_fast.embeddings.sharding_rules import check_pooling, check_sharding
 from recap_fast.keyed import leaves
 from recap_fast.names import some, table_name
 
 logger = logging.getLogger("recap_fast")
-
-_ADDS_UP_ROWS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
-_SPLITS_ROWS = (
-    ShardingType.COLUMN_WISE.value,
-    ShardingType.TABLE_COLUMN_WISE.value,
-    ShardingType.GRID_SHARD.value,
-)
 
 
 def check_built_kernels(
@@ -76,46 +67,16 @@ def check_built_kernels(
     for module in model.modules():
         if isinstance(module, ShardedEmbeddingBagCollection):
             for name, sharding in module.module_sharding_plan.items():
-                algorithm, _ = emb_optimizer_config.for_table(name).algorithm
-                if algorithm == "ema_rowwise_adagrad" and sharding.sharding_type in _SPLITS_ROWS:
-                    raise ValueError(
-                        f"emb_optimizer_config chooses {algorithm} for the table {name}, which is "
-                        f"sharded {sharding.sharding_type}: each shard would have a fast and a "
-                        "slow half of its own; shard it table_wise or row_wise"
-                    )
+                check_sharding(emb_optimizer_config.for_table(name), name, sharding.sharding_type)
 
 
 def check_mean_pooling(model: nn.Module) -> None:
-    """Raises if torchrec divides pooled outputs that it should not.
-
-    Where a row-wise table has mean pooling, torchrec 1.8 and 1.9 divide the outputs of all
-    tables of the collection by the lengths of their bags, but for the features of row-wise tables
-    of sums: those of other shardings are then means of means, or means in place of sums.
-
-    Raises:
-        ValueError: The message names two tables that must not be in one collection.
-    """
+    """Raises if torchrec divides pooled outputs that it should not; see `check_pooling`."""
     for module in model.modules():
-        if not isinstance(module, ShardedEmbeddingBagCollection):
-            continue
-        plan = module.module_sharding_plan
-        configs = module._embedding_bag_configs
-        row_wise = [each for each in configs if plan[each.name].sharding_type in _ADDS_UP_ROWS]
-        means = [each for each in row_wise if each.pooling == PoolingType.MEAN]
-        for mean, other in itertools.product(means, configs):
-            kinds = [plan[each.name].sharding_type for each in (mean, other)]
-            shared = sorted({*mean.feature_names} & {*other.feature_names})
-            if other not in row_wise:
-                why = f"but the table {other.name} {kinds[1]}"
-            elif other not in means and shared:
-                why = f"as is the table {other.name} of sums, of the same feature {shared[0]}"
-            else:
-                continue
-            raise ValueError(
-                f"the table {mean.name}, of mean pooling, is sharded {kinds[0]}, {why}: torchrec "
-                "would divide outputs by the lengths of their bags that are not its own; put the "
-                "two into an EmbeddingBagCollection each"
-            )
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            plan = module.module_sharding_plan
+            kinds = {name: sharding.sharding_type for name, sharding in plan.items()}
+            check_pooling(module._embedding_bag_configs, kinds)
 
 
 def _check_kernel(
