@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../algorithms/updates.h"
@@ -23,13 +24,17 @@ namespace recap {
 constexpr int kMaxProbed = kMaxStates + 1;  // the states and the step count
 
 // The gradient, without the warning that Tensor::grad() gives of tensors that are no leaves.
-inline const at::Tensor& gradient_of(const c10::TensorImpl* impl) {
+inline const at::Tensor& gradient_in(const c10::AutogradMetaInterface* meta) {
   static const at::Tensor none;
-  const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(impl->autograd_meta());
-  return meta ? meta->grad_ : none;
+  return meta ? static_cast<const torch::autograd::AutogradMeta*>(meta)->grad_ : none;
 }
 
-class Probe {
+inline const at::Tensor& gradient_of(const c10::TensorImpl* impl) {
+  return gradient_in(impl->autograd_meta());
+}
+
+// Four cache lines for a slot that is no DTensor: steps over many small tensors wait for memory.
+class alignas(64) Probe {
  public:
   // Of an inert slot: sees whether the parameter is the same and has no gradient still.
   explicit Probe(PyObject* param)
@@ -40,10 +45,10 @@ class Probe {
   // stay. The caller keeps all objects alive.
   Probe(PyObject* param, PyObject* shard, const std::vector<PyObject*>& states,
         PyObject* state_dict, const std::vector<PyObject*>& entries)
-      : object_(param), shard_(shard), state_dict_(state_dict) {
+      : object_(param), state_dict_(state_dict) {
     leaf_ = THPVariable_Unpack(param).unsafeGetTensorImpl();
     impl_ = shard ? THPVariable_Unpack(shard).unsafeGetTensorImpl() : leaf_;
-    if (shard) spec_ = spec_of(param);
+    if (shard) sharded_ = std::make_unique<Sharded>(Sharded{shard, spec_of(param), {}});
     storage_ = impl_->unsafe_storage().unsafeGetStorageImpl();
     // Materializes memory that is shared until it is written to; its data pointer has a context of
     // its own again from then on.
@@ -52,6 +57,7 @@ class Probe {
     size_ = impl_->numel();
     dtype_ = impl_->dtype();
     device_ = impl_->device();
+    keys_ = impl_->key_set();
     contiguous_ = impl_->is_contiguous();
     for (PyObject* const state : states) {
       c10::TensorImpl* const impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
@@ -60,11 +66,12 @@ class Probe {
     }
     PyObject *key, *value;
     Py_ssize_t position = 0;
+    usual_ = contiguous_;
     while (item_count_ < kMaxProbed && PyDict_Next(state_dict, &position, &key, &value)) {
       const bool must_stay = std::find(entries.begin(), entries.end(), value) != entries.end();
-      items_[item_count_++] = must_stay ? value : nullptr;
+      watch_item(item_count_++, must_stay ? value : nullptr);
     }
-    usual_ = contiguous_ && PyDict_GET_SIZE(state_dict) == item_count_;
+    usual_ &= PyDict_GET_SIZE(state_dict) == item_count_;
   }
 
   // Whether `unchanged` sees all there is to see; otherwise SlotTensors::unchanged sees the rest.
@@ -72,7 +79,7 @@ class Probe {
 
   void bump_version() const {
     leaf_->bump_version();
-    if (shard_) impl_->bump_version();
+    if (sharded_) impl_->bump_version();
   }
 
   void prefetch() const {
@@ -94,7 +101,7 @@ class Probe {
   bool unchanged() {
     if (THPVariable_Unpack(object_).unsafeGetTensorImpl() != leaf_) return false;
     if (inert_) return !gradient_of(leaf_).defined();
-    if (shard_ && !shard_unchanged()) return false;
+    if (sharded_ && !shard_unchanged()) return false;
     if (impl_->dtype() != dtype_ || impl_->numel() != size_ ||
         impl_->is_contiguous() != contiguous_ || !same_memory()) {
       return false;
@@ -112,25 +119,47 @@ class Probe {
 
   const at::Tensor& grad() {
     meta_ = leaf_->autograd_meta();
-    return gradient_of(leaf_);
+    return gradient_in(meta_);
   }
 
   // The address of `grad` if it can be read as it is: dense, of the parameter's dtype, device and
   // shape, and both contiguous; of a DTensor's local shard, if the other is sharded by the same
   // spec. Else null.
   const void* plain(const at::Tensor& grad) {
-    if (!shard_) return plain_memory(grad);
+    if (!sharded_) return plain_memory(grad);
     // Made in Python, it has an object there.
     const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
     PyObject* const local = local_shard(object.ptr());
-    if (!local || spec_of(object.ptr()) != spec_) return nullptr;
+    if (!local || spec_of(object.ptr()) != sharded_->spec) return nullptr;
     return plain_memory(THPVariable_Unpack(local));
   }
 
  private:
   bool shard_unchanged() const {
-    return local_shard(object_) == shard_ &&
-           THPVariable_Unpack(shard_).unsafeGetTensorImpl() == impl_ && spec_of(object_) == spec_;
+    return local_shard(object_) == sharded_->shard &&
+           THPVariable_Unpack(sharded_->shard).unsafeGetTensorImpl() == impl_ &&
+           spec_of(object_) == sharded_->spec;
+  }
+
+  // `value` is what must stay at this place of the state dict; null: whatever it is.
+  void watch_item(int place, PyObject* value) {
+    state_of_item_[place] = -1;
+    if (sharded_) {
+      sharded_->items[place] = value;
+    } else if (value) {
+      int state = 0;
+      while (state < state_count_ && states_[state].object != value) ++state;
+      if (state < state_count_) {
+        state_of_item_[place] = static_cast<int8_t>(state);
+      } else {
+        usual_ = false;
+      }
+    }
+  }
+
+  PyObject* watched_item(int place) const {
+    if (sharded_) return sharded_->items[place];
+    return state_of_item_[place] < 0 ? nullptr : states_[state_of_item_[place]].object;
   }
 
   bool items_unchanged() {
@@ -140,7 +169,8 @@ class Probe {
     Py_ssize_t position = 0;
     for (int k = 0; k < item_count_; ++k) {
       if (!PyDict_Next(state_dict_, &position, &key, &value)) return false;
-      if (items_[k] && value != items_[k]) return false;
+      PyObject* const watched = watched_item(k);
+      if (watched && value != watched) return false;
     }
     items_version_ = version;
     return true;
@@ -148,9 +178,14 @@ class Probe {
 
   const void* plain_memory(const at::Tensor& grad) {
     const c10::TensorImpl* impl = grad.unsafeGetTensorImpl();
-    if (!contiguous_ || impl->layout() != at::kStrided || impl->dtype() != dtype_ ||
-        impl->device() != device_ || !impl->is_contiguous() || impl->numel() != size_ ||
-        impl->key_set().has_any(kWrapperKeys | kLazyKeys)) {
+    // With the keys of the parameter it is a tensor of the same kind. One of other keys may be,
+    // too: a tensor made in inference mode has fewer.
+    if (impl->key_set() != keys_ &&
+        (impl->key_set().has_any(kWrapperKeys | kLazyKeys) || impl->layout() != at::kStrided)) {
+      return nullptr;
+    }
+    if (!contiguous_ || impl->dtype() != dtype_ || impl->device() != device_ ||
+        !impl->is_contiguous() || impl->numel() != size_) {
       return nullptr;
     }
     const auto sizes = impl->sizes(), expected = impl_->sizes();
@@ -162,6 +197,13 @@ class Probe {
     last_grad_storage_ = impl->unsafe_storage().unsafeGetStorageImpl();
     return at_offset(impl, last_grad_storage_->_mutable_data_ptr_no_checks().get());
   }
+
+  // Of a DTensor: the local one, mesh and placements, and the items that must stay in its state.
+  struct Sharded {
+    PyObject* shard;
+    PyObject* spec;
+    PyObject* items[kMaxProbed];
+  };
 
   struct State {
     PyObject* object;  // torch.utils.swap_tensors gives it another tensor
@@ -195,14 +237,13 @@ class Probe {
   }
 
   PyObject* object_;
-  PyObject* shard_ = nullptr;
-  PyObject* spec_ = nullptr;
   c10::TensorImpl* leaf_;            // the parameter, which has the gradient
   c10::TensorImpl* impl_ = nullptr;  // that with the memory: the parameter or its local shard
   c10::StorageImpl* storage_ = nullptr;
   const void* data_ = nullptr;
   const void* context_ = nullptr;
   int64_t size_ = 0;
+  c10::DispatchKeySet keys_;
   caffe2::TypeMeta dtype_;
   at::Device device_ = at::kCPU;
   bool inert_ = false;
@@ -210,14 +251,16 @@ class Probe {
   bool usual_ = true;
   int8_t state_count_ = 0;
   int8_t item_count_ = 0;
+  int8_t state_of_item_[kMaxProbed];  // -1: whatever it is
   State states_[kMaxProbed];
   PyObject* state_dict_ = nullptr;
-  PyObject* items_[kMaxProbed];  // null: whatever it is
+  std::unique_ptr<Sharded> sharded_;
   DictVersion items_version_;
   // Hints for `prefetch` only: where these were in the last step.
   const c10::AutogradMetaInterface* meta_ = nullptr;
   const c10::TensorImpl* last_grad_ = nullptr;
   c10::StorageImpl* last_grad_storage_ = nullptr;
 };
+static_assert(sizeof(Probe) == 256);
 
 }  // namespace recap
