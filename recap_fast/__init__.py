@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         load_optimizer_config,
     )
     from recap_fast.fusing import fuse, unfuse
+    from recap_fast.optim import FusedRowwiseAdagrad
     from recap_fast.optim.combined import FusedCombinedOptimizer
     from recap_fast.shim import RecapLRShim
 
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 _HOME = {
     "EmbeddingOptimizerConfig": "recap_fast.config",
     "FusedCombinedOptimizer": "recap_fast.optim.combined",
+    "FusedRowwiseAdagrad": "recap_fast.optim",
     "OptimizerConfig": "recap_fast.config",
     "RecapLRShim": "recap_fast.shim",
     "RecapOptimizerConfig": "recap_fast.config",
@@ -56,6 +58,7 @@ _MODULES = frozenset({"checkpoint", "config", "embeddings", "keyed", "optim", "r
 __all__ = [
     "EmbeddingOptimizerConfig",
     "FusedCombinedOptimizer",
+    "FusedRowwiseAdagrad",
     "OptimizerConfig",
     "RecapLRShim",
     "RecapOptimizerConfig",

@@ -11,6 +11,30 @@ from torch import Tensor
 from recap_fast.state_memory import StateMemory
 
 
+def row_sums(param: Tensor, memory: StateMemory) -> Tensor:
+    """The ``sum`` of row-wise Adagrad before the first step: zeros, one for each row of ``param``.
+
+    Of float32, or float64 for a float64 parameter, on its device; of a DTensor that is sharded
+    along its rows, a DTensor that is sharded alike.
+    """
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    local = param.to_local() if hasattr(param, "to_local") else param
+    rows = local.detach().new_empty(local.shape[:1] or (1,), dtype=dtype)
+    sums = memory.full_like(rows, 0.0, 0)
+    if local is param:
+        return sums
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        sums,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape[:1] or torch.Size([1]),
+        stride=(1,),
+    )
+
+
 def _step_dtype() -> torch.dtype:
     """The dtype torch.optim counts steps in, which follows from the default dtype."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -33,7 +57,8 @@ def new_state(
     """Returns the state of ``param`` before its first step, under torch's names.
 
     Args:
-        optimizer: a `torch.optim.Adam` (or AdamW), `Adagrad` or `SGD`, or a subclass.
+        optimizer: a `torch.optim.Adam` (or AdamW), `Adagrad` or `SGD`, or a subclass; or one whose
+            ``algorithm`` is ``rowwise_adagrad``.
         group: the param group of ``param``.
         param: a dense floating point tensor of any shape.
         memory: where the state goes; one for all parameters whose state is made together.
@@ -41,7 +66,7 @@ def new_state(
     Returns:
         Tensors of the shape, dtype, device and memory layout of ``param``, all zero (Adagrad's
         ``sum``: its initial accumulator value), and for Adam and Adagrad a 0-dim ``step`` of zero.
-        Empty for SGD without momentum.
+        Empty for SGD without momentum. For row-wise Adagrad `row_sums` and such a ``step``.
 
     Raises:
         TypeError: for any other class of optimizer.
@@ -55,6 +80,8 @@ def new_state(
         start = group["initial_accumulator_value"]
         step = memory.step_count(0, _step_dtype())
         return {"step": step, "sum": memory.full_like(param, start, 0)}
+    if getattr(optimizer, "algorithm", None) == "rowwise_adagrad":
+        return {"step": memory.step_count(0, _step_dtype()), "sum": row_sums(param, memory)}
     if isinstance(optimizer, torch.optim.SGD):
         return {"momentum_buffer": memory.full_like(param, 0.0, 0)} if group["momentum"] else {}
     raise TypeError(

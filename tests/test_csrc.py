@@ -37,9 +37,12 @@ def test_core(build: Path, name: str) -> None:
     run_ctest(build, name)
 
 
-def _kernels(build: Path, instruction_set: str) -> str:
-    (found,) = build.rglob(f"recap_kernels_{instruction_set}.dir/**/kernels.cpp.o")
+def _kernels(build: Path, instruction_set: str, source: str = "kernels") -> str:
+    (found,) = build.rglob(f"recap_kernels_{instruction_set}.dir/**/{source}.cpp.o")
     return str(found)
+
+
+of_each_source = pytest.mark.parametrize("source", ["kernels", "row_kernels"])
 
 
 def _instructions(kernels: str) -> dict[str, list[str]]:
@@ -55,22 +58,26 @@ def _instructions(kernels: str) -> dict[str, list[str]]:
 
 
 @needs_x86_objects
+@of_each_source
 @pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
 def test_no_function_of_a_kernels_object_can_replace_another(
-    build: Path, instruction_set: str
+    build: Path, instruction_set: str, source: str
 ) -> None:
     """A weak copy compiled for AVX-512 could be the one that the linker keeps for everybody."""
-    symbols = run("nm", "-C", "--defined-only", _kernels(build, instruction_set)).splitlines()
+    kernels = _kernels(build, instruction_set, source)
+    symbols = run("nm", "-C", "--defined-only", kernels).splitlines()
     exported = [symbol for symbol in symbols if symbol.split()[1] not in "tTrRdDbB"]
     assert exported == []
     visible = [symbol.split(maxsplit=2)[2] for symbol in symbols if symbol.split()[1].isupper()]
-    assert visible == [f"recap::cpu::kernels_{instruction_set}"]
+    assert visible == [f"recap::cpu::{source}_{instruction_set}"]
 
 
 @needs_x86_objects
+@of_each_source
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
-def test_vector_kernels_call_no_scalar_math(build: Path, instruction_set: str) -> None:
-    undefined = run("nm", "-C", "--undefined-only", _kernels(build, instruction_set)).split()
+def test_vector_kernels_call_no_scalar_math(build: Path, instruction_set: str, source: str) -> None:
+    kernels = _kernels(build, instruction_set, source)
+    undefined = run("nm", "-C", "--undefined-only", kernels).split()
     assert not {"fma", "fmaf", "sqrt", "sqrtf"} & set(undefined)
 
 
@@ -122,6 +129,19 @@ def test_squares_are_summed_in_vectors(
 
 
 @needs_x86_objects
+@pytest.mark.parametrize(("instruction_set", "register"), [("avx2", "%ymm"), ("avx512", "%zmm")])
+@pytest.mark.parametrize(("dtype", "suffix"), [("float", "ps"), ("double", "pd")])
+def test_rows_are_updated_in_vectors(
+    build: Path, instruction_set: str, register: str, dtype: str, suffix: str
+) -> None:
+    functions = _instructions(_kernels(build, instruction_set, "row_kernels"))
+    (name,) = (n for n in functions if f"rowwise_adagrad<false, {dtype}, {dtype}>" in n)
+    packed = {i.split()[0] for i in functions[name] if register in i}
+    assert {f"vmul{suffix}", f"vadd{suffix}"} <= packed
+    assert any(i.startswith("vfmadd") and i.endswith(suffix) for i in packed)
+
+
+@needs_x86_objects
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 def test_float16_is_converted_by_the_processor(build: Path, instruction_set: str) -> None:
     mnemonics = {
@@ -134,7 +154,8 @@ def test_float16_is_converted_by_the_processor(build: Path, instruction_set: str
 
 
 @needs_x86_objects
-def test_the_baseline_runs_on_any_x86_64(build: Path) -> None:
-    for name, instructions in _instructions(_kernels(build, "baseline")).items():
+@of_each_source
+def test_the_baseline_runs_on_any_x86_64(build: Path, source: str) -> None:
+    for name, instructions in _instructions(_kernels(build, "baseline", source)).items():
         newer = [i for i in instructions if i.startswith("v") or "%ymm" in i or "%zmm" in i]
         assert newer == [], name

@@ -20,6 +20,7 @@ namespace recap {
 struct AdamHyper {
   double lr, beta1, beta2, eps, weight_decay;
   bool amsgrad, decoupled_weight_decay;
+  bool lazy;  // rows whose gradient is zero, or that have none, are left alone
 };
 
 // What one step needs of them: computed in double, used in the type of the update.

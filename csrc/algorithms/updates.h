@@ -6,6 +6,7 @@
 
 #include "adagrad.h"
 #include "adam.h"
+#include "rowwise_adagrad.h"
 #include "sgd.h"
 
 namespace recap {
@@ -23,8 +24,11 @@ enum class Update : uint8_t {
   sgd_momentum_l2,
   sgd_nesterov,
   sgd_nesterov_l2,
+  rowwise_adagrad,
+  rowwise_adagrad_l2,
 };
-constexpr int kUpdates = 12;
+constexpr int kUpdates = 12;     // of elements
+constexpr int kRowUpdates = 14;  // and with those that take whole rows
 constexpr int kMaxStates = 3;
 
 template <Update update>
@@ -77,6 +81,14 @@ template <>
 struct UpdateType<Update::sgd_nesterov_l2> {
   using type = Sgd<true, true, true>;
 };
+template <>
+struct UpdateType<Update::rowwise_adagrad> {
+  using type = RowwiseAdagrad<false>;
+};
+template <>
+struct UpdateType<Update::rowwise_adagrad_l2> {
+  using type = RowwiseAdagrad<true>;
+};
 
 // The values of one update in the type it computes in; which member counts follows from the update.
 template <typename T>
@@ -84,10 +96,14 @@ union UpdateValues {
   AdamValues<T> adam;
   AdagradValues<T> adagrad;
   SgdValues<T> sgd;
+  RowwiseAdagradValues<T> rowwise_adagrad;
 
   RECAP_INLINE const AdamValues<T>& get(const AdamValues<T>*) const { return adam; }
   RECAP_INLINE const AdagradValues<T>& get(const AdagradValues<T>*) const { return adagrad; }
   RECAP_INLINE const SgdValues<T>& get(const SgdValues<T>*) const { return sgd; }
+  RECAP_INLINE const RowwiseAdagradValues<T>& get(const RowwiseAdagradValues<T>*) const {
+    return rowwise_adagrad;
+  }
 
   template <typename Algorithm>
   RECAP_INLINE const typename Algorithm::template Values<T>& of() const {

@@ -21,6 +21,7 @@ Algorithm algorithm_named(const std::string& name) {
   if (name == "adam") return Algorithm::adam;
   if (name == "adagrad") return Algorithm::adagrad;
   if (name == "sgd") return Algorithm::sgd;
+  if (name == "rowwise_adagrad") return Algorithm::rowwise_adagrad;
   throw py::value_error("unknown algorithm '" + name + "'");
 }
 

@@ -29,7 +29,7 @@ enum class Outcome {
 
 // One param group, as Python hands it over.
 struct GroupSource {
-  std::string algorithm;           // "adam", "adagrad" or "sgd"
+  std::string algorithm;           // "adam", "adagrad", "sgd" or "rowwise_adagrad"
   std::string name;                // for errors
   py::dict group;                  // the torch param group
   py::dict state;                  // the optimizer's state

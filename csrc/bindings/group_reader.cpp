@@ -35,6 +35,7 @@ GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name, 
     case Algorithm::adam: hyper_.adam = {}; break;
     case Algorithm::adagrad: hyper_.adagrad = {}; break;
     case Algorithm::sgd: hyper_.sgd = {}; break;
+    case Algorithm::rowwise_adagrad: hyper_.rowwise_adagrad = {}; break;
   }
   for (auto entry : group_) {
     const auto key = py::reinterpret_borrow<py::object>(entry.first);
@@ -50,13 +51,14 @@ GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name, 
        {"lr", "betas", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay"}},
       {Algorithm::adagrad, {"lr", "lr_decay", "eps", "weight_decay"}},
       {Algorithm::sgd, {"lr", "momentum", "dampening", "weight_decay", "nesterov"}},
+      {Algorithm::rowwise_adagrad, {"lr", "eps", "weight_decay", "decoupled_weight_decay"}},
   };
   for (const std::string& key : required.at(algorithm)) {
     if (!group_.contains(key)) {
       throw py::key_error(name_ + " has no '" + key + "'; add it to the param group");
     }
   }
-  keeps_ = kept_state();
+  shape_then_ = shape();
   was_capturable_ = capturable_;
 }
 
@@ -74,12 +76,15 @@ GroupReader::Field GroupReader::field_of(const std::string& key) const {
        {{"betas", Field::betas},
         {"eps", Field::eps},
         {"amsgrad", Field::amsgrad},
-        {"decoupled_weight_decay", Field::decoupled_weight_decay}}},
+        {"decoupled_weight_decay", Field::decoupled_weight_decay},
+        {"lazy", Field::lazy}}},
       {Algorithm::adagrad, {{"lr_decay", Field::lr_decay}, {"eps", Field::eps}}},
       {Algorithm::sgd,
        {{"momentum", Field::momentum},
         {"dampening", Field::dampening},
         {"nesterov", Field::nesterov}}},
+      {Algorithm::rowwise_adagrad,
+       {{"eps", Field::eps}, {"decoupled_weight_decay", Field::decoupled_weight_decay}}},
   };
   if (const auto found = common.find(key); found != common.end()) return found->second;
   const auto& fields = own.at(algorithm_);
@@ -132,6 +137,7 @@ void GroupReader::read_lr(py::handle value, const std::string& key) {
     case Algorithm::adam: hyper_.adam.lr = lr; break;
     case Algorithm::adagrad: hyper_.adagrad.lr = lr; break;
     case Algorithm::sgd: hyper_.sgd.lr = lr; break;
+    case Algorithm::rowwise_adagrad: hyper_.rowwise_adagrad.lr = lr; break;
   }
 }
 
@@ -142,8 +148,10 @@ void GroupReader::read(const Item& item) {
   AdamHyper& adam = hyper_.adam;
   AdagradHyper& adagrad = hyper_.adagrad;
   SgdHyper& sgd = hyper_.sgd;
+  RowwiseAdagradHyper& rowwise = hyper_.rowwise_adagrad;
   const bool is_adam = algorithm_ == Algorithm::adam;
   const bool is_adagrad = algorithm_ == Algorithm::adagrad;
+  const bool is_rowwise = algorithm_ == Algorithm::rowwise_adagrad;
   switch (item.field) {
     case Field::none:
     case Field::params: break;
@@ -151,9 +159,12 @@ void GroupReader::read(const Item& item) {
     case Field::weight_decay:
       (is_adam      ? adam.weight_decay
        : is_adagrad ? adagrad.weight_decay
+       : is_rowwise ? rowwise.weight_decay
                     : sgd.weight_decay) = number(value, key);
       break;
-    case Field::eps: (is_adam ? adam.eps : adagrad.eps) = number(value, key); break;
+    case Field::eps:
+      (is_adam ? adam.eps : is_adagrad ? adagrad.eps : rowwise.eps) = number(value, key);
+      break;
     case Field::betas: {
       if (!PySequence_Check(value.ptr()) || PySequence_Size(value.ptr()) != 2) {
         throw py::type_error(name_ + ": 'betas' must be a pair of numbers");
@@ -164,7 +175,10 @@ void GroupReader::read(const Item& item) {
       break;
     }
     case Field::amsgrad: adam.amsgrad = flag(value, key); break;
-    case Field::decoupled_weight_decay: adam.decoupled_weight_decay = flag(value, key); break;
+    case Field::decoupled_weight_decay:
+      (is_adam ? adam.decoupled_weight_decay : rowwise.decoupled_weight_decay) = flag(value, key);
+      break;
+    case Field::lazy: adam.lazy = flag(value, key); break;
     case Field::lr_decay: adagrad.lr_decay = number(value, key); break;
     case Field::momentum: sgd.momentum = number(value, key); break;
     case Field::dampening: sgd.dampening = number(value, key); break;
@@ -196,16 +210,17 @@ bool GroupReader::refresh() {
     item = std::move(now);
   }
   // Against what the plan was made with: an earlier call may have read a switch and then raised.
-  return keeps_ == kept_state() && was_capturable_ == capturable_;
+  return shape_then_ == shape() && was_capturable_ == capturable_;
 }
 
-bool GroupReader::kept_state() const {
+int GroupReader::shape() const {
   switch (algorithm_) {
-    case Algorithm::adam: return hyper_.adam.amsgrad;
+    case Algorithm::adam: return (hyper_.adam.amsgrad ? 1 : 0) | (hyper_.adam.lazy ? 2 : 0);
     case Algorithm::sgd: return hyper_.sgd.momentum != 0.0;
-    case Algorithm::adagrad: return false;
+    case Algorithm::adagrad:
+    case Algorithm::rowwise_adagrad: return 0;
   }
-  return false;
+  return 0;
 }
 
 }  // namespace recap

@@ -17,7 +17,7 @@ class GroupReader {
   GroupReader(Algorithm algorithm, py::dict group, std::string name, bool device_values);
 
   // Brings `hyper()` up to date. Returns false if what changed needs another plan: which states the
-  // algorithm keeps, or which keys the group has.
+  // algorithm keeps, whether it goes by rows, or which keys the group has.
   bool refresh();
 
   const std::string& name() const { return name_; }
@@ -36,6 +36,7 @@ class GroupReader {
     weight_decay,
     amsgrad,
     decoupled_weight_decay,
+    lazy,
     lr_decay,
     momentum,
     dampening,
@@ -60,7 +61,9 @@ class GroupReader {
   double number(py::handle value, const std::string& key) const;
   bool flag(py::handle value, const std::string& key) const;
   void read_lr(py::handle value, const std::string& key);
-  bool kept_state() const;  // whether the option that needs another state is on
+  // What the options that need another plan are set to: those of which a state depends or what a
+  // tile is.
+  int shape() const;
 
   Algorithm algorithm_;
   py::dict group_;
@@ -70,7 +73,7 @@ class GroupReader {
   at::Tensor device_lr_;
   std::vector<Item> items_;
   Hyper hyper_;
-  bool keeps_ = false;           // `kept_state` of the plan
+  int shape_then_ = 0;           // `shape` of the plan
   bool was_capturable_ = false;  // `capturable` of the plan
 };
 

@@ -60,7 +60,8 @@ std::vector<const char*> state_names(const Hyper& hyper) {
     case Algorithm::adam:
       if (hyper.adam.amsgrad) return {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
       return {"exp_avg", "exp_avg_sq"};
-    case Algorithm::adagrad: return {"sum"};
+    case Algorithm::adagrad:
+    case Algorithm::rowwise_adagrad: return {"sum"};
     case Algorithm::sgd:
       if (hyper.sgd.momentum != 0.0) return {"momentum_buffer"};
       return {};
@@ -69,7 +70,10 @@ std::vector<const char*> state_names(const Hyper& hyper) {
 }
 
 SlotTensors::SlotTensors(std::string name, py::object object, py::dict state, const Hyper& hyper)
-    : name_(std::move(name)), object_(std::move(object)), state_dict_(std::move(state)) {
+    : name_(std::move(name)),
+      object_(std::move(object)),
+      by_rows_(hyper.by_rows()),
+      state_dict_(std::move(state)) {
   if (!THPVariable_Check(object_.ptr())) {
     throw py::type_error(text("parameter ", name_, " is not a tensor"));
   }
@@ -84,7 +88,9 @@ SlotTensors::SlotTensors(std::string name, py::object object, py::dict state, co
   }
   dtype_ = *dtype_of(param());
   strides_ = param().strides().vec();
-  if (!param().is_non_overlapping_and_dense() || is_lazy(param())) {
+  if (by_rows_ && !param().is_contiguous()) {
+    dense_param_ = at::zeros_like(param().detach(), at::MemoryFormat::Contiguous);
+  } else if (!param().is_non_overlapping_and_dense() || is_lazy(param())) {
     dense_param_ = dense_like(param());
   }
   take_state(hyper);
@@ -130,7 +136,31 @@ std::optional<SlotTensors::Refusal> SlotTensors::refusal() const {
     return runtime_error(" of shape ", param().sizes(), " and strides ", param().strides(),
                          " has elements that share memory; clone() it");
   }
+  return by_rows_ ? refusal_of_rows() : std::nullopt;
+}
+
+std::optional<SlotTensors::Refusal> SlotTensors::refusal_of_rows() const {
+  if (engine_for(param().device()) == EngineKind::cuda) {
+    return Refusal{false, text("parameter ", name_, " is on ", param().device(),
+                               ", where FusedRowwiseAdagrad and lazy=True do not run; fuse the "
+                               "table on FBGEMM (recap_fast.embeddings.fuse_embeddings), or move "
+                               "it to the CPU")};
+  }
+  if (!shard_) return std::nullopt;
+  for (const py::handle placement : object_.attr("placements")) {
+    if (placement.attr("is_replicate")().cast<bool>()) continue;
+    if (py::hasattr(placement, "dim") && placement.attr("dim").cast<int64_t>() == 0) continue;
+    return Refusal{false, text("parameter ", name_, " is sharded as ",
+                               std::string(py::str(object_.attr("placements"))),
+                               ", and FusedRowwiseAdagrad and lazy=True need whole rows: shard it "
+                               "along dimension 0")};
+  }
   return std::nullopt;
+}
+
+int64_t SlotTensors::row_size() const {
+  const at::Tensor& tensor = param();
+  return tensor.dim() == 0 || tensor.size(0) == 0 ? 1 : tensor.numel() / tensor.size(0);
 }
 
 void SlotTensors::take_state(const Hyper& hyper) {
@@ -163,6 +193,12 @@ void SlotTensors::take_state(const Hyper& hyper) {
     if (is_wrapper_subclass(state)) {
       throw py::type_error(text("the state '", key, "' of parameter ", name_,
                                 " is a tensor subclass whose memory the fused step cannot reach"));
+    }
+    if (hyper.algorithm == Algorithm::rowwise_adagrad) {
+      check_row_state(key, state);
+      PyObject* const shard = local_shard(object.ptr());
+      states_.push_back(shard ? py::reinterpret_borrow<py::object>(shard) : object);
+      continue;
     }
     if (state.device() != param().device() || state.scalar_type() != param().scalar_type() ||
         state.sizes() != param().sizes() || state.layout() != at::kStrided) {
@@ -204,6 +240,20 @@ void SlotTensors::take_state(const Hyper& hyper) {
   has_state_ = true;
 }
 
+// One number for each row, in the type in which the update is computed.
+void SlotTensors::check_row_state(const char* key, const at::Tensor& state) const {
+  const int64_t rows = param().dim() == 0 ? 1 : param().size(0);
+  const auto dtype = dtype_ == Dtype::float64 ? at::kDouble : at::kFloat;
+  if (state.device() == param().device() && state.scalar_type() == dtype &&
+      state.sizes() == at::IntArrayRef({rows}) && state.is_contiguous() && !is_lazy(state)) {
+    return;
+  }
+  throw std::runtime_error(text("the state '", key, "' of parameter ", name_, " is ", state.dtype(),
+                                " ", state.sizes(), " on ", state.device(), "; for ",
+                                param().dtype(), " ", param().sizes(), " it must be ", dtype, " [",
+                                rows, "] on ", param().device(), ", one number for each row"));
+}
+
 void SlotTensors::watch_entries(const Hyper& hyper) {
   std::vector<const char*> names = state_names(hyper);
   if (hyper.algorithm != Algorithm::sgd) names.push_back("step");
@@ -236,6 +286,7 @@ Slot SlotTensors::slot() const {
     slot.state[k] = THPVariable_Unpack(states_[k].ptr()).mutable_data_ptr();
   }
   slot.size = has_state_ ? param().numel() : 0;
+  slot.row_size = by_rows_ ? row_size() : 0;
   slot.dtype = dtype_;
   return slot;
 }

@@ -53,6 +53,9 @@ class SlotTensors {
   // What this process holds of the gradient, which `gradient` has accepted.
   at::Tensor grad() const;
 
+  // Elements of a row, an index of the first dimension.
+  int64_t row_size() const;
+
   // For a parameter with gaps in memory, or a gradient laid out otherwise than its parameter: fill
   // the dense copies before the engine runs, and write the parameter back after it.
   void copy_in();
@@ -64,7 +67,9 @@ class SlotTensors {
     std::string message;
   };
   std::optional<Refusal> refusal() const;  // why no engine can step the parameter
+  std::optional<Refusal> refusal_of_rows() const;
   void take_state(const Hyper& hyper);
+  void check_row_state(const char* key, const at::Tensor& state) const;
   void watch_entries(const Hyper& hyper);
   // The local shard of a DTensor that is sharded like the parameter, or a tensor that is none, like
   // the parameter.
@@ -76,6 +81,7 @@ class SlotTensors {
   py::object object_;
   py::object shard_;  // the local one, if the parameter is a DTensor
   bool inert_ = false;
+  bool by_rows_ = false;  // is updated by rows, which lie one after the other
   Dtype dtype_ = Dtype::float32;
   std::vector<int64_t> strides_;
 
@@ -87,7 +93,7 @@ class SlotTensors {
   std::vector<py::object> states_;  // of a DTensor its local shard
   py::object step_;
 
-  at::Tensor dense_param_;  // defined only for a parameter with gaps
+  at::Tensor dense_param_;  // defined only for a parameter with gaps, or with rows that have some
   at::Tensor dense_grad_;   // made when first needed
 };
 

@@ -9,8 +9,17 @@ Ahead::Ahead(const Plan& plan, const Step& step, size_t begin, size_t end)
   for (int block = 0; block < kBlocksAhead; ++block) next_block();
 }
 
+Ahead Ahead::none() {
+  static const Plan plan;
+  static const Step step;
+  return Ahead(plan, step, 0, 0);
+}
+
 bool Ahead::next_tile() {
-  while (tile_ < end_ && !step_.grads[plan_.tiles[tile_].slot]) ++tile_;
+  const auto is_left_out = [this](uint32_t slot) {
+    return !step_.grads[slot] || plan_.slots[slot].row_size;
+  };
+  while (tile_ < end_ && is_left_out(plan_.tiles[tile_].slot)) ++tile_;
   if (tile_ >= end_) return false;
   const Tile& tile = plan_.tiles[tile_++];
   const Slot& slot = plan_.slots[tile.slot];

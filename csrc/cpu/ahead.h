@@ -15,10 +15,14 @@ namespace recap::cpu {
 constexpr int64_t kBlockBytes = 256;
 
 // Goes through a range of tiles block by block, a fixed number of blocks before the one that is
-// updated, from one tensor to the next. Tiles without a gradient are left out, as in the update.
+// updated, from one tensor to the next. Tiles without a gradient are left out, as in the update,
+// and those of whole rows, which ask for theirs themselves.
 class Ahead {
  public:
   Ahead(const Plan& plan, const Step& step, size_t begin, size_t end);
+
+  // Asks for nothing.
+  static Ahead none();
 
   // To be called once for each block that is updated, a tile's last one included.
   RECAP_INLINE void next_block() {

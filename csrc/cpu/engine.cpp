@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "kernels.h"
+#include "rows.h"
 #include "tile_ranges.h"
 
 namespace recap::cpu {
@@ -38,6 +39,10 @@ void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const 
   if (!grad) return;
   const Slot& slot = plan.slots[tile.slot];
   const Values& values = step.values[step.values_of_slot[tile.slot]];
+  if (slot.row_size) {
+    run_row_tile(kernels, slot, values, grad, tile);
+    return;
+  }
   const int64_t offset = tile.begin * dtype_size(slot.dtype);
   Arrays arrays;
   arrays.param = advance(slot.param, offset);

@@ -3,6 +3,11 @@
 
 #include "ahead.h"
 
+// The name of this instruction set's table of a kind, in sources that are compiled for several.
+#define RECAP_JOIN(a, b) a##_##b
+#define RECAP_TABLE_OF(kind, set) RECAP_JOIN(kind, set)
+#define RECAP_TABLE(kind) RECAP_TABLE_OF(kind, RECAP_INSTRUCTION_SET)
+
 namespace recap::cpu {
 
 // The elements [0, size) of each array are updated.
@@ -18,10 +23,13 @@ using Kernel = void (*)(const Values& values, const Arrays& arrays, Ahead& ahead
 // Squares and sums in double, in an order that is the same for every instruction set.
 using SumOfSquares = double (*)(const void* elements, int64_t size);
 
+struct RowKernels;  // in row_kernels.h
+
 struct Kernels {
   const char* instruction_set;
   Kernel of[kDtypes][kUpdates];
   SumOfSquares sum_of_squares[kDtypes];
+  const RowKernels* rows;
 };
 
 // Those in use.

@@ -274,6 +274,8 @@ RECAP_DEVICE void update_tile_by(Update update,
     RECAP_CASE(sgd_momentum_l2);
     RECAP_CASE(sgd_nesterov);
     RECAP_CASE(sgd_nesterov_l2);
+    case Update::rowwise_adagrad:
+    case Update::rowwise_adagrad_l2: return;  // refused for parameters on these devices
   }
 #undef RECAP_CASE
 }

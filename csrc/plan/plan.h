@@ -19,8 +19,9 @@ constexpr int64_t dtype_size(Dtype dtype) {
 // One parameter tensor with its state tensors: dense memory, visited in memory order.
 struct Slot {
   void* param = nullptr;
-  void* state[kMaxStates] = {};
-  int64_t size = 0;  // elements
+  void* state[kMaxStates] = {};  // row-wise Adagrad's has one number per row, float or double
+  int64_t size = 0;              // elements
+  int64_t row_size = 0;  // elements of a row, if rows are updated as a whole or left alone; else 0
   Dtype dtype = Dtype::float32;
 };
 
@@ -36,7 +37,8 @@ struct Plan {
   std::vector<Tile> tiles;
 };
 
-// Cuts every slot into tiles of at most `tile_size` elements, in slot order.
+// Cuts every slot into tiles of at most `tile_size` elements, in slot order. Where rows are updated
+// as a whole a tile has whole rows, and at least one.
 std::vector<Tile> cut_tiles(const std::vector<Slot>& slots, int64_t tile_size);
 
 }  // namespace recap

@@ -8,7 +8,7 @@
 
 namespace recap {
 
-enum class Algorithm : uint8_t { adam, adagrad, sgd };
+enum class Algorithm : uint8_t { adam, adagrad, sgd, rowwise_adagrad };
 
 // The hyperparameters of one group.
 struct Hyper {
@@ -18,10 +18,16 @@ struct Hyper {
     AdamHyper adam;
     AdagradHyper adagrad;
     SgdHyper sgd;
+    RowwiseAdagradHyper rowwise_adagrad;
   };
   Hyper() : adam{} {}
 
-  RECAP_INLINE double lr() const { return adam.lr; }  // all three begin with it
+  RECAP_INLINE double lr() const { return adam.lr; }  // all begin with it
+
+  // Whether whole rows are updated, or left alone if their gradient is zero.
+  RECAP_INLINE bool by_rows() const {
+    return algorithm == Algorithm::rowwise_adagrad || (algorithm == Algorithm::adam && adam.lazy);
+  }
 };
 
 // One update with its values, for slots that compute in float or in double.
@@ -95,6 +101,16 @@ RECAP_INLINE void compute_values(const Hyper& hyper, const StepInputs& inputs, P
       const SgdValues<double> values = sgd_values(h, inputs.first, grad_factor);
       out.float64.sgd = values;
       out.float32.sgd = to_float(values);
+      break;
+    }
+    case Algorithm::rowwise_adagrad: {
+      RowwiseAdagradHyper h = hyper.rowwise_adagrad;
+      h.lr = inputs.lr;
+      out.update =
+          with_l2(Update::rowwise_adagrad, h.decoupled_weight_decay ? 0.0 : h.weight_decay);
+      const RowwiseAdagradValues<double> values = rowwise_adagrad_values(h, grad_factor);
+      out.float64.rowwise_adagrad = values;
+      out.float32.rowwise_adagrad = to_float(values);
       break;
     }
   }

@@ -7,6 +7,14 @@ torchrec's `keyed.CombinedOptimizer`, needs it.
 from recap_fast.optim.adagrad import FusedAdagrad
 from recap_fast.optim.adam import FusedAdam, FusedAdamW
 from recap_fast.optim.fused import FusedOptimizer
+from recap_fast.optim.rowwise_adagrad import FusedRowwiseAdagrad
 from recap_fast.optim.sgd import FusedSGD
 
-__all__ = ["FusedAdagrad", "FusedAdam", "FusedAdamW", "FusedOptimizer", "FusedSGD"]
+__all__ = [
+    "FusedAdagrad",
+    "FusedAdam",
+    "FusedAdamW",
+    "FusedOptimizer",
+    "FusedRowwiseAdagrad",
+    "FusedSGD",
+]

@@ -16,6 +16,12 @@ class FusedAdam(FusedOptimizer, optim.Adam):
     float32, float64, bfloat16 or float16 tensors of any shape; state has the parameter's dtype;
     16-bit elements are updated in float32 and rounded once.
 
+    With ``lazy=True`` (also a key of a param group) a row whose gradient is zero in all elements
+    stays as it is, parameter and moments, without decay: a row is an index of the first dimension.
+    So an embedding table with a dense gradient trains as on FBGEMM, which updates the rows that
+    were looked up; with ``decoupled_weight_decay`` the update is that of FBGEMM's ``adam``. On the
+    CPU only.
+
     Args:
         params: parameters, named parameters or param groups.
         lr: learning rate, a float or a one-element tensor.
@@ -29,6 +35,7 @@ class FusedAdam(FusedOptimizer, optim.Adam):
             must be a CUDA device, and a tensor ``lr`` is read there.
         differentiable: False; a step has no backward.
         decoupled_weight_decay: as in AdamW (Loshchilov & Hutter, 2019).
+        lazy: leave rows alone whose gradient is zero; torch's class does not have it.
         clip_grad_norm: clip gradients by their global norm, see `FusedOptimizer`; None does not.
         step_supports_amp_scaling: has `torch.amp.GradScaler` hand its scale and ``found_inf`` to
             the step, which divides and skips without waiting for the device, as torch does with
@@ -59,6 +66,7 @@ class FusedAdam(FusedOptimizer, optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        lazy: bool = False,
         clip_grad_norm: float | None = None,
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
@@ -83,6 +91,7 @@ class FusedAdam(FusedOptimizer, optim.Adam):
             capturable=capturable,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        self._mark_lazy(lazy)
 
 
 class FusedAdamW(FusedOptimizer, optim.AdamW):
@@ -107,6 +116,7 @@ class FusedAdamW(FusedOptimizer, optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        lazy: bool = False,
         clip_grad_norm: float | None = None,
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
@@ -130,3 +140,4 @@ class FusedAdamW(FusedOptimizer, optim.AdamW):
             maximize=maximize,
             capturable=capturable,
         )
+        self._mark_lazy(lazy)

@@ -131,6 +131,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         # How the optimizer that wrote a checkpoint ran its step says nothing about this one.
         for group, own in zip(self.param_groups, before):  # noqa: B905 - a copy has none before
             group["foreach"], group["fused"] = own.get("foreach"), own.get("fused")
+            if "lazy" in own:  # of which torch's checkpoints know nothing
+                group.setdefault("lazy", own["lazy"])
 
     @classmethod
     def torch_class(cls) -> type[torch.optim.Optimizer]:
@@ -143,6 +145,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.defaults["capturable"] = True
         for group in self.param_groups:
             group.setdefault("capturable", True)
+
+    def _mark_lazy(self, lazy: bool) -> None:
+        """For a class of torch's that has no such option: present only where it is asked for."""
+        if lazy:
+            self.defaults["lazy"] = True
+            for group in self.param_groups:
+                group.setdefault("lazy", True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the state goes where a step reads it fast, which is a copy in any case.

@@ -53,7 +53,8 @@ inline recap::Hyper hyper_for(Update update, bool slow) {
     hyper.adagrad = {0.1, 0.01, 1e-10, weight_decay};
   } else {
     hyper.algorithm = recap::Algorithm::adam;
-    hyper.adam = {0.1, beta, beta, 1e-8, weight_decay, update >= Update::adam_amsgrad, false};
+    hyper.adam = {0.1,   beta, beta, 1e-8, weight_decay, update >= Update::adam_amsgrad,
+                  false, false};
   }
   return hyper;
 }

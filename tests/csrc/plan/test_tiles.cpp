@@ -50,6 +50,23 @@ TEST(sizes_around_the_tile_are_covered_once) {
   }
 }
 
+TEST(tiles_of_rows_have_whole_rows) {
+  for (const int64_t row : {1, 3, 8, 9, 100}) {
+    for (const int64_t rows : {0, 1, 2, 50}) {
+      Slot slot = slot_of(rows * row);
+      slot.row_size = row;
+      int64_t end = 0;
+      for (const Tile& tile : recap::cut_tiles({slot}, 8)) {
+        CHECK_EQ(tile.begin, end);
+        CHECK(tile.size > 0 && tile.size % row == 0, "a tile of ", tile.size, " of rows of ", row);
+        CHECK(tile.size <= 8 || tile.size == row, "a tile of ", tile.size, " of rows of ", row);
+        end += tile.size;
+      }
+      CHECK_EQ(end, slot.size);
+    }
+  }
+}
+
 TEST(random_sizes_are_covered_once) {
   std::mt19937 random(1);
   for (int run = 0; run < 200; ++run) {

@@ -1,0 +1,85 @@
+// Row-wise Adagrad: the update of one row of an embedding table, with one sum for all of its
+// elements.
+//
+// Arguments and results are those of FBGEMM's EXACT_ROWWISE_ADAGRAD, with no weight decay, L2 or
+// decoupled. Duchi, Hazan & Singer (JMLR 12, 2011); a sum per row from Mudigere et al.,
+// "Software-Hardware Co-design for Fast and Scalable Training of Deep Learning Recommendation
+// Models" (ISCA 2022).
+#pragma once
+
+#include "arithmetic.h"
+
+namespace recap {
+
+struct RowwiseAdagradHyper {
+  double lr, eps, weight_decay;
+  bool decoupled_weight_decay;
+};
+
+template <typename T>
+struct RowwiseAdagradValues {
+  T grad_factor;  // 1 / grad_scale, negative to maximize
+  T l2;           // weight decay added to the gradient
+  T decay;        // what a decoupled weight decay leaves of the parameter
+  T eps;
+  T minus_lr;
+};
+
+RECAP_INLINE RowwiseAdagradValues<double> rowwise_adagrad_values(const RowwiseAdagradHyper& h,
+                                                                 double grad_factor) {
+  return {
+      grad_factor,
+      h.decoupled_weight_decay ? 0.0 : h.weight_decay,
+      h.decoupled_weight_decay ? 1.0 - h.lr * h.weight_decay : 1.0,
+      h.eps,
+      -h.lr,
+  };
+}
+
+RECAP_INLINE RowwiseAdagradValues<float> to_float(const RowwiseAdagradValues<double>& h) {
+  return {
+      static_cast<float>(h.grad_factor), static_cast<float>(h.l2),
+      static_cast<float>(h.decay),       static_cast<float>(h.eps),
+      static_cast<float>(h.minus_lr),
+  };
+}
+
+// The steps of an update, in the order in which a row goes through them. It reads the row twice.
+template <bool kL2>
+struct RowwiseAdagrad {
+  template <typename T>
+  using Values = RowwiseAdagradValues<T>;
+
+  // Squares are summed in so many lanes, element i in lane i % kLanes, so that the sum has the same
+  // bits however wide a vector is.
+  static constexpr int kLanes = 16;
+
+  template <typename T>
+  static RECAP_INLINE T gradient(const RowwiseAdagradValues<T>& h, T grad, T param) {
+    const T g = grad * h.grad_factor;
+    return kL2 ? fma(h.l2, param, g) : g;
+  }
+
+  // Of the lanes, which are left as they come.
+  template <typename T>
+  static RECAP_INLINE T total(T* lanes) {
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+  }
+
+  // Adds the mean of the squares to the row's sum; returns what the gradient is multiplied by.
+  template <typename T>
+  static RECAP_INLINE T take(const RowwiseAdagradValues<T>& h, T total, T size, T& sum) {
+    sum += divide(total, size);
+    return divide(h.minus_lr, square_root(sum) + h.eps);
+  }
+
+  template <typename T>
+  static RECAP_INLINE T update(const RowwiseAdagradValues<T>& h, T multiplier, T grad, T param) {
+    return fma(multiplier, gradient(h, grad, param), param * h.decay);
+  }
+};
+
+}  // namespace recap

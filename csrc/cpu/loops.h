@@ -1,0 +1,131 @@
+// The loops that kernels are made of. Included by sources that are compiled once per instruction
+// set; everything is in an unnamed namespace, so that no copy can take the place of another. They
+// leave vectorization to the compiler: the inner loops are flat, without aliasing and without
+// branches.
+#pragma once
+
+#include <cstdint>
+
+#include "../algorithms/storage.h"
+#include "../plan/step.h"
+#include "ahead.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace recap::cpu {
+namespace {
+
+template <typename Algorithm, typename T, typename Values>
+RECAP_INLINE void update_range(const Values& h, T* __restrict param, const T* __restrict grad,
+                               T* __restrict state0, T* __restrict state1, T* __restrict state2,
+                               int64_t begin, int64_t end) {
+  using C = typename Compute<T>::type;
+  for (int64_t i = begin; i < end; ++i) {
+    C p = load(param[i]);
+    C state[kMaxStates] = {};
+    if constexpr (Algorithm::kStates > 0) state[0] = load(state0[i]);
+    if constexpr (Algorithm::kStates > 1) state[1] = load(state1[i]);
+    if constexpr (Algorithm::kStates > 2) state[2] = load(state2[i]);
+    Algorithm::update(h, load(grad[i]), p, state);
+    store(p, param[i]);
+    if constexpr (Algorithm::kStates > 0) store(state[0], state0[i]);
+    if constexpr (Algorithm::kStates > 1) store(state[1], state1[i]);
+    if constexpr (Algorithm::kStates > 2) store(state[2], state2[i]);
+  }
+}
+
+// A block at a time, with a request for later memory before each.
+template <typename Algorithm, typename T, typename Values, typename Requests>
+RECAP_INLINE void update_blocks(const Values& h, T* __restrict param, const T* __restrict grad,
+                                T* __restrict state0, T* __restrict state1, T* __restrict state2,
+                                int64_t size, Requests& ahead) {
+  constexpr int64_t kBlock = kBlockBytes / sizeof(T);
+  int64_t begin = 0;
+  for (; begin + kBlock <= size; begin += kBlock) {
+    ahead.next_block();
+    update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, begin + kBlock);
+  }
+  if (begin == size) return;
+  ahead.next_block();
+  update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, size);
+}
+
+// Whether Adam's averages keep more than half of themselves, as with all usual betas.
+template <typename T>
+RECAP_INLINE bool slow(const AdamValues<T>& h) {
+  return h.average > 0 && h.square < T(0.5);
+}
+template <typename Values>
+RECAP_INLINE constexpr bool slow(const Values&) {
+  return false;
+}
+
+// Adam's loop is compiled twice: where it knows that the averages are slow, the compiler drops what
+// the update selects by that, which is much of what is not waiting for a root or a quotient.
+template <typename Algorithm, typename T, typename Requests>
+void update_all(const Values& values, T* __restrict param, const T* __restrict grad,
+                T* __restrict state0, T* __restrict state1, T* __restrict state2, int64_t size,
+                Requests& ahead) {
+  const auto h = values.in<typename Compute<T>::type>().template of<Algorithm>();
+  if (slow(h)) {
+    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, ahead);
+  } else {
+    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, ahead);
+  }
+}
+
+[[maybe_unused]] void load_all(const BFloat16* __restrict from, float* __restrict to,
+                               int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] = load(from[i]);
+}
+
+// Half precision is converted by instructions of their own, which the compiler does not find.
+[[maybe_unused]] void load_all(const Float16* __restrict from, float* __restrict to, int64_t size) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= size; i += 16) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    _mm512_storeu_ps(to + i, _mm512_maskz_cvtph_ps(0xffff, half));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= size; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+  }
+#endif
+  for (; i < size; ++i) to[i] = load(from[i]);
+}
+
+[[maybe_unused]] void store_all(const float* __restrict from, BFloat16* __restrict to,
+                                int64_t size) {
+  for (int64_t i = 0; i < size; ++i) store(from[i], to[i]);
+}
+
+[[maybe_unused]] void store_all(const float* __restrict from, Float16* __restrict to,
+                                int64_t size) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= size; i += 16) {
+    const __m512 value = _mm512_loadu_ps(from + i);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= size; i += 8) {
+    const __m256 value = _mm256_loadu_ps(from + i);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+  for (; i < size; ++i) store(from[i], to[i]);
+}
+
+// For memory that is in the cache already.
+struct NoRequests {
+  RECAP_INLINE void next_block() {}
+};
+
+}  // namespace
+}  // namespace recap::cpu
