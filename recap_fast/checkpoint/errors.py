@@ -9,3 +9,10 @@ class CheckpointError(RuntimeError):
 
 class CheckpointMismatchError(ValueError):
     """A checkpoint is of another model, optimizer or scheduler; nothing was changed."""
+
+
+class Damaged(Exception):
+    """A checkpoint cannot be used, and the one before it is to be taken; says what is wrong.
+
+    Raised and caught inside this package.
+    """

@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from recap_fast.checkpoint import locks
+
 _COMPLETE = re.compile(r"(?P<replaced>\.replaced-)?step-(?P<step>\d{8,})")
 _LEFTOVER = re.compile(r"\.(saving|removed)-step-\d{8,}-[0-9a-f]{32}")
 
@@ -32,6 +34,14 @@ def newest_first(directory: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
+def make(directory: Path) -> None:
+    """Makes a directory for checkpoints, if it is missing, and has it survive a crash."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
+
+
 def begin(directory: Path, step: int, complaints: list[str]) -> Path:
     """Makes an empty folder for a checkpoint that is to be written, after cleaning up.
 
@@ -39,14 +49,10 @@ def begin(directory: Path, step: int, complaints: list[str]) -> Path:
     about to replace is put back.
 
     Args:
-        directory: where; made if it is missing.
+        directory: where.
         step: of the checkpoint.
         complaints: gets what could not be removed, and why.
     """
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        sync(path.parent)
     for path, replaced_step, is_replaced in _complete(directory):
         if is_replaced and not (directory / folder_name(replaced_step)).exists():
             os.rename(path, directory / folder_name(replaced_step))
@@ -69,7 +75,7 @@ def publish(folder: Path, step: int, complaints: list[str]) -> Path:
     sync(folder)
     target = folder.parent / folder_name(step)
     replaced = folder.parent / f".replaced-{target.name}"
-    if target.exists():
+    if os.path.lexists(target):
         os.rename(target, replaced)
     try:
         os.rename(folder, target)
@@ -77,10 +83,10 @@ def publish(folder: Path, step: int, complaints: list[str]) -> Path:
     except OSError:
         if not folder.exists():
             os.rename(target, folder)
-        if replaced.exists():
+        if os.path.lexists(replaced):
             os.rename(replaced, target)
         raise
-    if replaced.exists():
+    if os.path.lexists(replaced):
         _remove(replaced, complaints)
     return target
 
@@ -134,11 +140,21 @@ def _entries(directory: Path) -> list[Path]:
 
 
 def _remove(path: Path, complaints: list[str]) -> None:
-    """Removes a folder; at no moment is a part of it left under the name of a complete one."""
+    """Removes a folder; at no moment is a part of it left under the name of a complete one.
+
+    One that is being read stays for now. Of a link, or a file, that is called like one, itself is
+    removed, and not what it leads to.
+    """
     try:
-        if not _LEFTOVER.fullmatch(path.name):
-            name = path.name.removeprefix(".replaced-")
-            path = path.rename(path.with_name(f".removed-{name}-{uuid.uuid4().hex}"))
-        shutil.rmtree(path)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+            return
+        with locks.unread(path):
+            if not _LEFTOVER.fullmatch(path.name):
+                name = path.name.removeprefix(".replaced-")
+                path = path.rename(path.with_name(f".removed-{name}-{uuid.uuid4().hex}"))
+            shutil.rmtree(path)
+    except locks.Busy:
+        return  # the next save removes it
     except OSError as error:
         complaints.append(f"could not remove {path}: {error}")

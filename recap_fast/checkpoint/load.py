@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch import nn
 from torch.optim import Optimizer
 
-from recap_fast.checkpoint import folders, manifest
 from recap_fast.checkpoint.contents import (
     Description,
     describe,
@@ -22,10 +18,12 @@ from recap_fast.checkpoint.contents import (
     tensor_tree,
 )
 from recap_fast.checkpoint.errors import CheckpointError
+from recap_fast.checkpoint.find import Found, find
+from recap_fast.checkpoint.locks import ReaderLock
 from recap_fast.checkpoint.match import Shapes, check_match, shape_of
 from recap_fast.checkpoint.ranks import Ranks
 from recap_fast.checkpoint.restore import Restoration
-from recap_fast.checkpoint.save import as_error
+from recap_fast.checkpoint.tensors import read_tensors
 from recap_fast.checkpoint.trained import TrainedParam, trained_params
 
 
@@ -50,6 +48,7 @@ def load(
     optimizer: Optimizer,
     scheduler: Any = None,
     *,
+    key: bytes | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Loaded | None:
     """Loads the newest complete checkpoint in place; all processes of a training call it together.
@@ -59,30 +58,46 @@ def load(
     rate too, become those of the checkpoint, as in torch; a `RecapLRShim` sets the rates of its own
     schedules at once.
 
-    Files are checked before anything is changed: sizes and sha256. A damaged checkpoint is passed
-    over with a warning, and the one before it taken.
+    Files are checked before anything is changed: sizes and sha256, the manifest and the metadata. A
+    damaged checkpoint is passed over with a warning, and the one before it taken. Nothing in a
+    checkpoint is run, whoever wrote it; but without `key`, who can write into the directory can
+    change what is trained.
 
     Args:
-        directory: as for `save`. A checkpoint is read with pickle: do not load what you do not
-            trust.
+        directory: as for `save`. Another process may save into it meanwhile.
         model, optimizer, scheduler: like those given to `save`; the optimizer may be new, or have
             taken steps.
+        key: as for `save`. If it is given, checkpoints that were not written with it are passed
+            over as if they were damaged.
         process_group: as for `save`.
 
     Returns:
         What was loaded; None if `directory` has no checkpoint.
 
     Raises:
-        CheckpointError: All checkpoints are damaged; or tensors could not be read after all, and
-            the message says that model and optimizer are now partly loaded.
+        CheckpointError: All checkpoints are damaged; or some processes load while others save; or
+            tensors could not be read after all, and the message says that model and optimizer are
+            now partly loaded.
         CheckpointMismatchError: It is of another model, optimizer or scheduler, or cannot be
             resharded; the message says in what. Nothing was changed.
     """
     ranks = Ranks(process_group)
-    found = ranks.on_first("look for checkpoints", lambda: folders.newest_first(Path(directory)))
-    if not found:
-        return None
-    path, content = _newest_undamaged(found, ranks)
+    with ReaderLock() as lock:
+        found = find(Path(directory), key, lock, ranks)
+        if found is None:
+            return None
+        return _load(found, lock, model, optimizer, scheduler, ranks)
+
+
+def _load(
+    found: Found,
+    lock: ReaderLock,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any,
+    ranks: Ranks,
+) -> Loaded:
+    path, content = found.path, found.content
     saved = Description(**content["optimizer"])
 
     trained: list[TrainedParam] = []
@@ -105,7 +120,8 @@ def load(
 
     try:
         ranks.together("make state", restoration[0].make_state)
-        _read_tensors(path, tensor_tree(model, trained), ranks)
+        read_tensors(path, found.metadata, tensor_tree(model, trained), ranks)
+        ranks.together("read all of it", lambda: _check_is_there(path, lock))
         ranks.together("restore rates and counts", restoration[0].finish)
     except (CheckpointError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -114,33 +130,12 @@ def load(
     return Loaded(content["step"], content["extra"], path)
 
 
-def _newest_undamaged(found: list[Path], ranks: Ranks) -> tuple[Path, dict[str, Any]]:
-    """The first of the checkpoints that is as it was written, and its manifest; warns of others."""
-    damages = []
-    for path in found:
-        content, damage = ranks.on_first("read the manifest", lambda path=path: _read(path))
-        if not damage:
-            mine = manifest.shares(content["files"], ranks.size)[ranks.rank]
-            check = ranks.together(
-                "check files",
-                lambda path=path, content=content, mine=mine: manifest.find_damage(
-                    path, content["files"], mine
-                ),
-            )
-            damage = next(filter(None, check), "")
-        if not damage:
-            return path, content
-        damages.append(f"{path.name}: {damage}")
-        if ranks.is_first:
-            warnings.warn(f"{path} is damaged, and passed over: {damage}", stacklevel=3)
-    raise CheckpointError(f"all checkpoints in {found[0].parent} are damaged: {'; '.join(damages)}")
-
-
-def _read(path: Path) -> tuple[dict[str, Any], str]:
-    try:
-        return manifest.read(path), ""
-    except manifest.Damaged as damage:
-        return {}, str(damage)
+def _check_is_there(path: Path, lock: ReaderLock) -> None:
+    if not lock.is_there():
+        raise CheckpointError(
+            f"{path} was removed or replaced while it was read: another process saves into its "
+            "directory"
+        )
 
 
 def _shapes(model: nn.Module, trained: list[TrainedParam]) -> Shapes:
@@ -152,12 +147,3 @@ def _shapes(model: nn.Module, trained: list[TrainedParam]) -> Shapes:
             for item in trained
         },
     )
-
-
-def _read_tensors(path: Path, tree: dict[str, dict[str, Tensor]], ranks: Ranks) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.load(tree, storage_reader=dcp.FileSystemReader(path), process_group=ranks.group)
-    except CheckpointException as error:  # derived from BaseException
-        raise as_error(f"read {path}", error, ranks) from error

@@ -7,20 +7,32 @@ from typing import Any
 import torch
 
 _SCALARS = (type(None), bool, int, float, str)
+# Python's own parser of JSON takes some 1,000 levels, and 4,300 digits.
+_MOST_LEVELS = 100
+_MOST_BITS = 13_000
 
 
-def check_plain(value: Any, name: str) -> None:
-    """Raises TypeError unless JSON gives `value` back as it is.
+def check_plain(value: Any, name: str, levels: int = _MOST_LEVELS) -> None:
+    """Raises unless JSON gives `value` back as it is.
 
     Args:
         value: None, a bool, int, float, str, or lists and dicts with str keys of such.
         name: what errors call it.
+        levels: how deep lists and dicts may be nested.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: It is nested too deeply, or an int is too large.
     """
+    if type(value) is int and value.bit_length() > _MOST_BITS:
+        raise ValueError(f"{name} is an int of {value.bit_length()} bits: more than {_MOST_BITS}")
     if type(value) in _SCALARS:
         return
+    if levels == 0 and type(value) in (list, dict):
+        raise ValueError(f"{name[:80]}... is nested in more than {_MOST_LEVELS} lists and dicts")
     if type(value) is list:
         for index, item in enumerate(value):
-            check_plain(item, f"{name}[{index}]")
+            check_plain(item, f"{name}[{index}]", levels - 1)
         return
     if type(value) is not dict:
         raise TypeError(
@@ -30,7 +42,7 @@ def check_plain(value: Any, name: str) -> None:
     for key, item in value.items():
         if type(key) is not str:
             raise TypeError(f"{name} has the key {key!r}: the keys of a dict must be str")
-        check_plain(item, f"{name}[{key!r}]")
+        check_plain(item, f"{name}[{key!r}]", levels - 1)
 
 
 def option_to_plain(value: Any, name: str) -> Any:

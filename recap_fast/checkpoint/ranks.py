@@ -53,6 +53,7 @@ class Ranks:
         """Calls `function` on all processes; returns what it returned on each, by rank.
 
         Raises:
+            CheckpointError: Others do not call this now, but another function of this package.
             TypeError, ValueError, CheckpointMismatchError: raised by `function` on one of them; now
                 on all.
             CheckpointError: anything else was; says `what` could not be done, where and why.
@@ -67,7 +68,9 @@ class Ranks:
                 own = _Failure(type(error), str(error))
             else:
                 own = _Failure(None, f"{type(error).__name__}: {error}")
-        outcomes = self.gather(own)
+        told = self.gather((what, own))
+        self._check_same_call([name for name, _ in told])
+        outcomes = [outcome for _, outcome in told]
         failures = {
             rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, _Failure)
         }
@@ -78,6 +81,15 @@ class Ranks:
             raise kind(text) from cause
         where = "; ".join(f"process {rank}: {failure.text}" for rank, failure in failures.items())
         raise CheckpointError(f"could not {what}: {where}") from cause
+
+    def _check_same_call(self, names: list[str]) -> None:
+        """Raises where one process saves and another loads, on all of them."""
+        for rank, name in enumerate(names):
+            if name != names[0]:
+                raise CheckpointError(
+                    f"process 0 is about to {names[0]}, while process {rank} is about to {name}: "
+                    "all processes call save together, or all of them load, with equal arguments"
+                )
 
     def on_first(self, what: str, function: Callable[[], T]) -> T:
         """Calls `function` on the first process; returns what it returned, on all of them.

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
 
-from recap_fast.checkpoint import folders, manifest
+from recap_fast.checkpoint import dcp_metadata, files, folders, manifest
 from recap_fast.checkpoint.contents import Description, describe, merge, tensor_tree
 from recap_fast.checkpoint.errors import CheckpointError
+from recap_fast.checkpoint.locks import WriterLock
 from recap_fast.checkpoint.plain import check_plain
 from recap_fast.checkpoint.ranks import Ranks
 from recap_fast.checkpoint.restore import scheduler_state
+from recap_fast.checkpoint.tensors import write_tensors
 from recap_fast.checkpoint.trained import trained_params
 
 
@@ -34,6 +33,7 @@ def save(
     *,
     extra: Any = None,
     keep: int = 2,
+    key: bytes | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Writes a checkpoint, whole or not at all; all processes of a training call it together.
@@ -44,16 +44,19 @@ def save(
 
     Args:
         directory: of the checkpoints of one training, made if it is missing; on several machines,
-            one that they share. Two trainings must not save into one directory.
+            one that they share. Two trainings must not save into one directory; one that tries
+            while another is writing is told so, where the file system has locks.
         step: how many steps were taken, 0 or more. A checkpoint of the same step is replaced.
         model: wrapped or not (DDP, torch.compile, FSDP2, torchrec's model parallel). What processes
             have copies of, buffers too, is that of the first one.
         optimizer: from `build_optimizer`, or any keyed one of torchrec's or optimizer of torch's.
         scheduler: anything with a `state_dict` of plain values.
         extra: small plain values, equal on all processes, that `load` gives back: None, bool, int,
-            float, str, and lists and dicts of these.
+            float, str, and lists and dicts of these, at most 100 levels deep.
         keep: how many checkpoints to leave in `directory`, this one included; older ones are
             removed.
+        key: a secret of 16 bytes or more, by which `load` tells that a checkpoint was written by
+            who has it. Nothing is encrypted.
         process_group: the processes that save; None for all, or for this one alone if
             torch.distributed is not initialised.
 
@@ -61,8 +64,9 @@ def save(
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: On any of the processes, something could not be written; on all of them.
-            There is no new checkpoint, and those that were there are still there.
+        CheckpointError: On any of the processes, something could not be written, or another save
+            into this directory is going on, or some processes save while others load; on all of
+            them. There is no new checkpoint, and those that were there are still there.
         TypeError, ValueError: An argument is not as above, or the optimizer is of another model;
             nothing was written.
         RuntimeError: One that torch.distributed raises: another process has died. The checkpoint is
@@ -75,6 +79,7 @@ def save(
 
     def collect() -> tuple[Description, str]:
         _check_arguments(step, keep, extra)
+        manifest.check_key(key)
         trained = trained_params(model, optimizer)
         state = scheduler_state(scheduler)
         check_plain(state, "the state of the scheduler")
@@ -87,31 +92,39 @@ def save(
     described = merge(description for description, _ in parts)
 
     def complete() -> Path:
-        for name in files:
+        for name in written:
             if not (folder / name).is_file():
                 raise CheckpointError(
                     f"{folder / name} was written by another process, but is not here: the "
                     "directory must be one that all processes share"
                 )
-        what = {"step": step, "processes": ranks.size, "files": files, "tensors": _shapes(metadata)}
+        what = {"step": step, "processes": ranks.size, "files": written}
+        what["tensors"] = _shapes(metadata)
         how = {"optimizer": dataclasses.asdict(described), "scheduler": state, "extra": extra}
-        manifest.write(folder, what | how)
+        manifest.write(folder, what | how, key)
         target = folders.publish(folder, step, complaints)
         folders.prune(directory, step, keep, complaints)
         return target
 
-    folder = ranks.on_first(
-        "begin a checkpoint", lambda: folders.begin(directory, step, complaints)
-    )
-    try:
-        metadata = _write_tensors(folder, tree, ranks)
-        written = ranks.together("read back what was written", lambda: _own_files(folder, ranks))
-        files = {name: each for part in written for name, each in part.items()}
-        target = ranks.on_first("complete the checkpoint", complete)
-    except BaseException:
-        if ranks.is_first:
-            folders.discard(folder)
-        raise
+    with WriterLock() as lock:
+
+        def begin() -> Path:
+            folders.make(directory)
+            lock.take(directory)
+            return folders.begin(directory, step, complaints)
+
+        folder = ranks.on_first("begin a checkpoint", begin)
+        try:
+            metadata = write_tensors(folder, tree, ranks)
+            own_files = ranks.together(
+                "read back what was written", lambda: _own_files(folder, ranks)
+            )
+            written = {name: each for part in own_files for name, each in part.items()}
+            target = ranks.on_first("complete the checkpoint", complete)
+        except BaseException:
+            if ranks.is_first:
+                folders.discard(folder)
+            raise
     for complaint in complaints:
         warnings.warn(complaint, stacklevel=2)
     return target
@@ -137,38 +150,12 @@ def _check_same(texts: list[str]) -> None:
                 )
 
 
-def _write_tensors(folder: Path, tree: dict[str, Any], ranks: Ranks) -> Metadata:
-    writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False)
-    # The first process has the buffers that DDP copies to the others before each forward pass.
-    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            return dcp.save(tree, storage_writer=writer, planner=planner, process_group=ranks.group)
-    except CheckpointException as error:  # derived from BaseException
-        raise as_error("write a checkpoint", error, ranks) from error
-
-
-def as_error(what: str, error: CheckpointException, ranks: Ranks) -> BaseException:
-    """Returns what to raise: says what could not be done, on which processes, and why."""
-    cause, _ = error.failures.get(ranks.rank, (None, None))
-    if isinstance(cause, KeyboardInterrupt):
-        return cause
-    reasons = "; ".join(
-        f"process {rank}: {type(cause).__name__}: {cause}"
-        for rank, (cause, _) in sorted(error.failures.items())
-    )
-    return CheckpointError(f"could not {what}: {reasons}")
-
-
 def _own_files(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """Describes the files that this process wrote."""
     folders.sync(folder)
-    patterns = [f"__{ranks.rank}_*", *([".metadata"] if ranks.is_first else [])]
+    patterns = [f"__{ranks.rank}_*", *([dcp_metadata.NAME] if ranks.is_first else [])]
     return {
-        path.name: manifest.describe_file(path)
-        for pattern in patterns
-        for path in folder.glob(pattern)
+        path.name: files.describe(path) for pattern in patterns for path in folder.glob(pattern)
     }
 
 

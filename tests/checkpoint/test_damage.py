@@ -75,9 +75,9 @@ DAMAGES = {
     "manifest emptied": (write("manifest.json", b""), MANIFEST + "JSONDecodeError"),
     "manifest of zeros": (write("manifest.json", bytes(500)), MANIFEST + "JSONDecodeError"),
     "manifest no text": (write("manifest.json", b"\xff\xfe"), MANIFEST + "UnicodeDecodeError"),
-    "manifest a list": (write("manifest.json", b"[]"), MANIFEST + "TypeError"),
-    "manifest null": (write("manifest.json", b"null"), MANIFEST + "TypeError"),
-    "manifest another": (write("manifest.json", b"{}"), MANIFEST + "KeyError"),
+    "manifest a list": (write("manifest.json", b"[]"), MANIFEST + ".*no content"),
+    "manifest null": (write("manifest.json", b"null"), MANIFEST + ".*no content"),
+    "manifest another": (write("manifest.json", b"{}"), MANIFEST + ".*no content"),
     "empty folder": (empty, "manifest.json cannot be read: No such file"),
 }
 

@@ -14,7 +14,7 @@ from tests.checkpoint.small_training_state import small
 
 
 def names(directory: str | Path) -> list[str]:
-    return sorted(os.listdir(directory))
+    return sorted(name for name in os.listdir(directory) if name != ".lock")
 
 
 @pytest.mark.parametrize(

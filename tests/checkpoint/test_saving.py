@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ UUID = "0123456789abcdef" * 2
 
 
 def names(directory: str | Path) -> list[str]:
-    return sorted(os.listdir(directory))
+    return sorted(name for name in os.listdir(directory) if name != ".lock")
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -92,7 +93,7 @@ def test_what_has_been_replaced_is_removed(tmp_path: Path) -> None:
     path = save(tmp_path, 2, *training.all, extra="old")
     path.rename(tmp_path / ".replaced-step-00000002")
     (save(tmp_path / "other", 2, *training.all, extra="new")).rename(path)
-    (tmp_path / "other").rmdir()
+    shutil.rmtree(tmp_path / "other")
     assert load(tmp_path, *training.all).extra == "new"
     save(tmp_path, 3, *training.all)
     assert names(tmp_path) == ["step-00000002", "step-00000003"]

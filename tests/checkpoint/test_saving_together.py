@@ -19,7 +19,7 @@ from tests.distributed.processes import run
 
 
 def names(directory: str | Path) -> list[str]:
-    return sorted(os.listdir(directory))
+    return sorted(name for name in os.listdir(directory) if name != ".lock")
 
 
 def _refusals(directory: str, cases: list[list[dict[str, Any]]]) -> list[tuple[str, str]]:
