@@ -4,71 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import itertools
-import math
 import os
 import string
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any, Final
 
 import yaml
+from pydantic import ValidationError
 
 from recap_fast.config.convert import read_optimizer_config
 from recap_fast.config.dense import OptimizerConfig, RecapOptimizerConfig
+from recap_fast.config.yaml_text import Document, shorten
 
-# More than any configuration has; aliases of aliases make billions of nodes of a few lines.
-_MAX_NODES = 100_000
-
-
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice, of which YAML would silently keep the last.
-
-    It also refuses aliases that would make more than `_MAX_NODES` nodes, or one that contains
-    itself.
-    """
-
-    def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
-        if node is not None and _expanded_size(node, {}) > _MAX_NODES:
-            raise yaml.MarkedYAMLError(
-                problem=f"its aliases stand for more than {_MAX_NODES} nodes",
-                problem_mark=node.start_mark,
-            )
-        return node
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return node
-
-
-def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """Returns how many nodes there are once every alias is written out; infinity: no end."""
-    if id(node) in sizes:
-        return sizes[id(node)]
-    sizes[id(node)] = math.inf  # as long as it is being counted, it is inside itself
-    children = []
-    if isinstance(node, yaml.SequenceNode):
-        children = node.value
-    elif isinstance(node, yaml.MappingNode):
-        children = itertools.chain.from_iterable(node.value)
-    sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
-    return sizes[id(node)]
-
-
-def _substitute_environment(text: str) -> str:
-    """Replaces `${VAR}` from the environment; an unknown name stays as it is."""
-    variables = dict(os.environ)
-    with contextlib.suppress(KeyError, OSError):  # containers run under ids without a user name
-        variables["USER"] = getpass.getuser()
-    return string.Template(text).safe_substitute(variables)
+_MOST_BYTES: Final = 4 << 20
+_MOST_ERRORS: Final = 10
+_MOST_SECTIONS: Final = 20
+_LONGEST_LINE: Final = 500  # characters of an error
 
 
 def load_optimizer_config(
@@ -80,28 +31,85 @@ def load_optimizer_config(
     `single_task_learning_rate` is a `RecapOptimizerConfig`, any other an `OptimizerConfig`.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, in UTF-8: at most 4 MiB, of 100,000 values with aliases written out,
+            in at most 50 others.
         section: The top-level key that holds the configuration.
 
     Raises:
         OSError: If the file cannot be read.
         ValueError: If it is not YAML, has no such section, or the section is not valid; the message
-            names file and section.
+            names file, line and section.
     """
-    text = _substitute_environment(Path(path).read_text(encoding="utf-8"))
     try:
-        document = yaml.load(text, Loader=_Loader)
+        document = Document(_substitute_environment(_read(path)), os.fspath(path))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} must be a mapping with a section {section!r}")
-    if section not in document:
-        present = ", ".join(map(repr, document)) or "none"
-        raise ValueError(f"{path} has no section {section!r}; sections present: {present}")
-    content = document[section]
+        raise ValueError(f"{path} is not valid YAML: {_shorten_lines(str(error))}") from error
+    except RecursionError:
+        raise ValueError(f"{path} is not valid YAML: it is nested too deeply") from None
+
+    def at(*place: Any) -> str:
+        return f"{path}, line {document.line(place)}"
+
+    sections = document.value
+    if not isinstance(sections, dict):
+        raise ValueError(f"{at()}: it must be a mapping with a section {section!r}")
+    if section not in sections:
+        present = [shorten(repr(name)) for name in list(sections)[:_MOST_SECTIONS]]
+        more = len(sections) - len(present)
+        raise ValueError(
+            f"{at()}: it has no section {section!r}; sections present: "
+            f"{', '.join(present) or 'none'}{f' and {more} more' if more else ''}"
+        )
+    content = sections[section]
     if not isinstance(content, dict):
         raise ValueError(
-            f"section {section!r} of {path} must be a mapping, found {type(content).__name__}"
+            f"{at(section)}: section {section!r} must be a mapping, found {type(content).__name__}"
         )
+    try:
+        return read_optimizer_config(content, f"section {section!r}")
+    except ValueError as error:
+        places = _places(error)
+        first = at(section, *(places[0] if places else ()))
+        raise ValueError(f"{first}: {_shorten_errors(str(error), len(places))}") from error
 
-    return read_optimizer_config(content, f"section {section!r} of {path}")
+
+def _read(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"{path} is no configuration: it has more than {_MOST_BYTES} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: it is not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+
+
+def _substitute_environment(text: str) -> str:
+    """Replaces `${VAR}` from the environment; an unknown name stays as it is."""
+    variables = dict(os.environ)
+    with contextlib.suppress(KeyError, OSError):  # containers run under ids without a user name
+        variables["USER"] = getpass.getuser()
+    return string.Template(text).safe_substitute(variables)
+
+
+def _places(error: ValueError) -> list[Sequence[Any]]:
+    """Where in a section the errors are that pydantic found."""
+    if not isinstance(error.__cause__, ValidationError):
+        return []
+    return [found["loc"] for found in error.__cause__.errors(include_url=False)]
+
+
+def _shorten_errors(text: str, count: int) -> str:
+    """Cuts what pydantic says, two or three lines for each error after a first line."""
+    lines = text.splitlines()
+    starts = [number for number, line in enumerate(lines) if number and line[:1] != " "]
+    if count > _MOST_ERRORS and len(starts) > _MOST_ERRORS:
+        lines = [*lines[: starts[_MOST_ERRORS]], f"and {count - _MOST_ERRORS} more errors"]
+    return _shorten_lines("\n".join(lines))
+
+
+def _shorten_lines(text: str) -> str:
+    return "\n".join(shorten(line, _LONGEST_LINE) for line in text.splitlines())
