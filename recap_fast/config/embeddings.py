@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from recap_fast.config.base import BaseConfig, Flag, Fraction, NonNegative, Positive
+from recap_fast.config.base import BaseConfig, Flag, Fraction, NonNegative, Positive, Share
 from recap_fast.config.rates import LearningRate
 from recap_fast.config.rowwise_adagrad import (
     EmbeddingEmaRowwiseAdagradConfig,
@@ -72,6 +72,26 @@ class EmbeddingLambConfig(_Adam):
     """
 
 
+class EmbeddingRowwiseRmspropArConfig(BaseConfig):
+    """RMSProp with one average of squared gradients per row, and a decay of rows that get one.
+
+    A row that is updated is first multiplied by `1 - lr * ar_alpha * passes`, with the number of
+    forward passes since its last update, or 1 at its first; the step is
+    `lr * gradient / (sqrt(average) + eps)`. FBGEMM has it from release 1.9 on.
+
+    Attributes:
+        eps: Added to the denominator.
+        ar_alpha: Strength of the decay; 0 is none.
+        ema_beta: Decay of the average of the mean squared gradient of the row.
+        min_shrinkage: The least that a row is multiplied by, 0 to 1.
+    """
+
+    eps: NonNegative = 1e-8
+    ar_alpha: NonNegative = 0.0
+    ema_beta: Fraction = 0.99
+    min_shrinkage: Share = 0.1
+
+
 class EmbeddingLarsSgdConfig(BaseConfig):
     """SGD whose step is scaled by the ratio of a row's norm to that of its gradient.
 
@@ -92,6 +112,7 @@ EmbeddingSection = (
     | EmbeddingRowwiseAdagradConfig
     | EmbeddingEmaRowwiseAdagradConfig
     | EmbeddingEnsembleRowwiseAdagradConfig
+    | EmbeddingRowwiseRmspropArConfig
     | EmbeddingAdamConfig
     | EmbeddingPartialRowwiseAdamConfig
     | EmbeddingLambConfig
@@ -104,6 +125,7 @@ _ALGORITHMS = (
     "rowwise_adagrad",
     "ema_rowwise_adagrad",
     "ensemble_rowwise_adagrad",
+    "rowwise_rmsprop_ar",
     "adam",
     "partial_rowwise_adam",
     "lamb",
@@ -122,7 +144,8 @@ class TableOptimizerConfig(BaseConfig):
         stochastic_rounding: Whether updates of float16 tables are rounded up or down at random; by
             default where the device can, which the CPU cannot.
         sgd, ...: The algorithm, at most one of them; its hyperparameters replace all others. Not
-            every device has every algorithm; that is checked when the tables are made.
+            every device or release of FBGEMM has every algorithm; that is checked when the tables
+            are made.
     """
 
     at_most_one_of = (_ALGORITHMS,)
@@ -135,6 +158,7 @@ class TableOptimizerConfig(BaseConfig):
     rowwise_adagrad: EmbeddingRowwiseAdagradConfig | None = None
     ema_rowwise_adagrad: EmbeddingEmaRowwiseAdagradConfig | None = None
     ensemble_rowwise_adagrad: EmbeddingEnsembleRowwiseAdagradConfig | None = None
+    rowwise_rmsprop_ar: EmbeddingRowwiseRmspropArConfig | None = None
     adam: EmbeddingAdamConfig | None = None
     partial_rowwise_adam: EmbeddingPartialRowwiseAdamConfig | None = None
     lamb: EmbeddingLambConfig | None = None

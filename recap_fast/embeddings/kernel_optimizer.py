@@ -28,6 +28,8 @@ STATES = {
     EmbOptimType.PARTIAL_ROWWISE_LAMB: _ADAM,
     EmbOptimType.LARS_SGD: ("momentum_buffer",),
 }
+if hasattr(EmbOptimType, "ROWWISE_RMSPROP_AR"):  # from release 1.9 on
+    STATES[EmbOptimType.ROWWISE_RMSPROP_AR] = ("square_avg", "prev_iter")
 # Those whose update depends on the number of forward passes, whatever the mode of weight decay.
 _COUNTING = (
     EmbOptimType.EMAINPLACE_ROWWISE_ADAGRAD,
@@ -36,6 +38,7 @@ _COUNTING = (
     EmbOptimType.PARTIAL_ROWWISE_ADAM,
     EmbOptimType.LAMB,
     EmbOptimType.PARTIAL_ROWWISE_LAMB,
+    getattr(EmbOptimType, "ROWWISE_RMSPROP_AR", None),
 )
 
 
@@ -76,11 +79,11 @@ class KernelOptimizer(EmbeddingFusedOptimizer):
     """Shows parameters and state of a table-batched module; a step passes on its learning rate.
 
     The state has torch's names where torch has the algorithm: "sum", "exp_avg", "exp_avg_sq",
-    "momentum_buffer"; row-wise ones have a value per row. "ema" is the average of an ensemble,
-    "row_counter" the number of updates of each row, of which some may be forgotten, and "prev_iter"
-    the forward pass of the last one. "step" is the number of forward passes, and "max_counter" the
-    greatest "row_counter" when it was last looked for, plus 1: one tensor each for all tables of
-    the module.
+    "square_avg", "momentum_buffer"; row-wise ones have a value per row. "ema" is the average of an
+    ensemble, "row_counter" the number of updates of each row, of which some may be forgotten, and
+    "prev_iter" the forward pass of the last one. "step" is the number of forward passes, and
+    "max_counter" the greatest "row_counter" when it was last looked for, plus 1: one tensor each
+    for all tables of the module.
 
     Args:
         names: What to call the tables, in the order of the module.

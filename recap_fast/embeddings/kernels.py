@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import fbgemm_gpu
 import torch
 from fbgemm_gpu.config import FeatureGateName
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -38,8 +39,14 @@ OPTIMIZERS = {
     "partial_rowwise_lamb": EmbOptimType.PARTIAL_ROWWISE_LAMB,
     "lars_sgd": EmbOptimType.LARS_SGD,
 }
+if hasattr(EmbOptimType, "ROWWISE_RMSPROP_AR"):  # from release 1.9 on
+    OPTIMIZERS["rowwise_rmsprop_ar"] = EmbOptimType.ROWWISE_RMSPROP_AR
 # fbgemm_gpu/split_table_batched_embeddings_ops_training.py, "is not supported in CPU mode".
-ON_CPU = ("sgd", "adagrad", "rowwise_adagrad", "ema_rowwise_adagrad")
+ON_CPU = tuple(
+    name
+    for name in ("sgd", "adagrad", "rowwise_adagrad", "ema_rowwise_adagrad", "rowwise_rmsprop_ar")
+    if name in OPTIMIZERS
+)
 
 # FBGEMM's names where they are not ours.
 _RENAMED = {"beta_1": "beta1", "beta_2": "beta2"}
@@ -83,15 +90,33 @@ def table_kernel(
     return TableKernel(tuple(sorted(arguments.items())), schedule)
 
 
+def fbgemm_optimizer(algorithm: str) -> EmbOptimType:
+    """Returns what FBGEMM calls an algorithm.
+
+    Raises:
+        ValueError: This release does not have it.
+    """
+    if algorithm not in OPTIMIZERS:
+        raise ValueError(
+            f"emb_optimizer_config chooses {algorithm}, which FBGEMM has from release 1.9 on; this "
+            f"is {fbgemm_gpu.__version__}, so choose another, or install a newer torch with the "
+            "torchrec and FBGEMM that belong to it (see the README)"
+        )
+    return OPTIMIZERS[algorithm]
+
+
 def kernel_arguments(config: EmbeddingOptimizerConfig) -> dict[str, Any]:
     """Returns optimizer and hyperparameters under FBGEMM's names; what is not given is left out.
 
     Args:
         config: What holds for one table (`EmbeddingOptimizerConfig.for_table`).
+
+    Raises:
+        ValueError: This release of FBGEMM does not have the algorithm.
     """
     algorithm, section = config.algorithm
     given = section.model_dump(exclude_none=True)
-    arguments: dict[str, Any] = {"optimizer": OPTIMIZERS[algorithm]}
+    arguments: dict[str, Any] = {"optimizer": fbgemm_optimizer(algorithm)}
     if algorithm == "ema_rowwise_adagrad":
         mode = {name: given.pop(name) for name in _EMA_FIELDS}
         arguments["emainplace_mode"] = EmainplaceModeDefinition(**mode)
@@ -151,6 +176,7 @@ def _first_rate(config: EmbeddingOptimizerConfig, name: str) -> float:
 
 
 def _check_algorithm(algorithm: str, name: str, device: torch.device) -> None:
+    fbgemm_optimizer(algorithm)  # or there is none in this release
     if device.type == "cpu" and algorithm not in ON_CPU:
         raise ValueError(
             f"emb_optimizer_config chooses {algorithm} for the table {name}: FBGEMM has no "

@@ -27,7 +27,7 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
 from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
-from recap_fast.embeddings.kernels import OPTIMIZERS
+from recap_fast.embeddings.kernels import fbgemm_optimizer
 from recap_fast.embeddings.sharding_rules import check_pooling, check_sharding, trains_as_if_whole
 from recap_fast.embeddings.tables import check_not_wrapped, find_collections, find_tables
 from recap_fast.names import check_table_names, some, tables_in
@@ -160,7 +160,7 @@ def _optimizers_known(model: nn.Module, config: EmbeddingOptimizerConfig) -> Ite
     for table in find_tables(find_collections(model)).values():
         if not hasattr(table.weight, "_optimizer_classes"):
             algorithm, _ = config.for_table(table.config.name).algorithm
-            kind = emb_opt_type_to_optimizer_class(OPTIMIZERS[algorithm])
+            kind = emb_opt_type_to_optimizer_class(fbgemm_optimizer(algorithm))
             table.weight._optimizer_classes = [kind]
             marked.append(table.weight)
     try:

@@ -22,6 +22,7 @@ SPLITS_ROWS = (
 _OF_WHOLE_ROWS = (
     "rowwise_adagrad",
     "ensemble_rowwise_adagrad",
+    "rowwise_rmsprop_ar",
     "partial_rowwise_adam",
     "lamb",
     "partial_rowwise_lamb",

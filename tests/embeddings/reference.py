@@ -138,6 +138,15 @@ class ReferenceTable:
 
     _ema_rowwise_adagrad = _rowwise_adagrad
 
+    def _rowwise_rmsprop_ar(self, row: int, gradient: torch.Tensor, rate: float) -> None:
+        section = self.section
+        self.sum[row] *= section.ema_beta
+        self.sum[row] += (1 - section.ema_beta) * (gradient**2).mean()
+        kept = 1 - rate * section.ar_alpha * self.gap(row)
+        self.weight[row] *= max(section.min_shrinkage, kept)
+        self.weight[row] -= rate * gradient / (self.sum[row].sqrt() + section.eps)
+        self.prev_iter[row] = self.passes
+
     def _count(self, row: int, halflife: int) -> None:
         gap = self.gap(row)
         self.max_gap = max(self.max_gap, gap)

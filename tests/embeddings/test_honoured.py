@@ -77,6 +77,14 @@ HYPERPARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "step_ema_coef": {"step_ema_coef": 0.25},
     },
 }
+HAS_RMSPROP = "rowwise_rmsprop_ar" in OPTIMIZERS  # FBGEMM 1.9
+if HAS_RMSPROP:
+    HYPERPARAMETERS["rowwise_rmsprop_ar"] = {
+        "eps": {"eps": 0.5},
+        "ema_beta": {"ema_beta": 0.5},
+        "ar_alpha": {"ar_alpha": 0.5},
+        "min_shrinkage": {"ar_alpha": 4.0, "min_shrinkage": 0.75},
+    }
 COMMON: dict[str, dict[str, Any]] = {
     "clipping": {"gradient_clipping": 0.25},
     "stochastic_rounding": {"stochastic_rounding": True},
@@ -144,11 +152,20 @@ def test_fbgemm_has_what_we_have() -> None:
     assert set(OPTIMIZERS.values()) <= theirs
     on_cpu = {algorithm for algorithm, kind in OPTIMIZERS.items() if fbgemm_accepts_on_cpu(kind)}
     assert on_cpu == set(ON_CPU)
-    assert OPTIMIZERS.keys() == {
+    assert hasattr(EmbOptimType, "ROWWISE_RMSPROP_AR") == HAS_RMSPROP
+    assert OPTIMIZERS.keys() | {"rowwise_rmsprop_ar"} == {
         name
         for name in TableOptimizerConfig.model_fields
         if name not in ("learning_rate", "gradient_clipping", "stochastic_rounding")
     }
+
+
+@pytest.mark.skipif(HAS_RMSPROP, reason="FBGEMM has rowwise_rmsprop_ar")
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_an_algorithm_of_a_newer_fbgemm_is_refused(device: torch.device) -> None:
+    message = r"chooses rowwise_rmsprop_ar, which FBGEMM has from release 1\.9 on; this is 1\."
+    with pytest.raises(ValueError, match=message):
+        table_kernel(config_of(rowwise_rmsprop_ar={}), table("a", "user"), device)
 
 
 def switch_ensembles(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
@@ -185,6 +202,8 @@ LOOKUPS = {
     "partial_rowwise_lamb": "partial_rowwise_lamb",
     "lars_sgd": "lars_sgd",
 }
+if HAS_RMSPROP:
+    LOOKUPS["rowwise_rmsprop_ar"] = "rowwise_rmsprop_ar"
 
 
 @pytest.mark.parametrize(("algorithm", "lookup"), LOOKUPS.items())
@@ -276,6 +295,7 @@ STATES = {
     "lamb": {"exp_avg": (6, 8), "exp_avg_sq": (6, 8), "step": (1,)},
     "partial_rowwise_lamb": {"exp_avg": (6, 8), "exp_avg_sq": (6,), "step": (1,)},
     "lars_sgd": {"momentum_buffer": (6, 8)},
+    "rowwise_rmsprop_ar": {"square_avg": (6,), "prev_iter": (6,), "step": (1,)},
 }
 
 
@@ -287,7 +307,9 @@ def test_states_have_names_that_say_what_they_are(algorithm: str) -> None:
     if algorithm == "lars_sgd":
         return  # FBGEMM has no names for it
     for theirs in optimizer._emb_module.get_optimizer_state():
-        names = {name: name for name in theirs} | {"sparse_ema": "ema"}
+        names = {name: name for name in theirs} | {"sparse_ema": "ema", "iter": "step"}
+        if algorithm == "rowwise_rmsprop_ar":
+            names["sum"] = "square_avg"  # which it is
         for name, value in theirs.items():
             assert state[names[name]].shape == value.shape
 

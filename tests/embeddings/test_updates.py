@@ -13,6 +13,7 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
+from recap_fast.embeddings.kernels import OPTIMIZERS
 from tests.embeddings.examples import Pooled, config_of, fqn, set_rate
 from tests.embeddings.reference import (
     ReferenceTable,
@@ -41,6 +42,14 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ema eps": {"ema_rowwise_adagrad": {"step_ema": 3, "eps": 0.5}},
     "ema clipped": {"ema_rowwise_adagrad": {"step_ema": 2}, "gradient_clipping": 0.5},
 }
+if "rowwise_rmsprop_ar" in OPTIMIZERS:  # FBGEMM 1.9
+    ALGORITHMS |= {
+        "rmsprop": {"rowwise_rmsprop_ar": {}},
+        "rmsprop beta eps": {"rowwise_rmsprop_ar": {"ema_beta": 0.5, "eps": 0.5}},
+        "rmsprop decay": {"rowwise_rmsprop_ar": {"ar_alpha": 0.25, "eps": 0.5}},
+        "rmsprop floor": {"rowwise_rmsprop_ar": {"ar_alpha": 2.0, "min_shrinkage": 0.75}},
+        "rmsprop clipped": {"rowwise_rmsprop_ar": {}, "gradient_clipping": 0.5},
+    }
 # The CPU kernels honour these for float16 tables, and for tables of several features.
 DECAYS: dict[str, dict[str, Any]] = {
     "l2": {"rowwise_adagrad": {"weight_decay": 0.125, "weight_decay_mode": "l2"}},
@@ -110,8 +119,10 @@ def assert_as_expected(
             found.detach().double(), reference.weight, rtol=0, atol=rtol * scale
         )
         state = state_of(model, name)
-        if "sum" in state:
-            torch.testing.assert_close(state["sum"].double(), reference.sum, rtol=sum_rtol, atol=0)
+        for key in {"sum", "square_avg"} & state.keys():
+            torch.testing.assert_close(state[key].double(), reference.sum, rtol=sum_rtol, atol=0)
+        if "square_avg" in state:
+            assert torch.equal(state["prev_iter"].double(), reference.prev_iter)
 
 
 @pytest.mark.parametrize("configs", COLLECTIONS.values(), ids=COLLECTIONS)
@@ -124,7 +135,8 @@ def test_updates(options: dict[str, Any], configs: list[EmbeddingBagConfig]) -> 
     for reference, weight in zip(expected, start, strict=True):
         assert (reference.weight - weight).abs().max() > 0.1
     has_state = optimizer.algorithm[0] != "sgd"
-    assert all(("sum" in state_of(model, config.name)) == has_state for config in configs)
+    names = {"sum", "square_avg"}
+    assert all(bool(names & state_of(model, config.name).keys()) == has_state for config in configs)
 
 
 def in_half(configs: list[EmbeddingBagConfig]) -> list[EmbeddingBagConfig]:
