@@ -31,12 +31,18 @@ _FUSED_KEY: Final = "fused_optimizer"
 
 
 class OptimizerClasses(NamedTuple):
-    """What an optimizer is made of; the algorithms take the arguments of torch.optim's."""
+    """What an optimizer is made of; the algorithms take the arguments of torch.optim's.
+
+    Those of tables only are `rowwise_adagrad` and `lazy_adamw`, which take the arguments of
+    `recap_fast.table_optimizers`.
+    """
 
     adam: Callable[..., torch.optim.Optimizer]
     adamw: Callable[..., torch.optim.Optimizer]
     adagrad: Callable[..., torch.optim.Optimizer]
     sgd: Callable[..., torch.optim.Optimizer]
+    rowwise_adagrad: Callable[..., torch.optim.Optimizer]
+    lazy_adamw: Callable[..., torch.optim.Optimizer]
     combined: Callable[..., keyed.CombinedOptimizer]
 
 

@@ -9,7 +9,13 @@ from torch import nn
 
 from recap_fast.assembly import OptimizerClasses, assemble
 from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
-from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedSGD
+from recap_fast.optim import (
+    FusedAdagrad,
+    FusedAdam,
+    FusedAdamW,
+    FusedRowwiseAdagrad,
+    FusedSGD,
+)
 from recap_fast.optim.combined import FusedCombinedOptimizer
 from recap_fast.schedules import DEFAULT_LR
 from recap_fast.shim import RecapLRShim
@@ -39,8 +45,9 @@ def build_optimizer(
         optimizer_config: Algorithms and learning rates; `recap_fast.grouping.group_parameters`
             tells which parameters each rate is for. A mapping, a dataclass or a pydantic model with
             the same fields is taken too, such as the recap recommender's own configuration.
-        emb_optimizer_config: The learning rate of the embedding tables: of the fused optimizer, and
-            of tables that are not fused, which train with plain SGD. Other objects as above.
+        emb_optimizer_config: The learning rates of the embedding tables, and what is different for
+            some: of the fused optimizer, and of tables that are not fused, which train as
+            configured too, by sgd, adagrad, rowwise_adagrad or adam. Other objects as above.
         capturable: Makes a step safe in CUDA graphs; all dense parameters must be on CUDA devices.
         device_schedule: Has the step itself move the dense rates on, so that a captured graph
             follows the schedules (see `RecapLRShim`); implies `capturable`.
@@ -73,6 +80,8 @@ def build_optimizer(
         adamw=functools.partial(FusedAdamW, **execution),
         adagrad=functools.partial(FusedAdagrad, **execution),
         sgd=functools.partial(FusedSGD, **execution),
+        rowwise_adagrad=functools.partial(FusedRowwiseAdagrad, **execution),
+        lazy_adamw=functools.partial(FusedAdamW, lazy=True, **execution),
         combined=functools.partial(FusedCombinedOptimizer, unscale_grads=unscale_grads),
     )
     return assemble(

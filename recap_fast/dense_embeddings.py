@@ -1,12 +1,14 @@
 """What the configuration of embedding tables means for the groups of dense parameters.
 
-Tables that are not fused train with plain SGD, in groups of their own.
+Tables that are not fused train as configured too, in groups of their own, where FBGEMM's arithmetic
+can be had with a gradient of the whole table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
@@ -14,17 +16,35 @@ from torch import nn
 from recap_fast.config import EmbeddingOptimizerConfig, LearningRate
 from recap_fast.names import TABLES, check_table_names, is_table, some, table_name, tables_in
 
-if TYPE_CHECKING:
-    from recap_fast.grouping import DenseGroup
-
 # What the original calls their group.
-DENSE_EMBEDDINGS = "dense_ebc"
+DENSE_EMBEDDINGS: Final = "dense_ebc"
 
-_OPTIONS = ("gradient_clipping", "stochastic_rounding")
-_HOW_TO_FUSE = (
+_COMMON_OPTIONS: Final = ("gradient_clipping", "stochastic_rounding")
+_HOW_TO_FUSE: Final = (
     "(recap_fast.embeddings.fuse_embeddings; for torchrec's model parallel set_table_optimizers, "
     "and another sharding than data-parallel)"
 )
+
+TableAlgorithm = Literal["sgd", "adagrad", "rowwise_adagrad", "lazy_adamw"]
+
+
+@dataclass(frozen=True)
+class TableGroup:
+    """Unfused tables that share a schedule and an algorithm.
+
+    Attributes:
+        name: "dense_ebc" for what holds for all tables, else "dense_ebc.<first table>".
+        params: The weights, by the name of the parameter.
+        learning_rate: The schedule.
+        algorithm: A field of `recap_fast.assembly.OptimizerClasses`.
+        hyperparameters: Arguments of that class.
+    """
+
+    name: str
+    params: dict[str, nn.Parameter]
+    learning_rate: LearningRate
+    algorithm: TableAlgorithm
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_embedding_config(
@@ -45,49 +65,58 @@ def check_embedding_config(
         )
 
 
-def check_tables_used(
-    emb_optimizer_config: EmbeddingOptimizerConfig, groups: Iterable[DenseGroup]
-) -> None:
-    """Raises if a table has options beside its rate, but is trained as a dense parameter is."""
-    for group in groups:
-        if group.role == "dense_embeddings":
-            continue
-        for name in filter(is_table, group.params):
-            not_fused = (
-                f"but {name!r} is not fused, and belongs to the group {group.name!r}, whose "
-                "optimizer trains it"
-            )
-            if table_name(name) in emb_optimizer_config.tables:
-                raise ValueError(
-                    f"emb_optimizer_config.tables has options for {table_name(name)!r}, "
-                    f"{not_fused}: leave them out, or fuse it first {_HOW_TO_FUSE}"
-                )
-            for option in _chosen(emb_optimizer_config):
-                raise ValueError(
-                    f"emb_optimizer_config chooses {option} for all tables, {not_fused}: fuse it "
-                    f"first {_HOW_TO_FUSE}, or choose {option} in emb_optimizer_config.tables, for "
-                    "those that are fused"
-                )
+def is_configured(emb_optimizer_config: EmbeddingOptimizerConfig, param_name: str) -> bool:
+    """Returns whether the configuration says more of a table than the common rate.
+
+    Then it decides how the table trains, whatever module the table is in.
+    """
+    if not is_table(param_name):
+        return False
+    if table_name(param_name) in emb_optimizer_config.tables:
+        return True
+    chosen = any(getattr(emb_optimizer_config, name) for name in _COMMON_OPTIONS)
+    return chosen or not emb_optimizer_config.algorithm_is_default
 
 
-def _chosen(config: EmbeddingOptimizerConfig) -> list[str]:
-    """Names what a configuration wants of kernels, beside the rate; the default is nothing."""
-    algorithm = [] if config.algorithm_is_default else [config.algorithm[0]]
-    return algorithm + [name for name in _OPTIONS if getattr(config, name)]
+def lacks(config: EmbeddingOptimizerConfig, dtype: torch.dtype) -> str:
+    """Returns what an optimizer of dense parameters lacks to train a table; empty: nothing.
+
+    Args:
+        config: What holds for the table (`EmbeddingOptimizerConfig.for_table`).
+        dtype: Of the table.
+    """
+    algorithm, section = config.algorithm
+    if algorithm not in ("sgd", "adagrad", "rowwise_adagrad", "adam"):
+        return algorithm
+    for name in _COMMON_OPTIONS:
+        if getattr(config, name):
+            return name
+    if algorithm in ("adagrad", "adam") and dtype not in (torch.float32, torch.float64):
+        # State would have the dtype of the table, and FBGEMM's is float32.
+        return f"{algorithm} for a table of {str(dtype).removeprefix('torch.')}"
+    if algorithm == "adagrad" and section.eps == 0:
+        return "adagrad.eps of 0, by which rows without a gradient would become NaN"
+    if algorithm == "rowwise_adagrad":
+        if section.max_norm is not None:
+            return "rowwise_adagrad.max_norm"
+        if section.weight_decay_mode not in (None, "l2", "decouple"):
+            return f"rowwise_adagrad.weight_decay_mode {section.weight_decay_mode}"
+    if algorithm == "adam" and section.rowwise_bias_correction:
+        return "adam.rowwise_bias_correction"
+    return ""
 
 
-def split_by_schedule(
+def table_groups(
     tables: dict[str, nn.Parameter], emb_optimizer_config: EmbeddingOptimizerConfig | None
-) -> list[tuple[str, dict[str, nn.Parameter], LearningRate]]:
-    """Sorts unfused tables by their schedules.
+) -> list[TableGroup]:
+    """Sorts unfused tables by schedule, algorithm and hyperparameters.
 
     Args:
         tables: The weights, by the name of the parameter; may be empty.
         emb_optimizer_config: The configuration of all tables.
 
     Returns:
-        Name, tables and schedule of each group: "dense_ebc" for the common schedule, and
-        "dense_ebc.<first table>" for another, in the order of the tables.
+        The groups, in the order of the tables.
 
     Raises:
         ValueError: There is no configuration, or it chooses what such tables do not have.
@@ -100,30 +129,57 @@ def split_by_schedule(
             "emb_optimizer_config with a learning_rate"
         )
     configs = {name: emb_optimizer_config.for_table(table_name(name)) for name in tables}
-    for algorithm in dict.fromkeys(config.algorithm[0] for config in configs.values()):
-        if algorithm != "sgd":
-            _refuse(algorithm, [n for n, c in configs.items() if c.algorithm[0] == algorithm])
-    for field in _OPTIONS:
-        chosen = [name for name, config in configs.items() if getattr(config, field)]
-        if chosen:
-            _refuse(field, chosen)
+    lacking: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        lacking.setdefault(lacks(config, tables[name].dtype), []).append(name)
+    for what, names in lacking.items():
+        if what:
+            raise ValueError(
+                f"emb_optimizer_config chooses {what}, but {some(names)} are not fused, and such "
+                "tables have sgd, adagrad, rowwise_adagrad (with l2 or decouple) and adam only, "
+                f"without {' and '.join(_COMMON_OPTIONS)}; choose one of these, or fuse them first "
+                f"{_HOW_TO_FUSE}"
+            )
 
-    groups: list[tuple[str, dict[str, nn.Parameter], LearningRate]] = []
+    common = (emb_optimizer_config.learning_rate, *_optimizer(emb_optimizer_config))
+    groups: list[TableGroup] = []
     for name, param in tables.items():
         rate = configs[name].learning_rate
-        for _, params, other in groups:
-            if rate == other:
-                params[name] = param
+        algorithm, hyperparameters = _optimizer(configs[name])
+        for group in groups:
+            if (rate, algorithm, hyperparameters) == (
+                group.learning_rate,
+                group.algorithm,
+                group.hyperparameters,
+            ):
+                group.params[name] = param
                 break
         else:
-            is_common = rate == emb_optimizer_config.learning_rate
+            is_common = (rate, algorithm, hyperparameters) == common
             suffix = "" if is_common else f".{table_name(name)}"
-            groups.append((DENSE_EMBEDDINGS + suffix, {name: param}, rate))
+            groups.append(
+                TableGroup(
+                    DENSE_EMBEDDINGS + suffix, {name: param}, rate, algorithm, hyperparameters
+                )
+            )
     return groups
 
 
-def _refuse(what: str, names: Iterable[str]) -> None:
-    raise ValueError(
-        f"emb_optimizer_config chooses {what}, but {some(names)} are not fused, and such tables "
-        f"train with plain sgd only; choose that, or fuse them first {_HOW_TO_FUSE}"
-    )
+def _optimizer(config: EmbeddingOptimizerConfig) -> tuple[TableAlgorithm, dict[str, Any]]:
+    """Returns the algorithm of a table, and its arguments, by which it trains as on FBGEMM."""
+    algorithm, section = config.algorithm
+    if algorithm == "adagrad":
+        return "adagrad", {"eps": section.eps}
+    if algorithm == "rowwise_adagrad":
+        return "rowwise_adagrad", {
+            "eps": section.eps,
+            "weight_decay": section.weight_decay,
+            "decoupled_weight_decay": section.weight_decay_mode == "decouple",
+        }
+    if algorithm == "adam":
+        return "lazy_adamw", {
+            "betas": (section.beta_1, section.beta_2),
+            "eps": section.eps,
+            "weight_decay": section.weight_decay,
+        }
+    return "sgd", {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,9 +27,10 @@ from recap_fast.config import (
 )
 from recap_fast.dense_embeddings import (
     DENSE_EMBEDDINGS,
+    TableAlgorithm,
     check_embedding_config,
-    check_tables_used,
-    split_by_schedule,
+    is_configured,
+    table_groups,
 )
 from recap_fast.fused_tables import memory_of, memory_range
 from recap_fast.group_options import apply_group_options
@@ -60,16 +61,15 @@ class DenseGroup:
         role: What the group is. The name does not tell: a task may be called "backbone".
         params: By name, as in `model.named_parameters()`, and in that order; never empty.
         learning_rate: The group's schedule.
-        algorithm: "adam", "adamw", "adagrad" or "sgd"; that of dense embeddings is always sgd, as
-            in the original, which knows no other way to train a table.
-        hyperparameters: Arguments of the optimizer, under the names of `torch.optim`'s classes.
+        algorithm: A field of `recap_fast.assembly.OptimizerClasses`.
+        hyperparameters: Arguments of that class.
     """
 
     name: str
     role: Literal["tower", "backbone", "dense_embeddings", "all"]
     params: _Parameters
     learning_rate: LearningRate
-    algorithm: Literal["adam", "adamw", "adagrad", "sgd"] = "sgd"
+    algorithm: Literal["adam", "adamw", "adagrad", "sgd"] | TableAlgorithm = "sgd"
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,10 +92,13 @@ def group_parameters(
       `sanitize(task)`, embedding tables included;
     * the backbone: all others, except
     * the dense embeddings: the others with "embedding_bags" in their name, in a group of their own
-      for each schedule.
+      for each schedule and algorithm.
 
     With `single_task_learning_rate`, and with an `OptimizerConfig`, one group of everything,
     unfused embedding tables included.
+
+    A table of which `emb_optimizer_config` says more than the common rate is in a group of dense
+    embeddings wherever it is in the model.
 
     Where the configuration's `groups` has patterns, the parameters that one of them matches are in
     a group of their own, after the one that they would be in (see `config.GroupOptions`).
@@ -140,10 +143,10 @@ def group_parameters(
     if isinstance(optimizer_config, OptimizerConfig):
         _, section = optimizer_config.algorithm
         rate = optimizer_config.learning_rate or LearningRate(constant=section.lr)
-        groups = [_group_of_all(ALL_PARAMS, dense, rate)]
+        groups = _groups_of_all(ALL_PARAMS, dense, rate, emb_optimizer_config)
     elif optimizer_config.single_task_learning_rate is not None:
         rate = optimizer_config.single_task_learning_rate
-        groups = [_group_of_all(SINGLE_TASK, dense, rate)]
+        groups = _groups_of_all(SINGLE_TASK, dense, rate, emb_optimizer_config)
     else:
         rates = optimizer_config.multi_task_learning_rates
         _check_towers(rates, dense, updated_in_backward)
@@ -159,8 +162,6 @@ def group_parameters(
                 "first (recap_fast.embeddings.fuse_embeddings)"
             )
         logger.warning("emb_optimizer_config has no effect: the model has no tables")
-    if emb_optimizer_config is not None:
-        check_tables_used(emb_optimizer_config, groups)
     return apply_group_options(
         groups,
         optimizer_config,
@@ -248,7 +249,11 @@ def _multi_task_groups(
     backbone_name = unused_name(BACKBONE, towers)
     embeddings_name = unused_name(DENSE_EMBEDDINGS, towers)
     group_of: dict[str, str] = {}
+    tables = _configured(dense, emb_optimizer_config)
     for name, modules in modules_by_name(dense).items():
+        if name in tables:
+            group_of[name] = embeddings_name
+            continue
         tasks = [task for task in towers if sanitize(task) in modules]
         if len(tasks) > 1:
             raise ValueError(f"the parameter {name!r} matches several tasks: {some(tasks)}")
@@ -258,9 +263,15 @@ def _multi_task_groups(
 
     empty = [task for task in towers if task not in members]
     if empty:
+        configured = [
+            name for name in tables if sanitize(empty[0]) in modules_by_name([name])[name]
+        ]
+        why = "those of another group, under an earlier name"
+        if configured:
+            why = f"tables that emb_optimizer_config configures ({some(configured)})"
         raise ValueError(
-            f"tower_learning_rates: all parameters of the task {empty[0]!r} are those of another "
-            "group, under an earlier name; remove its rate"
+            f"tower_learning_rates: all parameters of the task {empty[0]!r} are {why}; remove its "
+            "rate"
         )
     groups = [DenseGroup(task, "tower", members[task], rate) for task, rate in towers.items()]
     backbone = members.get(backbone_name)
@@ -276,23 +287,56 @@ def _multi_task_groups(
                 "in a tower or an embedding table"
             )
         groups.append(DenseGroup(backbone_name, "backbone", backbone, rates.backbone_learning_rate))
-    groups += [
-        DenseGroup(unused_name(name, towers), "dense_embeddings", params, rate)
-        for name, params, rate in split_by_schedule(
-            members.get(embeddings_name, {}), emb_optimizer_config
-        )
-    ]
-    return groups
+    return groups + _table_groups(members.get(embeddings_name, {}), emb_optimizer_config, towers)
 
 
-def _group_of_all(name: str, dense: _Parameters, rate: LearningRate) -> DenseGroup:
-    members = _members(dense, dict.fromkeys(dense, name))
-    if not members:
+def _groups_of_all(
+    name: str,
+    dense: _Parameters,
+    rate: LearningRate,
+    emb_optimizer_config: EmbeddingOptimizerConfig | None,
+) -> list[DenseGroup]:
+    embeddings_name = unused_name(DENSE_EMBEDDINGS, [name])
+    tables = _configured(dense, emb_optimizer_config)
+    group_of = {each: embeddings_name if each in tables else name for each in dense}
+    members = _members(dense, group_of)
+    if name not in members:
         raise ValueError(
             f"the group {name!r} has a learning rate but no parameters: all of the model's are "
             "updated during the backward pass"
+            + (" or tables that emb_optimizer_config configures" if tables else "")
         )
-    return DenseGroup(name, "all", members[name], rate)
+    return [
+        DenseGroup(name, "all", members[name], rate),
+        *_table_groups(members.get(embeddings_name, {}), emb_optimizer_config, [name]),
+    ]
+
+
+def _configured(
+    dense: _Parameters, emb_optimizer_config: EmbeddingOptimizerConfig | None
+) -> set[str]:
+    """The names of unfused tables that train as `emb_optimizer_config` says, wherever they are."""
+    if emb_optimizer_config is None:
+        return set()
+    return {name for name in dense if is_configured(emb_optimizer_config, name)}
+
+
+def _table_groups(
+    tables: _Parameters,
+    emb_optimizer_config: EmbeddingOptimizerConfig | None,
+    taken: Iterable[str],
+) -> list[DenseGroup]:
+    return [
+        DenseGroup(
+            unused_name(group.name, taken),
+            "dense_embeddings",
+            group.params,
+            group.learning_rate,
+            group.algorithm,
+            group.hyperparameters,
+        )
+        for group in table_groups(tables, emb_optimizer_config)
+    ]
 
 
 def _members(dense: _Parameters, group_of: Mapping[str, str]) -> dict[str, _Parameters]:

@@ -1,8 +1,9 @@
 """What `recap_fast.build_optimizer` means, in pure torch.
 
 The same groups, in the same order, with the same schedules, each updated by an optimizer of
-`torch.optim`, one after the other. `recap_fast.build_optimizer` follows the trajectory of this one,
-and a checkpoint of either loads into the other.
+`torch.optim`, one after the other; tables by those of `recap_fast.table_optimizers`, which have
+FBGEMM's arithmetic where torch does not. `recap_fast.build_optimizer` follows the trajectory of
+this one, and a checkpoint of either loads into the other.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from recap_fast.assembly import OptimizerClasses, assemble
 from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
 from recap_fast.keyed import CombinedOptimizer
 from recap_fast.shim import RecapLRShim
+from recap_fast.table_optimizers import LazyAdamW, RowwiseAdagrad
+
+__all__ = ["LazyAdamW", "RowwiseAdagrad", "build_optimizer"]
 
 _CLASSES = OptimizerClasses(
     adam=torch.optim.Adam,
     adamw=torch.optim.AdamW,
     adagrad=torch.optim.Adagrad,
     sgd=torch.optim.SGD,
+    rowwise_adagrad=RowwiseAdagrad,
+    lazy_adamw=LazyAdamW,
     combined=CombinedOptimizer,
 )
 
@@ -39,7 +45,7 @@ def build_optimizer(
     rewrites the gradients:
 
     1. `recap_fast.grouping.group_parameters` sorts the parameters into groups;
-    2. each group gets an optimizer of the configured algorithm, dense embeddings plain SGD;
+    2. each group gets an optimizer of the configured algorithm;
     3. a `CombinedOptimizer` holds these and the model's fused optimizer, if it has one;
     4. a `RecapLRShim` sets the rate of every param group, at step 0 and after each step.
     """

@@ -12,7 +12,6 @@ import torch.distributed
 from torch import nn
 
 from recap_fast.config import (
-    EmbeddingAdagradConfig,
     EmbeddingOptimizerConfig,
     OptimizerConfig,
     RecapAdamConfig,
@@ -344,34 +343,93 @@ def test_a_common_rate_is_not_needed_if_every_table_has_its_own() -> None:
     assert [group.name for group in groups[3:]] == ["dense_ebc.t_user", "dense_ebc.t_item"]
 
 
-def test_options_of_a_table_in_a_group_of_everything_are_refused() -> None:
-    model = EmbeddingRanker()
-    fused = {TABLES[0]: model.ebc.embedding_bags["t_user"].weight.detach()}
-    config = embedding_config(tables={"t_item": own_rate(0.2)})
-    with pytest.raises(ValueError, match=f"for 't_item', but '{TABLES[1]}' .*'single_task'"):
-        group_parameters(model, SINGLE_TASK, config, fused)
+ALGORITHMS = {
+    "sgd": ({"sgd": {}}, "sgd", {}),
+    "adagrad": ({"adagrad": {}}, "adagrad", {"eps": 1e-8}),
+    "rowwise_adagrad": (
+        {"rowwise_adagrad": {"eps": 0.5, "weight_decay": 0.1, "weight_decay_mode": "decouple"}},
+        "rowwise_adagrad",
+        {"eps": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
+    "l2": (
+        {"rowwise_adagrad": {"weight_decay": 0.1, "weight_decay_mode": "l2"}},
+        "rowwise_adagrad",
+        {"eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": False},
+    ),
+    "adam": (
+        {"adam": {"beta_1": 0.8, "weight_decay": 0.1}},
+        "lazy_adamw",
+        {"betas": (0.8, 0.999), "eps": 1e-8, "weight_decay": 0.1},
+    ),
+}
 
 
-# Shared parameters
+@pytest.mark.parametrize(
+    ("options", "algorithm", "hyperparameters"), ALGORITHMS.values(), ids=ALGORITHMS
+)
+def test_unfused_tables_train_by_the_algorithm_that_is_chosen(
+    options: dict[str, object], algorithm: str, hyperparameters: dict[str, object]
+) -> None:
+    """For all, or for one."""
+    config = embedding_config(**options)
+    (group,) = group_parameters(EmbeddingRanker(), multi_task_config(), config)[3:]
+    assert (group.name, list(group.params)) == ("dense_ebc", TABLES)
+    assert (group.algorithm, group.hyperparameters) == (algorithm, hyperparameters)
+    config = embedding_config(rowwise_adagrad={"eps": 1}, tables={"t_item": options})
+    first, second = group_parameters(EmbeddingRanker(), multi_task_config(), config)[3:]
+    assert (first.name, list(first.params)) == ("dense_ebc", TABLES[:1])
+    assert (first.algorithm, first.hyperparameters["eps"]) == ("rowwise_adagrad", 1)
+    assert (second.name, list(second.params)) == ("dense_ebc.t_item", TABLES[1:])
+    assert (second.algorithm, second.hyperparameters) == (algorithm, hyperparameters)
 
 
 @pytest.mark.parametrize("config", [SINGLE_TASK, GENERIC], ids=["single task", "generic"])
-@pytest.mark.parametrize("option", [{"rowwise_adagrad": {}}, {"sgd": {}}, {"gradient_clipping": 1}])
-def test_options_of_all_tables_in_a_group_of_everything_are_refused(
-    option: dict[str, object], config: RecapOptimizerConfig | OptimizerConfig
+@pytest.mark.parametrize(
+    "options", [{"rowwise_adagrad": {}}, {"sgd": {}}, {"tables": {"t_item": own_rate(0.1)}}]
+)
+def test_a_table_that_is_configured_is_in_no_group_of_everything(
+    options: dict[str, object], config: RecapOptimizerConfig | OptimizerConfig
 ) -> None:
-    """One table is fused and has them, the other would be trained without."""
+    """One table is fused and has the options, and the other one has them too."""
     model = EmbeddingRanker()
     fused = {TABLES[0]: model.ebc.embedding_bags["t_user"].weight}
-    message = (
-        rf"chooses {next(iter(option))} for all tables, but '{TABLES[1]}' is not fused, and "
-        r"belongs to the group .*: fuse it first .*, or choose .* in emb_optimizer_config\.tables"
-    )
-    with pytest.raises(ValueError, match=message):
-        group_parameters(model, config, embedding_config(**option), fused)
-    # As it says: the options of the fused one alone, or the rate alone.
-    group_parameters(model, config, embedding_config(tables={"t_user": option}), fused)
-    group_parameters(model, config, embedding_config(stochastic_rounding=False), fused)
+    everything, tables = group_parameters(model, config, embedding_config(**options), fused)
+    assert everything.role == "all" and TABLES[1] not in everything.params
+    assert (tables.name, list(tables.params)) == ("dense_ebc", TABLES[1:])
+    assert tables.learning_rate == constant(0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"stochastic_rounding": False}])
+def test_a_table_with_the_common_rate_alone_stays_in_the_group_of_everything(
+    options: dict[str, object],
+) -> None:
+    model = EmbeddingRanker()
+    fused = {TABLES[0]: model.ebc.embedding_bags["t_user"].weight}
+    (group,) = group_parameters(model, SINGLE_TASK, embedding_config(**options), fused)
+    assert TABLES[1] in group.params
+
+
+def test_a_table_of_a_tower_is_in_its_group_unless_it_is_configured() -> None:
+    table = "towers.a.ebc.embedding_bags.t.weight"
+    model = Tree("towers.a.weight", table, "x.weight", "ebc.embedding_bags.u.weight")
+    groups = group_parameters(model, multi_task_config(("a",)), embedding_config())
+    assert names(groups) == [
+        ("a", "tower", ["towers.a.weight", table]),
+        ("backbone", "backbone", ["x.weight"]),
+        ("dense_ebc", "dense_embeddings", ["ebc.embedding_bags.u.weight"]),
+    ]
+    config = embedding_config(tables={"t": {"adagrad": {}, **own_rate(0.2)}})
+    groups = group_parameters(model, multi_task_config(("a",)), config)
+    assert names(groups) == [
+        ("a", "tower", ["towers.a.weight"]),
+        ("backbone", "backbone", ["x.weight"]),
+        ("dense_ebc.t", "dense_embeddings", [table]),
+        ("dense_ebc", "dense_embeddings", ["ebc.embedding_bags.u.weight"]),
+    ]
+    assert (groups[2].algorithm, groups[2].learning_rate) == ("adagrad", constant(0.2))
+
+
+# Shared parameters
 
 
 def tied(first: str, second: str) -> Tree:
@@ -477,17 +535,47 @@ ERRORS = {
         EmbeddingOptimizerConfig(init_learning_rate=0.1),
         "emb_optimizer_config has no learning_rate",
     ),
-    "tables with another algorithm": (
+    "tables with an algorithm of fused ones": (
         EmbeddingRanker(),
         multi_task_config(),
-        EmbeddingOptimizerConfig(learning_rate=constant(1.0), adagrad=EmbeddingAdagradConfig()),
-        f"chooses adagrad, but '{TABLES[0]}', '{TABLES[1]}' are not fused",
+        embedding_config(lamb={}),
+        f"chooses lamb, but '{TABLES[0]}', '{TABLES[1]}' are not fused",
     ),
-    "tables with another algorithm for one": (
+    "a table with an algorithm of fused ones": (
         EmbeddingRanker(),
         multi_task_config(),
-        embedding_config(tables={"t_item": {"adagrad": {}}}),
-        f"chooses adagrad, but '{TABLES[1]}' are not fused",
+        embedding_config(tables={"t_item": {"ema_rowwise_adagrad": {}}}),
+        f"chooses ema_rowwise_adagrad, but '{TABLES[1]}' are not fused",
+    ),
+    "rows without a gradient": (
+        EmbeddingRanker(),
+        multi_task_config(),
+        embedding_config(adagrad={"eps": 0}),
+        "chooses adagrad.eps of 0, by which rows without a gradient would become NaN, but",
+    ),
+    "a norm of rows": (
+        EmbeddingRanker(),
+        multi_task_config(),
+        embedding_config(rowwise_adagrad={"max_norm": 1}),
+        f"chooses rowwise_adagrad.max_norm, but '{TABLES[0]}'",
+    ),
+    "decay by counters": (
+        EmbeddingRanker(),
+        multi_task_config(),
+        embedding_config(rowwise_adagrad={"weight_decay_mode": "counter", "counter": {}}),
+        f"chooses rowwise_adagrad.weight_decay_mode counter, but '{TABLES[0]}'",
+    ),
+    "counts of rows": (
+        EmbeddingRanker(),
+        multi_task_config(),
+        embedding_config(adam={"rowwise_bias_correction": True}),
+        f"chooses adam.rowwise_bias_correction, but '{TABLES[0]}'",
+    ),
+    "state of 16 bits": (
+        EmbeddingRanker().half(),
+        multi_task_config(),
+        embedding_config(adagrad={}),
+        f"chooses adagrad for a table of float16, but '{TABLES[0]}'",
     ),
     "clipped tables": (
         EmbeddingRanker(),
@@ -507,19 +595,19 @@ ERRORS = {
         EmbeddingOptimizerConfig.model_validate({"tables": {"t_item": own_rate(0.2)}}),
         f"no learning_rate: set it, since '{TABLES[0]}' have none of their own",
     ),
-    "options of a table of a tower": (
+    "a tower of tables": (
         Tree("towers.a.ebc.embedding_bags.t.weight", "x.weight", "ebc.embedding_bags.u.weight"),
         multi_task_config(("a",)),
         embedding_config(tables={"t": own_rate(0.2)}),
-        "tables has options for 't', but 'towers.a.ebc.embedding_bags.t.weight' is not fused, and "
-        "belongs to the group 'a'",
+        "all parameters of the task 'a' are tables that emb_optimizer_config configures "
+        "('towers.a.ebc.embedding_bags.t.weight'); remove its rate",
     ),
-    "another algorithm, and a table of a tower": (
-        Tree("towers.a.ebc.embedding_bags.t.weight", "x.weight", "ebc.embedding_bags.u.weight"),
-        multi_task_config(("a",)),
-        embedding_config(tables={"u": {"sgd": {}}}, adagrad={}),
-        "chooses adagrad for all tables, but 'towers.a.ebc.embedding_bags.t.weight' is not fused, "
-        "and belongs to the group 'a'",
+    "a single task of tables": (
+        Tree("ebc.embedding_bags.t.weight"),
+        SINGLE_TASK,
+        embedding_config(adagrad={}),
+        "'single_task' has a learning rate but no parameters: all of the model's are updated "
+        "during the backward pass or tables that emb_optimizer_config configures",
     ),
     "embedding rate for one group of everything": (
         EmbeddingRanker(),
