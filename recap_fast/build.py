@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from recap_fast.assembly import OptimizerClasses, assemble
 from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
@@ -19,6 +21,7 @@ from recap_fast.optim import (
 from recap_fast.optim.combined import FusedCombinedOptimizer
 from recap_fast.schedules import DEFAULT_LR
 from recap_fast.shim import RecapLRShim
+from recap_fast.table_optimizers import LazyAdamW, RowwiseAdagrad
 
 __all__ = ["DEFAULT_LR", "build_optimizer"]
 
@@ -80,8 +83,12 @@ def build_optimizer(
         adamw=functools.partial(FusedAdamW, **execution),
         adagrad=functools.partial(FusedAdagrad, **execution),
         sgd=functools.partial(FusedSGD, **execution),
-        rowwise_adagrad=functools.partial(FusedRowwiseAdagrad, **execution),
-        lazy_adamw=functools.partial(FusedAdamW, lazy=True, **execution),
+        rowwise_adagrad=functools.partial(
+            _by_rows, functools.partial(FusedRowwiseAdagrad, **execution), RowwiseAdagrad
+        ),
+        lazy_adamw=functools.partial(
+            _by_rows, functools.partial(FusedAdamW, lazy=True, **execution), LazyAdamW
+        ),
         combined=functools.partial(FusedCombinedOptimizer, unscale_grads=unscale_grads),
     )
     return assemble(
@@ -92,3 +99,21 @@ def build_optimizer(
         device_schedule=device_schedule,
         clip_grad_norm=clip_grad_norm,
     )
+
+
+def _by_rows(
+    native: functools.partial[Optimizer],
+    pure_torch: type[Optimizer],
+    params: Sequence[Tensor],
+    **hyperparameters: Any,
+) -> Optimizer:
+    """Makes an optimizer of whole rows: of the native call, which has none for CUDA devices yet."""
+    on_cpu = all(param.device.type == "cpu" for param in params)
+    capturable = native.keywords["capturable"]
+    if capturable and not on_cpu:
+        raise ValueError(
+            "capturable=True, but emb_optimizer_config chooses rowwise_adagrad or adam for tables "
+            "on a GPU that are not fused, which cannot be captured: fuse them, or choose sgd or "
+            "adagrad"
+        )
+    return (native if on_cpu else pure_torch)(params, **hyperparameters)

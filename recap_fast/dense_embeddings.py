@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from recap_fast.config import EmbeddingOptimizerConfig, LearningRate
-from recap_fast.names import TABLES, check_table_names, is_table, some, table_name, tables_in
+from recap_fast.names import TABLES, check_table_names, some, table_name, tables_in
 
 # What the original calls their group.
 DENSE_EMBEDDINGS: Final = "dense_ebc"
@@ -65,14 +65,12 @@ def check_embedding_config(
         )
 
 
-def is_configured(emb_optimizer_config: EmbeddingOptimizerConfig, param_name: str) -> bool:
+def is_configured(emb_optimizer_config: EmbeddingOptimizerConfig, table: str) -> bool:
     """Returns whether the configuration says more of a table than the common rate.
 
     Then it decides how the table trains, whatever module the table is in.
     """
-    if not is_table(param_name):
-        return False
-    if table_name(param_name) in emb_optimizer_config.tables:
+    if table in emb_optimizer_config.tables:
         return True
     chosen = any(getattr(emb_optimizer_config, name) for name in _COMMON_OPTIONS)
     return chosen or not emb_optimizer_config.algorithm_is_default

@@ -36,8 +36,10 @@ from recap_fast.fused_tables import memory_of, memory_range
 from recap_fast.group_options import apply_group_options
 from recap_fast.names import (
     TABLES,
+    is_table,
     modules_by_name,
     some,
+    table_name,
     unused_name,
     without_wrappers,
 )
@@ -318,7 +320,8 @@ def _configured(
     """The names of unfused tables that train as `emb_optimizer_config` says, wherever they are."""
     if emb_optimizer_config is None:
         return set()
-    return {name for name in dense if is_configured(emb_optimizer_config, name)}
+    tables = filter(is_table, dense)
+    return {name for name in tables if is_configured(emb_optimizer_config, table_name(name))}
 
 
 def _table_groups(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recap_fast.checkpoint.plain import check_plain, option_to_plain
 from recap_fast.checkpoint.trained import TrainedParam, bare_names
+from recap_fast.names import is_table
 from recap_fast.options import EXECUTION_OPTIONS
 
 # What says nothing about how parameters are trained.
@@ -25,7 +26,8 @@ class Description:
             it keeps for each, None if unknown; "options"; and "is_fused".
         entries: by parameter, what state there is; "tensor", or a value that is not one.
         column_shards: by parameter and state, `TrainedParam.column_shards` where it is not None.
-        forward_passes: by table, how many its kernel has seen, if that matters.
+        forward_passes: by table, how many its kernel has seen, if that matters; for a table that is
+            not fused, its steps.
     """
 
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -61,6 +63,8 @@ def describe(trained: Sequence[TrainedParam]) -> Description:
             found.entries[item.name] = entries
         if item.counts_forward_passes:
             found.forward_passes[item.name] = int(item.kernel.iter)
+        elif is_table(item.name) and "step" in entries:
+            found.forward_passes[item.name] = int(item.state()["step"])
     return found
 
 
@@ -116,14 +120,26 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def tensor_tree(model: nn.Module, trained: Sequence[TrainedParam]) -> dict[str, Any]:
+def tensor_tree(
+    model: nn.Module, trained: Sequence[TrainedParam], saved: Description | None = None
+) -> dict[str, Any]:
     """Returns all tensors of this process, as torch.distributed.checkpoint takes them.
 
     They are those in use, so that loading into them is all there is to do.
+
+    Args:
+        model: whose parameters and buffers they are.
+        trained: what has state.
+        saved: to load from; without the state that it does not have.
     """
     tree: dict[str, Any] = {"model": model_tensors(model)}
     states = {
-        item.name: {k: v for k, v in item.state().items() if isinstance(v, Tensor)}
+        item.name: {
+            name: value
+            for name, value in item.state().items()
+            if isinstance(value, Tensor)
+            and (saved is None or name in saved.entries.get(item.name, {}))
+        }
         for item in trained
     }
     # An empty dict would be taken for a value, and pickled.

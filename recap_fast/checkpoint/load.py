@@ -53,10 +53,10 @@ def load(
 ) -> Loaded | None:
     """Loads the newest complete checkpoint in place; all processes of a training call it together.
 
-    Their number, the sharding of tables and of dense parameters, and who steps them (`recap_fast`
-    or `recap_fast.reference`) may be others than when it was written. Options of param groups, the
-    rate too, become those of the checkpoint, as in torch; a `RecapLRShim` sets the rates of its own
-    schedules at once.
+    Their number, the sharding of tables and of dense parameters, whether tables are fused, and who
+    steps them (`recap_fast` or `recap_fast.reference`) may be others than when it was written.
+    Options of param groups, the rate too, become those of the checkpoint, as in torch; a
+    `RecapLRShim` sets the rates of its own schedules at once.
 
     Files are checked before anything is changed: sizes and sha256, the manifest and the metadata. A
     damaged checkpoint is passed over with a warning, and the one before it taken. Nothing in a
@@ -109,7 +109,15 @@ def _load(
 
     def prepare() -> None:
         restoration.append(
-            Restoration(str(path), saved, content["scheduler"], optimizer, scheduler, trained)
+            Restoration(
+                str(path),
+                saved,
+                content["step"],
+                content["scheduler"],
+                optimizer,
+                scheduler,
+                trained,
+            )
         )
 
     parts = ranks.together("look at the model", describe_own)
@@ -120,7 +128,7 @@ def _load(
 
     try:
         ranks.together("make state", restoration[0].make_state)
-        read_tensors(path, found.metadata, tensor_tree(model, trained), ranks)
+        read_tensors(path, found.metadata, tensor_tree(model, trained, saved), ranks)
         ranks.together("read all of it", lambda: _check_is_there(path, lock))
         ranks.together("restore rates and counts", restoration[0].finish)
     except (CheckpointError, TypeError, ValueError) as error:

@@ -117,17 +117,22 @@ def _compare_optimizers(
     for name, group in own_groups.items():
         if name not in saved_groups:
             continue
-        was, now = (_algorithm(each) for each in (saved_groups[name], group))
-        if was != now:
+        saved_group = saved_groups[name]
+        if _meaning(saved_group) != _meaning(group):
+            was, now = (_algorithm(each) for each in (saved_group, group))
             found.other.append(f"{name!r} was trained by {was}, but here is by {now}")
             continue
         entries, own_state = saved.entries.get(name, {}), own_states.get(name, {})
+        # A fused table counts its steps elsewhere: see `Description.forward_passes`.
+        optional = {"step"} if saved_group["is_fused"] or group["is_fused"] else set()
         # A dense parameter that took no step has no state, and needs none.
-        if entries or group["is_fused"]:
-            found.missing += [f"{key!r} of {name!r}" for key in own_state if key not in entries]
+        if entries or saved_group["is_fused"]:
+            found.missing += [
+                f"{key!r} of {name!r}" for key in own_state if key not in {*entries, *optional}
+            ]
         for key, entry in entries.items():
             shards = f"{name}.{key}" in {**saved.column_shards, **own.column_shards}
-            if entry != "tensor" or shards:
+            if entry != "tensor" or shards or key in optional:
                 continue
             shape = saved_tensors[f"optimizer.{name}.{key}"]
             if key not in own_state:
@@ -156,10 +161,29 @@ def _change(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     return f"was {was}, but here is {now}"
 
 
+# What a fused and an unfused table are trained by alike.
+_UNFUSED = {
+    "exact_adagrad": "Adagrad",
+    "exact_row_wise_adagrad": "RowwiseAdagrad",
+    "FusedRowwiseAdagrad": "RowwiseAdagrad",
+    "adam": "lazy AdamW",
+}
+
+
+def _name(group: Mapping[str, Any]) -> str:
+    return "lazy " * bool(group["options"].get("lazy")) + group["algorithm"]
+
+
+def _meaning(group: Mapping[str, Any]) -> tuple[str, set[str] | None]:
+    """Returns what is equal for groups that train alike, fused or not."""
+    name, state = _name(group), group["state"]
+    return _UNFUSED.get(name, name), None if state is None else {*state} - {"step"}
+
+
 def _algorithm(group: Mapping[str, Any]) -> str:
     state = group["state"]
     keeps = "" if state is None else f" with {', '.join(state) or 'no state'}"
-    return group["algorithm"] + keeps
+    return _name(group) + keeps
 
 
 def _layout(shards: list[list[int]] | None) -> str:

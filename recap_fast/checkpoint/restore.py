@@ -8,6 +8,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.optim import Optimizer
 from torchrec.optim import keyed
 
@@ -38,6 +39,7 @@ class Restoration:
     Args:
         where: what errors call the checkpoint.
         saved: what is in it.
+        saved_step: how many steps were taken.
         saved_scheduler: as `scheduler_state` returned it.
         optimizer, scheduler: to load into.
         trained: what the optimizer updates on this process.
@@ -51,6 +53,7 @@ class Restoration:
         self,
         where: str,
         saved: Description,
+        saved_step: int,
         saved_scheduler: Mapping[str, Any] | None,
         optimizer: Optimizer,
         scheduler: Any,
@@ -58,6 +61,8 @@ class Restoration:
     ) -> None:
         self._where = where
         self._saved = saved
+        self._saved_step = saved_step
+        self._saved_groups = groups_by_param(saved)
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._trained = trained
@@ -76,10 +81,17 @@ class Restoration:
             for name, entry in entries.items()
         )
 
+    def _was_fused(self, item: TrainedParam) -> bool:
+        return self._saved_groups[item.name]["is_fused"]
+
     def make_state(self) -> None:
         """Gives each parameter the state that it had, if with other values; takes away the rest."""
         for item in self._trained:
             if item.is_fused:
+                for name, value in item.state().items():
+                    # An unfused table that took no step had none.
+                    if name not in self._saved.entries.get(item.name, {}):
+                        _fill_zeros(value)
                 continue
             entries = self._saved.entries.get(item.name)
             own = item.state()
@@ -93,6 +105,10 @@ class Restoration:
                     state[name] = entry["value"]
                 else:
                     state[name] = own[name] if isinstance(own.get(name), Tensor) else new[name]
+            if self._was_fused(item) and "step" in {**own, **new}:
+                # Of a kernel that counts nothing, a pass for each step of the training.
+                passes = self._saved.forward_passes.get(item.name, self._saved_step)
+                state["step"] = {**new, **own}["step"].fill_(passes)
             item.owner.state[item.param] = state
 
     def finish(self) -> None:
@@ -123,7 +139,7 @@ class Restoration:
 
     def _find_options(self) -> list[tuple[MutableMapping[str, Any], str, Any]]:
         """The options to set, with their groups."""
-        saved_groups = groups_by_param(self._saved)
+        saved_groups = self._saved_groups
         own_groups: dict[int, tuple[MutableMapping[str, Any], list[str]]] = {}
         for item in self._trained:
             own_groups.setdefault(id(item.group), (item.group, []))[1].append(item.name)
@@ -152,7 +168,7 @@ class Restoration:
         for item in self._trained:
             if not item.counts_forward_passes:
                 continue
-            passes[item.name] = count = self._saved.forward_passes[item.name]
+            passes[item.name] = count = self._saved.forward_passes.get(item.name, 0)
             other = first.setdefault(id(item.kernel), item.name)
             if passes[other] != count:
                 raise CheckpointMismatchError(
@@ -186,6 +202,15 @@ class Restoration:
                 f"{', '.join(groups[1])}; nothing was changed"
             )
         return {**own["state"], "last_epoch": saved["state"]["last_epoch"]}
+
+
+def _fill_zeros(state: Any) -> None:
+    """Sets what this process has of a state to zero."""
+    parts = [state]
+    if isinstance(state, ShardedTensor):
+        parts = [shard.tensor for shard in state.local_shards()]
+    for part in parts:
+        part.zero_()
 
 
 def _without_tables(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:

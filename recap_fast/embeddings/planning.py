@@ -25,10 +25,16 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingPlan
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
-from recap_fast.embeddings.kernels import fbgemm_optimizer
-from recap_fast.embeddings.sharding_rules import check_pooling, check_sharding, trains_as_if_whole
+from recap_fast.embeddings.kernels import fbgemm_optimizer, table_kernel
+from recap_fast.embeddings.sharding_rules import (
+    DATA_PARALLEL,
+    check_pooling,
+    check_sharding,
+    trains_as_if_whole,
+)
 from recap_fast.embeddings.tables import check_not_wrapped, find_collections, find_tables
 from recap_fast.names import check_table_names, some, tables_in
 
@@ -48,14 +54,15 @@ def plan(
     It is torchrec's `EmbeddingShardingPlanner` that chooses, but only from what trains a table as
     it is configured, like a whole table in one process:
 
-    * no table is data-parallel, since torchrec does not fuse such tables;
+    * a table is data-parallel only if it is float32, and the configuration chooses an algorithm
+      for it that tables have which are not fused;
     * a table with a row-wise algorithm is not split by columns, where each shard would have an
       accumulator of its own;
     * a table of mean pooling is not split by rows, unless it is alone in its collection.
 
-    Call it before `DistributedModelParallel` wraps the model; `set_table_optimizers` may come
-    before or after. Where a process group of `world_size` processes is initialised, all of them
-    call it together, and get the plan of the first. Else one process can do so alone.
+    Call it before `DistributedModelParallel` wraps the model, and give the plan to
+    `set_table_optimizers` too. Where a process group of `world_size` processes is initialised, all
+    of them call it together, and get the plan of the first. Else one process can do so alone.
 
     Args:
         model: The model, not wrapped; its tables may be on the meta device.
@@ -72,8 +79,9 @@ def plan(
         The plan of all `EmbeddingBagCollection`s, for `DistributedModelParallel(plan=...)`.
 
     Raises:
-        ValueError: `build_optimizer` would refuse what the constraints ask for; or they name a
-            table that the model does not have; or torchrec finds no plan. The message says which.
+        ValueError: `build_optimizer` would refuse what the constraints ask for, or they name a
+            table that the model does not have; a table cannot be trained as configured on the
+            device; or torchrec finds no plan. The message says which.
     """
     emb_optimizer_config = as_embedding_config(emb_optimizer_config)
     constraints = dict(constraints or {})
@@ -94,7 +102,7 @@ def plan(
             f"topology has {topology.world_size} processes on {topology.compute_device}, but "
             f"world_size is {world_size} and device {device.type}"
         )
-    options = _Options(emb_optimizer_config, topology, batch_size, constraints)
+    options = _Options(emb_optimizer_config, topology, device, batch_size, constraints)
     planner = EmbeddingShardingPlanner(
         topology, batch_size, enumerator=options, constraints=constraints, debug=False
     )
@@ -120,23 +128,41 @@ class _Options(EmbeddingEnumerator):
         self,
         emb_optimizer_config: EmbeddingOptimizerConfig,
         topology: Topology,
+        device: torch.device,
         batch_size: int,
         constraints: dict[str, ParameterConstraints],
     ) -> None:
         super().__init__(topology, batch_size, constraints)
         self._config = emb_optimizer_config
+        self._device = device
         self._given = {name for name, each in constraints.items() if each.sharding_types}
 
     def enumerate(self, *args: Any, **kwargs: Any) -> list[ShardingOption]:
-        return [option for option in super().enumerate(*args, **kwargs) if self._is_fine(option)]
+        options = super().enumerate(*args, **kwargs)
+        found = [option for option in options if self._is_fine(option)]
+        kept = {(option.path, option.name) for option in found}
+        for option in options:  # where none is left: why FBGEMM does not train the table
+            if (option.path, option.name) not in kept:
+                table_kernel(self._config, _table(option), self._device)
+        return found
 
     def _is_fine(self, option: ShardingOption) -> bool:
+        table = _table(option)
+        if option.sharding_type != DATA_PARALLEL:
+            try:
+                table_kernel(self._config, table, self._device)
+            except ValueError:
+                return False
         if option.name in self._given:
             return True
         collection = option.module[1].embedding_bag_configs()
-        (table,) = (each for each in collection if each.name == option.name)
-        config = self._config.for_table(option.name)
-        return trains_as_if_whole(config, table, option.sharding_type, collection)
+        return trains_as_if_whole(self._config, table, option.sharding_type, collection)
+
+
+def _table(option: ShardingOption) -> EmbeddingBagConfig:
+    collection = option.module[1].embedding_bag_configs()
+    (table,) = (each for each in collection if each.name == option.name)
+    return table
 
 
 def _topology(world_size: int, device: torch.device) -> Topology:

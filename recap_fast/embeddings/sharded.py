@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrec.distributed.types import ShardingPlan
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
 from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
 from recap_fast.embeddings.kernels import table_kernel
+from recap_fast.embeddings.sharding_rules import DATA_PARALLEL
 from recap_fast.embeddings.tables import (
     check_not_wrapped,
     check_tables,
@@ -23,18 +25,20 @@ def set_table_optimizers(
     model: nn.Module,
     emb_optimizer_config: EmbeddingOptimizerConfig | Any,
     device: torch.device | str,
+    plan: ShardingPlan | None = None,
 ) -> nn.Module:
     """Tells torchrec how to train the tables of a model that is about to be sharded.
 
     Call it on every process, with the same configuration, before
     `torchrec.distributed.DistributedModelParallel` wraps the model; its `fused_optimizer` then has
     a param group for each table-batched module, and `build_optimizer` sets their rates. In plans,
-    hand-made or torchrec's own, all tables get fused kernels but data-parallel ones.
+    of `recap_fast.embeddings.plan`, hand-made or torchrec's own, all tables get fused kernels but
+    data-parallel ones.
 
     What sharding changes:
 
-    * A data-parallel table is not fused: it trains in the group of dense embeddings, with plain
-      SGD, and `build_optimizer` refuses another algorithm for it.
+    * A data-parallel table is not fused: it trains in a group of dense embeddings, as configured,
+      by sgd, adagrad, rowwise_adagrad or adam; `build_optimizer` refuses other options for it.
     * Column-wise, each shard of a row-wise algorithm has an accumulator of its own, of the mean
       over its columns; so it has counters and norms, in the modes of weight decay that have them,
       and with max_norm. lamb and partial_rowwise_lamb scale the step of a shard by the norms of
@@ -52,6 +56,7 @@ def set_table_optimizers(
         emb_optimizer_config: Algorithm, hyperparameters and schedule of each table, as for
             `fuse_embeddings`.
         device: Where the shards will be.
+        plan: Where there is one already: what it makes data-parallel need not be what FBGEMM has.
 
     Returns:
         The model.
@@ -65,6 +70,7 @@ def set_table_optimizers(
     check_tables(model, tables)
     check_table_names(emb_optimizer_config, tables_in(name for name, _ in model.named_parameters()))
     device = torch.device(device)
+    tables = {name: table for name, table in tables.items() if not _is_data_parallel(name, plan)}
     kernels = {}
     for name, table in tables.items():
         algorithm, section = emb_optimizer_config.for_table(table.config.name).algorithm
@@ -91,3 +97,12 @@ def set_table_optimizers(
         # Its presence has torchrec's hand-made plans choose a fused kernel.
         table.weight._in_backward_optimizers = []
     return model
+
+
+def _is_data_parallel(name: str, plan: ShardingPlan | None) -> bool:
+    """Whether a plan makes the table with this FQN data-parallel."""
+    if plan is None:
+        return False
+    path, _, rest = name.rpartition(".embedding_bags.")
+    table = (plan.plan.get(path) or {}).get(rest.removesuffix(".weight"))
+    return table is not None and table.sharding_type == DATA_PARALLEL

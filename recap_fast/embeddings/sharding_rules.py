@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+import torch
 from torchrec.distributed.types import ShardingType
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 
 from recap_fast.config import EmbeddingOptimizerConfig
+from recap_fast.dense_embeddings import is_configured, lacks
 
 DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 ADDS_UP_ROWS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
@@ -44,10 +46,16 @@ def check_sharding(config: EmbeddingOptimizerConfig, table: str, kind: str) -> N
             f"sharded {kind}: each shard would have a fast and a slow half of its own; shard it "
             "table_wise or row_wise"
         )
+    # Of another dtype, `build_optimizer` may refuse it all the same.
+    if kind == DATA_PARALLEL and (what := lacks(config, torch.float32)):
+        raise ValueError(
+            f"emb_optimizer_config chooses {what} for the table {table}, which is sharded {kind}: "
+            "such a table is not fused, and cannot train so; shard it table_wise"
+        )
 
 
 def trains_as_if_whole(
-    config: EmbeddingOptimizerConfig,
+    emb_optimizer_config: EmbeddingOptimizerConfig,
     table: EmbeddingBagConfig,
     kind: str,
     collection: Sequence[EmbeddingBagConfig],
@@ -58,14 +66,18 @@ def trains_as_if_whole(
     an accumulator each, for example. But no plan should choose that unasked.
 
     Args:
-        config: What holds for the table (`EmbeddingOptimizerConfig.for_table`).
+        emb_optimizer_config: The configuration of all tables.
         table: The table.
         kind: A value of torchrec's `ShardingType`.
         collection: All tables of its `EmbeddingBagCollection`.
     """
+    config = emb_optimizer_config.for_table(table.name)
     algorithm, _ = config.algorithm
     if kind == DATA_PARALLEL:
-        return False  # its optimizer would be that of a dense group
+        # In a dense group: that of a tower, if nothing is chosen for it. Gradients of 16 bits would
+        # be rounded before they are added up.
+        is_ours = is_configured(emb_optimizer_config, table.name)
+        return is_ours and table.data_type == DataType.FP32 and not lacks(config, torch.float32)
     if kind in SPLITS_ROWS:
         return algorithm not in (*_OF_WHOLE_ROWS, "ema_rowwise_adagrad")
     if kind in ADDS_UP_ROWS and table.pooling == PoolingType.MEAN:

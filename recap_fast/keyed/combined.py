@@ -16,7 +16,13 @@ from torchrec.optim.fused import FusedOptimizer
 
 from recap_fast.clipping import check_max_norm, clip_grad_norm_
 from recap_fast.closure import evaluate
-from recap_fast.keyed.load import check_state, load_options, match_param_groups, new_states
+from recap_fast.keyed.load import (
+    as_tables_have_it,
+    check_state,
+    load_options,
+    match_param_groups,
+    new_states,
+)
 from recap_fast.keyed.param_groups import (
     ParamGroups,
     add_param_group,
@@ -376,6 +382,8 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
             if id(param) not in grouped and param not in own
         }
         new = {param: entries for _, _, param, entries in made}
+        here = {names[id(param)]: {**own.get(param, {}), **new.get(param, {})} for param in wanted}
+        saved = as_tables_have_it(saved, here)
         check_state(params, own, saved, {**kept, **new})
         if self.defaults["_save_param_groups"] and not options:
             saved_groups = state_dict.get("param_groups", ())

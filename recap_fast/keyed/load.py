@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrec.optim.warmup import WarmupOptimizer
 
 from recap_fast.keyed.walk import is_dense, walk
+from recap_fast.names import TABLES
 from recap_fast.options import EXECUTION_OPTIONS, option_like
 from recap_fast.state import has_state, new_state
 from recap_fast.state_memory import StateMemory
@@ -47,6 +48,38 @@ def new_states(optimizer: CombinedOptimizer, wanted: Callable[[Tensor], bool]) -
                 if wanted(param) and not has_state(leaf.state.get(param)):
                     entries = new_state(leaf, group, param, memory)
                     found.append(NewState(leaf.state, group, param, entries))
+    return found
+
+
+def as_tables_have_it(
+    saved: Mapping[str, Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """Returns saved state with the step counts that tables have here, fused or not.
+
+    Otherwise the state of a table is the same. A fused table that counts forward passes has a
+    `step` of one element; one that does not has none, and an unfused table a scalar.
+
+    Args:
+        saved: state to be loaded, by parameter name.
+        state: what there is here, by parameter name.
+    """
+    found = dict(saved)
+    for name, own in state.items():
+        entries = saved.get(name)
+        if not isinstance(entries, Mapping) or not entries or TABLES not in name.split("."):
+            continue
+        steps = {
+            key: each.get("step")
+            for key, each in (("own", own), ("saved", entries))
+            if isinstance(each.get("step"), torch.Tensor)
+        }
+        rest = {key: value for key, value in entries.items() if key != "step"}
+        if "own" in steps and "saved" in steps and steps["own"].numel() == steps["saved"].numel():
+            found[name] = {**entries, "step": steps["saved"].reshape(steps["own"].shape)}
+        elif "own" in steps and "step" not in entries and own.keys() - {"step"} == rest.keys():
+            found[name] = {**entries, "step": torch.zeros_like(steps["own"])}
+        elif "saved" in steps and "step" not in own and own.keys() == rest.keys():
+            found[name] = rest
     return found
 
 

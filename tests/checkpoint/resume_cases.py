@@ -24,12 +24,16 @@ EMA = Setup(tables="ema_rowwise_adagrad")
 ADAGRAD = Setup(tables="adagrad")
 SGD = Setup(tables="sgd")
 MIXED = Setup(tables="mixed")
+UNFUSED = Setup(sharding="unfused", tables="rowwise_adagrad")
+UNFUSED_ADAM = replace(UNFUSED, tables="adam")
 COLUMN_SHARDS = Setup(2, "column_wise", "ddp", "rowwise_adagrad")
 SAME = [
     Resumed(ONE, ONE),
     Resumed(ADAGRAD, ADAGRAD, 3),
     Resumed(EMA, EMA),
     Resumed(MIXED, MIXED),
+    Resumed(UNFUSED, UNFUSED, 3),
+    Resumed(UNFUSED_ADAM, UNFUSED_ADAM),
     *(
         Resumed(setup, setup, steps_before=3 * (sharding == "row_wise"))
         for world_size in (1, 2)
@@ -45,6 +49,7 @@ SAME = [
     *(
         Resumed(setup, setup)
         for setup in (
+            Setup(2, "data_parallel", "ddp", "rowwise_adagrad"),
             COLUMN_SHARDS,
             Setup(2, "row_wise", "ddp", "ema_rowwise_adagrad"),
             Setup(2, "first_process", "fsdp", "rowwise_adagrad"),
@@ -72,6 +77,17 @@ ELSEWHERE = [
         Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
     ),
     *between(Setup(2, "row_wise", "fsdp", "adagrad"), Setup(2, "column_wise", "ddp", "adagrad")),
+    # Unfused or data-parallel tables, and others.
+    *between(UNFUSED, ONE),
+    *between(replace(UNFUSED, tables="adagrad"), ADAGRAD),
+    Resumed(ONE, UNFUSED, 3),
+    Resumed(UNFUSED, ONE, 3),
+    *between(ONE, Setup(2, "data_parallel", "ddp", "rowwise_adagrad")),
+    *between(
+        Setup(2, "data_parallel", "ddp", "rowwise_adagrad"),
+        Setup(2, "table_wise", "fsdp", "rowwise_adagrad"),
+    ),
+    *between(UNFUSED_ADAM, Setup(2, "data_parallel", "ddp", "adam")),
     # The same shards of columns, on other processes.
     *between(COLUMN_SHARDS, Setup(1, "columns_on_00", "ddp", "rowwise_adagrad")),
     Resumed(
@@ -82,9 +98,12 @@ ELSEWHERE = [
 # Sums for each row and shard of columns have no meaning for other shards.
 REFUSED = [
     *between(COLUMN_SHARDS, ONE),
+    Resumed(COLUMN_SHARDS, UNFUSED),
     Resumed(COLUMN_SHARDS, replace(COLUMN_SHARDS, sharding="row_wise")),
 ]
 BUILDERS = [
+    *between(ONE, replace(UNFUSED, builder="reference")),
+    *between(UNFUSED_ADAM, replace(UNFUSED_ADAM, builder="reference")),
     *between(ONE, replace(ONE, builder="reference")),
     *between(replace(ONE, algorithm="sgd"), replace(ONE, algorithm="sgd", builder="reference")),
     Resumed(
@@ -114,6 +133,14 @@ LONG = [
     *between(Setup(2, "column_wise", "ddp", "adagrad"), Setup(4, "column_wise", "fsdp", "adagrad")),
     *between(SGD, Setup(2, "data_parallel", "ddp", "sgd")),
     *between(SGD, Setup(4, "data_parallel", "ddp", "sgd")),
+    *between(replace(UNFUSED, tables="sgd"), SGD),
+    *between(UNFUSED, Setup(2, "row_wise", "fsdp", "rowwise_adagrad")),
+    *between(
+        Setup(2, "column_wise", "ddp", "adagrad"), Setup(2, "data_parallel", "fsdp", "adagrad")
+    ),
+    *between(UNFUSED, Setup(4, "row_wise", "ddp", "rowwise_adagrad")),
+    *between(ONE, Setup(4, "data_parallel", "fsdp", "rowwise_adagrad")),
+    *between(UNFUSED_ADAM, Setup(4, "data_parallel", "ddp", "adam")),
     *between(MIXED, Setup(4, "mixed", "ddp", "mixed")),
     *between(Setup(2, "row_wise", "ddp", "sgd"), Setup(2, "column_wise", "ddp", "sgd")),
     *between(Setup(2, "table_wise", "fsdp", "sgd"), Setup(2, "data_parallel", "ddp", "sgd")),

@@ -34,7 +34,7 @@ class Setup:
     Attributes:
         world_size: how many processes.
         sharding: a `layout` of `sharded_models` for all tables; "mixed" for `MIXED`; "fused" for
-            `fuse_embeddings`.
+            `fuse_embeddings`, "unfused" for tables as they are.
         dense: "ddp" or "fsdp", for what is not a table.
         tables: an algorithm; "mixed" for adagrad with exceptions.
         algorithm: of the rest, "adam" or "sgd".
@@ -67,6 +67,8 @@ _ALGORITHMS: dict[str, dict[str, Any]] = {
     "rowwise_adagrad": {"rowwise_adagrad": {}},
     # Moves the slow halves after passes 4, 8 and 12.
     "ema_rowwise_adagrad": {"ema_rowwise_adagrad": {"step_ema": 4}},
+    # Not for fused tables on the CPU.
+    "adam": {"adam": {"beta_2": 0.9}},
 }
 
 
@@ -80,6 +82,8 @@ class Training:
         self.model: nn.Module
         if setup.sharding == "fused":
             self.model = fuse_embeddings(model, table_config)
+        elif setup.sharding == "unfused":
+            self.model = model
         else:
             kinds = MIXED if setup.sharding == "mixed" else setup.sharding
             self.model = shard_tables(model, table_config, kinds, setup.dense)
@@ -171,9 +175,10 @@ def call_each(calls: list[tuple[Callable[..., T], Setup, Any]]) -> list[T]:
 def on_all(calls: list[tuple[Callable[..., T], Setup, Any]], backend: str) -> list[list[T]]:
     """Calls functions on all processes of their setups; returns for each what it returned, by rank.
 
-    Fused tables are trained in this process, without a process group, on the CPU.
+    Tables that are not sharded train in this process, without a process group, on the CPU.
     """
-    sizes = [0 if call[1].sharding == "fused" else call[1].world_size for call in calls]
+    alone = ("fused", "unfused")
+    sizes = [0 if call[1].sharding in alone else call[1].world_size for call in calls]
     results: list[Any] = [None] * len(calls)
     for size in sorted(set(sizes)):
         indices = [index for index, own in enumerate(sizes) if own == size]

@@ -24,6 +24,7 @@ from tests.distributed.test_equivalence import TOLERANCE
 
 LAYOUTS = {
     (1, "fused"): "with whole rows",
+    (1, "unfused"): "with whole rows",
     (2, "row_wise"): "with whole rows",
     (2, "column_wise"): "in 2 shards of columns 0 to 7, 8 to 15",
     (4, "column_wise"): "in 4 shards of columns 0 to 3, 4 to 7, 8 to 11, 12 to 15",

@@ -60,7 +60,7 @@ def shard_tables(
 
     Args:
         model: with equal weights on every process.
-        emb_config: how the tables train; data-parallel ones do so with plain SGD.
+        emb_config: how the tables train.
         kinds: a `layout` for all tables, or one for each, by name.
         dense: what becomes of the rest: "ddp" or "fsdp".
     """
@@ -68,7 +68,6 @@ def shard_tables(
     if isinstance(kinds, str):
         kinds = dict.fromkeys(names, kinds)
     weights = {name: value.clone() for name, value in model.embeddings.state_dict().items()}
-    set_table_optimizers(model, emb_config, device())
     sharder = EmbeddingBagCollectionSharder()
     world_size = dist.get_world_size()
     plan = construct_module_sharding_plan(
@@ -79,10 +78,12 @@ def shard_tables(
         world_size=world_size,
         device_type=device().type,
     )
+    whole_plan = ShardingPlan({"embeddings": plan})
+    set_table_optimizers(model, emb_config, device(), whole_plan)
     sharded = DistributedModelParallel(
         model,
         device=device(),
-        plan=ShardingPlan({"embeddings": plan}),
+        plan=whole_plan,
         sharders=[sharder],
         data_parallel_wrapper=FullyShard() if dense == "fsdp" else None,
     )

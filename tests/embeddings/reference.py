@@ -85,6 +85,8 @@ class ReferenceTable:
         self.algorithm, self.section = self.optimizer.algorithm
         per_element = self.algorithm == "adagrad"
         self.sum = torch.zeros_like(self.weight if per_element else self.weight[:, 0])
+        self.exp_avg = torch.zeros_like(self.weight)
+        self.exp_avg_sq = torch.zeros_like(self.weight)
         self.passes = 0
         self.prev_iter = torch.zeros_like(self.weight[:, 0])
         self.row_counter = torch.zeros_like(self.weight[:, 0])
@@ -137,6 +139,15 @@ class ReferenceTable:
         self.weight[row] -= rate * gradient / (self.sum[row].sqrt() + self.section.eps)
 
     _ema_rowwise_adagrad = _rowwise_adagrad
+
+    def _adam(self, row: int, gradient: torch.Tensor, rate: float) -> None:
+        section = self.section
+        self.exp_avg[row] += (1 - section.beta_1) * (gradient - self.exp_avg[row])
+        self.exp_avg_sq[row] += (1 - section.beta_2) * (gradient**2 - self.exp_avg_sq[row])
+        mean = self.exp_avg[row] / (1 - section.beta_1**self.passes)
+        square = self.exp_avg_sq[row] / (1 - section.beta_2**self.passes)
+        step = mean / (square.sqrt() + section.eps) + section.weight_decay * self.weight[row]
+        self.weight[row] -= rate * step
 
     def _rowwise_rmsprop_ar(self, row: int, gradient: torch.Tensor, rate: float) -> None:
         section = self.section

@@ -75,7 +75,7 @@ def test_small_tables_are_fused_which_torchrec_makes_data_parallel() -> None:
     planner = EmbeddingShardingPlanner(topology=topology, debug=False)
     of_torchrec = planner.plan(Model(SMALL), [EmbeddingBagCollectionSharder()]).plan["ebc0"]
     assert "data_parallel" in {each.sharding_type for each in of_torchrec.values()}
-    ours = plan(Model(SMALL), config_of(adagrad={}), 4, "cpu").plan["ebc0"]
+    ours = plan(Model(SMALL), config_of(ema_rowwise_adagrad={}), 4, "cpu").plan["ebc0"]
     assert {each.sharding_type for each in ours.values()} == {"table_wise"}
 
 
@@ -153,7 +153,8 @@ def test_tables_of_one_name_in_two_collections() -> None:
     model = Model([WIDE_MEANS], [dataclasses.replace(WIDE_MEANS, num_embeddings=9), WIDE[1]])
     made = plan(model, config_of(rowwise_adagrad={}), 4, "cuda", topology=gpus(4))
     found = {path: each["a"].sharding_type for path, each in made.plan.items()}
-    assert found == {"ebc0": "row_wise", "ebc1": "table_wise"}
+    assert found["ebc0"] == "row_wise"
+    assert found["ebc1"] in ("table_wise", "data_parallel")
 
 
 def constrain(name: str, *sharding_types: str) -> dict[str, ParameterConstraints]:
@@ -166,6 +167,10 @@ def constrain(name: str, *sharding_types: str) -> dict[str, ParameterConstraints
         (
             {"ema_rowwise_adagrad": {}, "constraints": constrain("a", "column_wise")},
             "chooses ema_rowwise_adagrad for the table a, which is sharded column_wise",
+        ),
+        (
+            {"lamb": {}, "constraints": constrain("b", "data_parallel")},
+            "chooses lamb for the table b, which is sharded data_parallel",
         ),
         ({"constraints": constrain("x")}, "constraints: there is no table 'x'; there are 'a', 'b'"),
         ({"tables": {"x": {"sgd": {}}}}, "the model has no table 'x'; there are 'a', 'b'"),
@@ -231,7 +236,8 @@ def test_training_is_that_of_one_process(table_backend: str) -> None:
     assert "torchrec's planner found no plan" in results[0]["error"]
     found = whole_tables(CONFIGS, results)
     expected = train_alone(CONFIGS, config_of(**OPTIONS), STEPS)
-    # On gloo bit for bit; sums and roots of a GPU are other roundings of values below 16.
-    atol = 128 * 2**-21 if table_backend == "nccl" else 0.0
+    # DDP averages what one process adds up; sums and roots of a GPU are other roundings of values
+    # below 16.
+    atol = 128 * 2**-21 if table_backend == "nccl" else 8 * 2**-22
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=atol)

@@ -46,6 +46,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ema_rowwise_adagrad": {"ema_rowwise_adagrad": {"step_ema": 2, "eps": 0.5}},
     "clipped": {"adagrad": {"eps": 0.5}, "gradient_clipping": 0.5},
 }
+if "rowwise_rmsprop_ar" in OPTIMIZERS:  # FBGEMM 1.9
+    ALGORITHMS["rmsprop"] = {"rowwise_rmsprop_ar": {"eps": 0.5, "ar_alpha": 0.25}}
 
 
 SIX = [
@@ -119,7 +121,7 @@ CASES: dict[str, tuple[list[EmbeddingBagConfig], dict[str, Any], dict[str, str]]
     "two rates": (SIX[:5], TWO_RATES, dict.fromkeys("abcde", "row_wise")),
     "dense adagrad": (
         CONFIGS,
-        {**FIXED, "tables": {"a": {"adagrad": {}}}},
+        {**FIXED, "tables": {"a": {"adagrad": {"eps": 0.5}}}},
         {"a": "data_parallel", "b": "table_wise"},
     ),
     "dense clipping": (
@@ -276,15 +278,20 @@ def test_data_parallel_tables_are_dense_embeddings(
     assert [result["fused"] for result in results["partly dense"]] == [2, 3]
 
 
-@pytest.mark.parametrize(
-    ("name", "what"), [("dense adagrad", "adagrad"), ("dense clipping", "gradient_clipping")]
-)
-def test_data_parallel_tables_with_other_options_are_refused(
-    name: str, what: str, results: dict[str, list[dict[str, Any]]]
+def test_a_data_parallel_table_may_have_an_algorithm_of_its_own(
+    results: dict[str, list[dict[str, Any]]], table_backend: str
 ) -> None:
-    for result in results[name]:
+    """More of them in test_unfused_tables.py."""
+    assert_trained_alike("dense adagrad", results, table_backend, atol=8 * 2**-22)
+
+
+def test_data_parallel_tables_with_other_options_are_refused(
+    results: dict[str, list[dict[str, Any]]],
+) -> None:
+    for result in results["dense clipping"]:
         message = result["error"].replace("_dmp_wrapped_module.", "")
-        assert f"chooses {what}, but 'ebc.embedding_bags.a.weight' are not fused" in message
+        table = "ebc.embedding_bags.a.weight"
+        assert f"chooses gradient_clipping, but '{table}' are not fused" in message
 
 
 def without_set_table_optimizers() -> str:

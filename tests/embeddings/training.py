@@ -166,9 +166,8 @@ SHARDINGS: dict[str, Any] = {
 }
 
 
-def shard(model: Tables, shardings: Mapping[str, str]) -> DistributedModelParallel:
-    """Shards a model over all processes; weights are copied."""
-    whole = {name: weight.clone() for name, weight in model.state_dict().items()}
+def plan_of(model: Tables, shardings: Mapping[str, str]) -> ShardingPlan:
+    """A plan for all processes that is made by hand."""
     plan = construct_module_sharding_plan(
         model.ebc,
         {name: SHARDINGS[kind] for name, kind in shardings.items()},
@@ -176,10 +175,16 @@ def shard(model: Tables, shardings: Mapping[str, str]) -> DistributedModelParall
         world_size=dist.get_world_size(),
         device_type=device().type,
     )
+    return ShardingPlan({"ebc": plan})
+
+
+def shard(model: Tables, shardings: Mapping[str, str]) -> DistributedModelParallel:
+    """Shards a model over all processes; weights are copied."""
+    whole = {name: weight.clone() for name, weight in model.state_dict().items()}
     sharded = DistributedModelParallel(
         model,
         device=device(),
-        plan=ShardingPlan({"ebc": plan}),
+        plan=plan_of(model, shardings),
         sharders=[EmbeddingBagCollectionSharder()],
     )
     for name, value in sharded.state_dict().items():
@@ -227,7 +232,8 @@ def train_sharded(
     That is "parts" of the tables, the "rates" of all param groups, and how many of them are
     "fused"; or the "error" that was raised.
     """
-    model = set_table_optimizers(Tables(configs), optimizer, device())
+    model = Tables(configs)
+    set_table_optimizers(model, optimizer, device(), plan_of(model, shardings))
     sharded = shard(model, shardings)
     try:
         combined = train(sharded, configs, optimizer, steps, **options)
