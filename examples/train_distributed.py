@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from recap_fast import build_optimizer, checkpoint
 from recap_fast.cli import at_least
-from recap_fast.config import EmbeddingOptimizerConfig, EmbeddingSgdConfig, LearningRate
 from recap_fast.demo import data, processes
 from recap_fast.demo.errors import DemoError
 from recap_fast.demo.model import build_model, optimizer_configs
@@ -54,10 +53,6 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         )
     dataset = data.load(options.data)
     dense_config, embedding_config = optimizer_configs(options.steps)
-    if options.sharding == "data_parallel":  # such tables are not fused: plain SGD trains them
-        embedding_config = EmbeddingOptimizerConfig(
-            learning_rate=LearningRate(constant=1.0), sgd=EmbeddingSgdConfig()
-        )
     model = shard(
         build_model(options.seed, table_sizes=dataset.table_sizes),
         embedding_config,

@@ -38,7 +38,7 @@ _WATCH: Final = """\
   their own.
 * FBGEMM's CPU kernels read past the end of their list of tables if the last table of a process has
   no rows: a row-wise table needs more than `ceil(rows / processes) * (processes - 1)` rows.
-* Data-parallel tables are not fused. They train with plain SGD, and count for the gradients' norm.
+* Data-parallel tables are not fused. Their gradients are dense, and count for the gradients' norm.
 * Row-wise Adagrad over column-wise shards keeps an accumulator for each shard of a row, and LAMB
   takes norms of each shard: neither trains like one process.
 * Tables train in the backward pass: a bad batch must be refused before it, by all processes alike.

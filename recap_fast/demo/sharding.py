@@ -57,8 +57,8 @@ def shard(
 
     Args:
         model: with equal weights on every process; it is taken apart.
-        emb_optimizer_config: how the tables train. `data_parallel` tables are not fused: they are
-            ordinary parameters, which `build_optimizer` trains with sgd only.
+        emb_optimizer_config: how the tables train. `data_parallel` tables are not fused: their
+            gradients are dense.
         sharding: one of `SHARDINGS`.
         dense: one of `DENSE`.
         device: where this process computes.
@@ -73,13 +73,7 @@ def shard(
     for name, value, choices in (("sharding", sharding, SHARDINGS), ("dense", dense, DENSE)):
         if value not in choices:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
-    if sharding == "data_parallel":
-        if emb_optimizer_config.algorithm[0] != "sgd":
-            raise ValueError(
-                f"sharding='data_parallel' trains tables with sgd only, but the configuration has"
-                f" {emb_optimizer_config.algorithm[0]}"
-            )
-    else:
+    if sharding != "data_parallel":
         set_table_optimizers(model, emb_optimizer_config, device)
     sharder = EmbeddingBagCollectionSharder()
     tables = {

@@ -72,14 +72,15 @@ def trains_as_if_whole(
         collection: All tables of its `EmbeddingBagCollection`.
     """
     config = emb_optimizer_config.for_table(table.name)
-    algorithm, _ = config.algorithm
+    algorithm, section = config.algorithm
     if kind == DATA_PARALLEL:
         # In a dense group: that of a tower, if nothing is chosen for it. Gradients of 16 bits would
         # be rounded before they are added up.
         is_ours = is_configured(emb_optimizer_config, table.name)
         return is_ours and table.data_type == DataType.FP32 and not lacks(config, torch.float32)
     if kind in SPLITS_ROWS:
-        return algorithm not in (*_OF_WHOLE_ROWS, "ema_rowwise_adagrad")
+        counts_rows = getattr(section, "rowwise_bias_correction", False)
+        return not counts_rows and algorithm not in (*_OF_WHOLE_ROWS, "ema_rowwise_adagrad")
     if kind in ADDS_UP_ROWS and table.pooling == PoolingType.MEAN:
         # Outputs are divided after the kernel: see `check_pooling`.
         return len(collection) == 1 and config.gradient_clipping is None

@@ -32,7 +32,7 @@ ADAPTIVE_TABLES = {
     "table_wise": "rowwise_adagrad",
     "row_wise": "rowwise_adagrad",
     "column_wise": "adagrad",
-    "data_parallel": "sgd",  # the only one that trains tables which are not fused
+    "data_parallel": "rowwise_adagrad",
 }
 CASES = [
     (sharding, part, dense, "sgd" if dense == "sgd" else ADAPTIVE_TABLES[sharding])
@@ -182,7 +182,6 @@ def refusals() -> list[str]:
     for tables, dim, options in [
         ("sgd", 16, {"sharding": "diagonal"}),
         ("sgd", 16, {"dense": "copied"}),
-        ("rowwise_adagrad", 16, {"sharding": "data_parallel"}),
         ("sgd", 4, {"sharding": "column_wise"}),
         ("sgd", 16, {"sharding": "row_wise"}),
     ]:
@@ -200,8 +199,6 @@ def test_what_cannot_be_sharded_is_refused_by_name(table_backend: str) -> None:
             "sharding='diagonal' must be one of planner, table_wise, row_wise, column_wise,"
             " data_parallel",
             "dense='copied' must be one of ddp, fsdp",
-            "sharding='data_parallel' trains tables with sgd only, but the configuration has"
-            " rowwise_adagrad",
             "sharding='column_wise': the 4 columns of the table 'user' cannot be divided into 2"
             " shards of a multiple of 4 columns",
             "sharding='row_wise': the table 'gender' has 1 rows, too few for a block of 1 on each"
