@@ -18,6 +18,7 @@ from recap_fast.checkpoint.match import groups_by_param
 from recap_fast.checkpoint.plain import option_to_plain
 from recap_fast.checkpoint.trained import TrainedParam
 from recap_fast.embeddings.kernel_optimizer import set_forward_passes
+from recap_fast.embeddings.live_step import pass_rate
 from recap_fast.names import is_table
 from recap_fast.options import option_like
 from recap_fast.shim import RecapLRShim
@@ -131,7 +132,7 @@ class Restoration:
         for owner in {
             id(item.owner): item.owner for item in self._trained if item.is_fused
         }.values():
-            owner.step()  # passes the rate on to the kernel
+            pass_rate(owner)
         if isinstance(self._optimizer, keyed.KeyedOptimizer):
             self._optimizer.post_load_state_dict()
         if self._scheduler is not None:

@@ -18,6 +18,7 @@ from torchrec.optim.fused import FusedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer
 
 from recap_fast.embeddings.kernel_optimizer import STATES, counts_forward_passes
+from recap_fast.embeddings.live_step import LiveStep
 from recap_fast.keyed import leaves, walk
 from recap_fast.names import WRAPPER_SEGMENTS
 from recap_fast.state import new_state
@@ -139,7 +140,11 @@ def trained_params(model: nn.Module, optimizer: Optimizer) -> list[TrainedParam]
 
     Raises:
         ValueError: A parameter of the optimizer is not one of the model.
+        RuntimeError: A fused table is shown as what its kernel cannot follow.
     """
+    for leaf in leaves(optimizer):
+        if isinstance(leaf, LiveStep):
+            leaf.look()  # or the kernel might have others than are shown
     bare = bare_names(model)
     names: dict[int, str] = {}
     for name, param in model.named_parameters():

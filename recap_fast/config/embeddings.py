@@ -6,7 +6,7 @@ FBGEMM's. What the CPU lacks is refused when the tables are made, where device a
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -143,6 +143,11 @@ class TableOptimizerConfig(BaseConfig):
             by element, to this magnitude.
         stochastic_rounding: Whether updates of float16 tables are rounded up or down at random; by
             default where the device can, which the CPU cannot.
+        several_backwards: What becomes of a fused table in several backward passes before a step,
+            or if it is looked up several times. "update", the default: FBGEMM updates it at each,
+            which is not what torch's optimizers do. "accumulate": gradients are held until
+            `optimizer.step()`, which makes one update of their sum, as torch's do, and
+            `optimizer.zero_grad()` drops them. "refuse": the second one is an error.
         sgd, ...: The algorithm, at most one of them; its hyperparameters replace all others. Not
             every device or release of FBGEMM has every algorithm; that is checked when the tables
             are made.
@@ -153,6 +158,7 @@ class TableOptimizerConfig(BaseConfig):
     learning_rate: LearningRate | None = None
     gradient_clipping: Positive | None = None
     stochastic_rounding: Flag | None = None
+    several_backwards: Literal["update", "accumulate", "refuse"] | None = None
     sgd: EmbeddingSgdConfig | None = None
     adagrad: EmbeddingAdagradConfig | None = None
     rowwise_adagrad: EmbeddingRowwiseAdagradConfig | None = None
@@ -174,8 +180,8 @@ class EmbeddingOptimizerConfig(TableOptimizerConfig):
         init_learning_rate: The rate with which the tables are made, before a schedule sets it.
         tables: By table name, what is different for some of them; a name is that of an
             `EmbeddingBagConfig`, in whichever collection.
-        gradient_clipping, stochastic_rounding, sgd, ...: As in `TableOptimizerConfig`; no algorithm
-            means sgd.
+        gradient_clipping, stochastic_rounding, several_backwards, sgd, ...: As in
+            `TableOptimizerConfig`; no algorithm means sgd.
     """
 
     init_learning_rate: NonNegative | None = None

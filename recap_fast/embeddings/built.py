@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -26,6 +27,8 @@ from torchrec.optim import keyed
 
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings.kernels import kernel_arguments
+from recap_fast.embeddings.live import LiveKernel
+from recap_fast.embeddings.live_step import follow_kernel
 from recap_fast.embeddings.sharding_rules import check_pooling, check_sharding
 from recap_fast.keyed import leaves
 from recap_fast.names import some, table_name
@@ -53,8 +56,10 @@ def check_built_kernels(
     """
     read: set[int] = set()
     for leaf in leaves(fused_optimizer):
+        follow_kernel(leaf)
         kernel = getattr(leaf, "_emb_module", None)
         if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen):
+            _choose_several_backwards(leaf.params, kernel, emb_optimizer_config)
             for name, param in leaf.params.items():
                 read.add(id(param))
                 _check_kernel(table_name(name), kernel, emb_optimizer_config)
@@ -99,6 +104,33 @@ def _check_kernel(
                 f"made with {found!s}: call fuse_embeddings, or set_table_optimizers before "
                 "torchrec's model parallel, with the same configuration"
             )
+
+
+def _choose_several_backwards(
+    names: Iterable[str],
+    kernel: SplitTableBatchedEmbeddingBagsCodegen,
+    emb_optimizer_config: EmbeddingOptimizerConfig,
+) -> None:
+    """Tells a kernel what to do in several backward passes, where the configuration says so."""
+    tables = list(map(table_name, names))
+    modes = {name: emb_optimizer_config.for_table(name).several_backwards for name in tables}
+    if len(set(modes.values())) > 1:
+        raise ValueError(
+            "emb_optimizer_config has several values of several_backwards for tables of one FBGEMM "
+            f"module: {', '.join(f'{mode} for {name}' for name, mode in modes.items())}; call "
+            "fuse_embeddings, or set_table_optimizers before torchrec's model parallel, with the "
+            "same configuration"
+        )
+    mode = next(iter(modes.values()), None)
+    if mode is None:
+        return
+    if isinstance(kernel, LiveKernel):
+        kernel.several_backwards.mode = mode
+    elif mode != "update":
+        raise ValueError(
+            f"emb_optimizer_config chooses several_backwards: {mode} for {some(tables)}, which a "
+            f"{type(kernel).__name__} does not have: leave it out"
+        )
 
 
 def _defaults(config: EmbeddingOptimizerConfig) -> dict[str, Any]:

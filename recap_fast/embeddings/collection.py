@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     BoundsCheckMode,
     ComputeDevice,
     EmbeddingLocation,
-    SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import nn
 from torchrec.modules.embedding_configs import (
@@ -28,6 +28,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from recap_fast.embeddings.kernel_optimizer import KernelOptimizer
 from recap_fast.embeddings.kernels import TableKernel
+from recap_fast.embeddings.live import LiveKernel
+from recap_fast.embeddings.shown import ShownTable, ShownTables
 
 
 class FusedTableCollection(FusedEmbeddingBagCollection):
@@ -76,15 +78,43 @@ class FusedTableCollection(FusedEmbeddingBagCollection):
         self.embedding_bags = nn.ModuleDict({config.name: nn.Module() for config in configs})
         for (tables, _), kernel in zip(groups, self._kernels, strict=True):
             for config, weight in zip(tables, kernel.split_embedding_weights(), strict=True):
-                weight.copy_(collection.embedding_bags[config.name].weight.detach())
-                bag = self.embedding_bags[config.name]
-                bag.register_parameter("weight", nn.Parameter(weight))
+                old = collection.embedding_bags[config.name].weight
+                weight.copy_(old.detach())
+                self._show(config.name, weight, old.requires_grad)
+            self._follow_shown(kernel)
         optimizers = [
             KernelOptimizer([f"{config.name}.weight" for config in tables], kernel)
             for (tables, _), kernel in zip(groups, self._kernels, strict=True)
         ]
         self._optim = CombinedOptimizer(optimizers)
         self.train(collection.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedTableCollection:
+        """A collection of its own kernels, whose optimizer is the copy of this one's."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        for old in self._kernels:
+            old.look()  # or the kernel might have others than are shown
+            new = copy.deepcopy(old, memo)
+            for name, weight in zip(new.tables, new.split_embedding_weights(), strict=True):
+                shown = self.embedding_bags[name].weight
+                memo[id(shown)] = nn.Parameter(weight, requires_grad=shown.requires_grad)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for kernel in made._kernels:
+            made._follow_shown(kernel)
+        return made
+
+    def _show(self, table: str, weight: torch.Tensor, requires_grad: bool) -> None:
+        parameter = nn.Parameter(weight, requires_grad=requires_grad)
+        self.embedding_bags[table].register_parameter("weight", parameter)
+
+    def _follow_shown(self, kernel: LiveKernel) -> None:
+        """Has a kernel look at the parameters of its tables."""
+        bags = self.embedding_bags
+        tables = {
+            name: ShownTable(name, bags[name].weight, [place])
+            for place, name in enumerate(kernel.tables)
+        }
+        kernel.shown = ShownTables(bags, tables)
 
     def train(self, mode: bool = True) -> FusedTableCollection:
         """Sets the mode; in evaluation, the kernels do not move averages of the tables."""
@@ -192,11 +222,11 @@ def _piece_order(
 
 def _make_kernel(
     configs: Sequence[EmbeddingBagConfig], kernel: TableKernel, device: torch.device
-) -> SplitTableBatchedEmbeddingBagsCodegen:
+) -> LiveKernel:
     on_cpu = device.type == "cpu"
     location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
     compute_device = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
-    return SplitTableBatchedEmbeddingBagsCodegen(
+    made = LiveKernel(
         [
             (config.num_embeddings, config.embedding_dim, location, compute_device)
             for config in configs
@@ -212,3 +242,5 @@ def _make_kernel(
         table_names=[config.name for config in configs],
         **dict(kernel.arguments),
     )
+    made.several_backwards.mode = kernel.several_backwards
+    return made

@@ -15,6 +15,7 @@ from torchrec.optim import keyed
 from torchrec.optim.fused import FusedOptimizerModule
 
 from recap_fast.config.convert import kind_of
+from recap_fast.embeddings.follow import follow_tables
 from recap_fast.fused_tables import memory_of, memory_range
 from recap_fast.keyed import leaves
 from recap_fast.names import WRAPPER_SEGMENTS, table_name
@@ -33,6 +34,9 @@ def find_fused_optimizer(model: nn.Module) -> keyed.KeyedOptimizer | None:
     It may have no parameters, on a rank of torchrec's model parallel that holds no table. One that
     combines no optimizers at all counts as none, as in the original.
 
+    From now on, FBGEMM's kernels follow the rates in its param groups, and the parameters of the
+    model that show their tables.
+
     Raises:
         TypeError: If `fused_optimizer` is not a `KeyedOptimizer`.
         ValueError: If the model has fused tables that its `fused_optimizer` does not have.
@@ -47,6 +51,7 @@ def find_fused_optimizer(model: nn.Module) -> keyed.KeyedOptimizer | None:
         is_empty = not optimizer.params
     if is_empty:
         return None
+    follow_tables(model, optimizer)
     _check_all_tables_listed(model, optimizer)
     return optimizer
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -10,8 +11,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from fbgemm_gpu.tbe.config.optimizer_config import LearningRateMode
+from torch import Tensor
 from torchrec.modules.fused_embedding_modules import EmbeddingFusedOptimizer
 from torchrec.optim.fused import FusedOptimizer
+
+from recap_fast.embeddings.live_step import LiveStep, follow_kernel
 
 _ADAM = ("exp_avg", "exp_avg_sq")
 # What FBGEMM calls momentum1, momentum2, ..., in its order.
@@ -75,8 +79,8 @@ def reads_max_counter(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
     )
 
 
-class KernelOptimizer(EmbeddingFusedOptimizer):
-    """Shows parameters and state of a table-batched module; a step passes on its learning rate.
+class KernelOptimizer(LiveStep, EmbeddingFusedOptimizer):
+    """Shows parameters and state of a table-batched module, which follows its learning rate.
 
     The state has torch's names where torch has the algorithm: "sum", "exp_avg", "exp_avg_sq",
     "square_avg", "momentum_buffer"; row-wise ones have a value per row. "ema" is the average of an
@@ -110,11 +114,37 @@ class KernelOptimizer(EmbeddingFusedOptimizer):
             dict(zip(weights, states, strict=True)),
             [group],
         )
+        follow_kernel(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelOptimizer:
+        """Another optimizer, of a copy of the module."""
+        kernel = copy.deepcopy(self._emb_module, memo)
+        for old, new in (
+            (self._emb_module.split_embedding_weights(), kernel.split_embedding_weights()),
+            *zip(
+                self._emb_module.split_optimizer_states(),
+                kernel.split_optimizer_states(),
+                strict=True,
+            ),
+        ):
+            shown = {view.data_ptr(): view for view in self._views()}
+            for before, after in zip(old, new, strict=True):
+                memo[id(shown.get(before.data_ptr(), before))] = after
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        follow_kernel(made)
+        return made
+
+    def _views(self) -> Iterator[Tensor]:
+        """The tensors by which it shows memory of the module."""
+        for param, entries in self.state.items():
+            yield param
+            yield from (value for value in entries.values() if isinstance(value, Tensor))
 
     def post_load_state_dict(self) -> None:
         """Has the module go on from a loaded step and learning rate."""
         self._emb_module.iter_cpu.copy_(self._emb_module.iter)
-        self.step()
+        self.pass_rate()
 
     def set_optimizer_step(self, step: int) -> None:
         """Sets the number of forward passes that the module has counted."""

@@ -62,10 +62,12 @@ class TableKernel:
     Attributes:
         arguments: Keyword arguments of `SplitTableBatchedEmbeddingBagsCodegen`, hashable ones.
         schedule: The table's schedule, as text; empty without one.
+        several_backwards: What becomes of several backward passes before a step.
     """
 
     arguments: tuple[tuple[str, Any], ...]
     schedule: str
+    several_backwards: str
 
 
 def table_kernel(
@@ -87,7 +89,8 @@ def table_kernel(
     arguments["learning_rate"] = _first_rate(config, table.name)
     rate = config.learning_rate
     schedule = "" if rate is None else rate.model_dump_json(exclude_none=True)
-    return TableKernel(tuple(sorted(arguments.items())), schedule)
+    several = config.several_backwards or "update"
+    return TableKernel(tuple(sorted(arguments.items())), schedule, several)
 
 
 def fbgemm_optimizer(algorithm: str) -> EmbOptimType:

@@ -73,6 +73,11 @@ def set_table_optimizers(
     tables = {name: table for name, table in tables.items() if not _is_data_parallel(name, plan)}
     kernels = {}
     for name, table in tables.items():
+        if not table.weight.requires_grad:
+            raise ValueError(
+                f"{name} is frozen (requires_grad=False), which torchrec's model parallel would "
+                "forget: thaw it, and freeze it again when the model is sharded"
+            )
         algorithm, section = emb_optimizer_config.for_table(table.config.name).algorithm
         if algorithm == "lars_sgd":
             raise ValueError(
@@ -93,7 +98,8 @@ def set_table_optimizers(
         # The class is for torchrec's planner, which estimates memory by it; "optimizer" decides.
         table.weight._optimizer_classes = [emb_opt_type_to_optimizer_class(arguments["optimizer"])]
         # torchrec puts tables into one kernel if all of this is equal; it drops "_batch_key" then.
-        table.weight._optimizer_kwargs = [{**arguments, "_batch_key": kernels[name].schedule}]
+        key = f"{kernels[name].several_backwards} {kernels[name].schedule}"
+        table.weight._optimizer_kwargs = [{**arguments, "_batch_key": key}]
         # Its presence has torchrec's hand-made plans choose a fused kernel.
         table.weight._in_backward_optimizers = []
     return model

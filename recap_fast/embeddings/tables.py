@@ -88,11 +88,6 @@ def _check_table(name: str, table: Table) -> None:
             f"{name} has the width {weight.shape[1]}: FBGEMM needs an embedding_dim that is a "
             "multiple of 4"
         )
-    if not weight.requires_grad:
-        raise ValueError(
-            f"{name} is frozen (requires_grad=False), but a fused table always trains: leave the "
-            "collection unfused"
-        )
     if table.is_weighted and config.pooling == PoolingType.MEAN:
         raise ValueError(
             f"{name} has mean pooling in a weighted collection: FBGEMM would ignore one of the "

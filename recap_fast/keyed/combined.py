@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from recap_fast.keyed.param_groups import (
     names_of_others,
     set_param_groups,
 )
+from recap_fast.keyed.scaled_tables import unscale_tables
 from recap_fast.keyed.state_view import StateView
 from recap_fast.keyed.torch_format import (
     asked_for_torch_format,
@@ -89,6 +91,8 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
     Raises:
         ValueError: `clip_grad_norm` is not greater than 0.
     """
+
+    _warned_of_scaled_tables = False
 
     def __init__(
         self,
@@ -152,6 +156,10 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
     @property
     def param_groups(self) -> ParamGroups:
         """All param groups, in order; editing the list edits the optimizers inside."""
+        if fused := self.fused_leaves:
+            self._warned_of_scaled_tables = unscale_tables(
+                fused, sys._getframe(1), self._warned_of_scaled_tables
+            )
         return ParamGroups([group for leaf in self.leaves for group in leaf.param_groups], self)
 
     @param_groups.setter
@@ -229,10 +237,13 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
     def sync_fused_learning_rates(self) -> None:
         """Passes the rates in the param groups of fused optimizers on to FBGEMM's kernels.
 
-        The kernels update during the backward pass, at the rate that they were given last.
+        Those that `recap_fast.embeddings` knows look at it by themselves whenever they are used.
         """
-        for leaf in self.fused_leaves:
-            leaf.step()
+        if self.fused_leaves:
+            from recap_fast.embeddings.live_step import pass_rate  # which imports this package
+
+            for leaf in self.fused_leaves:
+                pass_rate(leaf)
 
     def _dense_params(self) -> list[Tensor]:
         dense = [leaf for leaf in self.leaves if is_dense(leaf)]

@@ -75,6 +75,11 @@ class Inside:
         self._count = self._count_now(optimizer)
         self.leaves = list(leaves(optimizer))
         self.fused_leaves = [leaf for leaf in self.leaves if isinstance(leaf, FusedOptimizer)]
+        if self.fused_leaves:
+            from recap_fast.embeddings.live_step import follow_kernel  # which imports this package
+
+            for leaf in self.fused_leaves:
+                follow_kernel(leaf)
         self.state_owners = [*self.leaves, *wrappers]
 
     def is_current(self, optimizer: keyed.CombinedOptimizer) -> bool:

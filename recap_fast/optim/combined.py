@@ -6,7 +6,6 @@ from recap_fast import torchrec_checked  # noqa: F401 - first: says if torchrec 
 
 # isort: split
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from recap_fast.closure import evaluate
 from recap_fast.config import LearningRate
 from recap_fast.device_rates import DeviceRates
 from recap_fast.keyed import CombinedOptimizer
+from recap_fast.keyed.scaled_tables import held_by, step_is_skipped, warn_of_scaled_tables
 from recap_fast.optim.fused import FusedOptimizer
 from recap_fast.optim.observed import observed, steps_as_its_class, unhooked
 from recap_fast.optim.stepper import Stepper
@@ -193,8 +193,11 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                 self._stepper.step(grad_scale, found_inf, self.unscale_grads)
             if not self._schedulers_know:
                 self._tell_schedulers()
-        for part in self._others:
-            part.step()
+        if step_is_skipped(self.fused_leaves, grad_scale, found_inf, self.grad_norm):
+            self.sync_fused_learning_rates()
+        else:
+            for part in self._others:
+                part.step()
         return loss
 
     @property
@@ -270,14 +273,9 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             )
         if grad_scale is None or self._warned_of_scaled_tables:
             return
-        if any(part.params for part in self._others):
+        if any(leaf.params and held_by(leaf) is None for leaf in self.fused_leaves):
             self._warned_of_scaled_tables = True
-            warnings.warn(
-                "GradScaler scales the loss, and with it the update that fused embedding tables "
-                "take in the backward pass: sgd then learns at grad_scale times its rate. Use "
-                "bfloat16 autocast without a GradScaler, or leave the tables unfused",
-                stacklevel=4,
-            )
+            warn_of_scaled_tables(stacklevel=5)
 
     def _tell_schedulers(self) -> None:
         """Lets schedulers that are attached to optimizers inside know that these took a step.

@@ -132,16 +132,19 @@ def test_sharded_tables_have_the_rates_of_their_steps(first: int, table_backend:
         assert_exactly(whole_tables(CONFIGS, results), expected_tables(optimizer, steps))
 
 
-def test_a_rate_that_is_set_between_forward_and_backward_waits_for_the_next_step() -> None:
-    """FBGEMM reads it in the forward pass, on the CPU."""
+def test_a_rate_that_is_set_between_forward_and_backward_is_that_of_the_backward() -> None:
+    """Of the backward pass, though FBGEMM keeps the one that it has in the forward pass."""
     model = fuse_embeddings(Tables(CONFIGS), ONE_RATE)
     optimizer, scheduler = build_optimizer(model, DENSE, ONE_RATE)
     for step in STEPS:
+        before = optimizer.param_groups[-1]["lr"]
+        optimizer.param_groups[-1]["lr"] = 100.0
         pooled, factor = model(global_batch(step))
+        optimizer.param_groups[-1]["lr"] = before
+        (pooled.values().sum() * factor).backward()
         optimizer.step()
         if step + 1 < len(FIRST):
             scheduler.step()
-        (pooled.values().sum() * factor).backward()
     found = {name: bag.weight.detach() for name, bag in model.ebc.embedding_bags.items()}
     assert_exactly(found, expected_tables(ONE_RATE))
 

@@ -24,12 +24,6 @@ HALF = DataType.FP16
 OTHER_RATE = {"learning_rate": {"constant": 0.25}}
 
 
-def frozen() -> nn.Module:
-    model = ranker()
-    model.ebc.embedding_bags["t_item"].requires_grad_(False)
-    return model
-
-
 def tied_to_a_layer() -> nn.Module:
     model = ranker()
     model.head = nn.Linear(4, 6)
@@ -85,7 +79,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], EmbeddingOptimizerConfig, str]
         SGD,
         f"{fqn('a')} has mean pooling in a weighted collection",
     ),
-    "frozen": (frozen, SGD, f"{TABLES[1]} is frozen"),
     "tied": (tied_to_a_layer, SGD, f"{TABLES[0]} and head.weight are the same table"),
     "two places": (
         collection_in_two_places,

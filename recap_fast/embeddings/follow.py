@@ -1,0 +1,90 @@
+"""Has the kernels that torchrec made follow the model, as those of `fuse_embeddings` do."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.modules.fused_embedding_modules import (
+    FusedEmbeddingBagCollection,
+    FusedEmbeddingCollection,
+)
+from torchrec.optim import keyed
+
+from recap_fast.embeddings.live import LiveKernel
+from recap_fast.embeddings.live_step import follow_kernel
+from recap_fast.embeddings.shown import ShownTable, ShownTables
+from recap_fast.fused_tables import memory_range
+from recap_fast.keyed import leaves
+
+_COLLECTIONS = {
+    FusedEmbeddingBagCollection: "embedding_bags",
+    FusedEmbeddingCollection: "embeddings",
+    ShardedEmbeddingBagCollection: "embedding_bags",
+    ShardedEmbeddingCollection: "embeddings",
+}
+
+
+def follow_tables(model: nn.Module, optimizer: keyed.KeyedOptimizer) -> None:
+    """Has every kernel follow its param group, and the parameters that show its tables.
+
+    Args:
+        model: The model, wrapped or not.
+        optimizer: Its fused optimizer.
+
+    Raises:
+        ValueError: A parameter shows what its kernel cannot follow; the message names the table.
+    """
+    kernels = [kernel for kernel in map(follow_kernel, leaves(optimizer)) if kernel is not None]
+    unknown = [kernel for kernel in kernels if kernel.shown is None]
+    if unknown:
+        for module in model.modules():
+            for kind, name in _COLLECTIONS.items():
+                if isinstance(module, kind):
+                    _show(module, getattr(module, name, None), unknown)
+    try:
+        for kernel in kernels:
+            kernel.look()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _show(collection: nn.Module, holders: Any, kernels: list[LiveKernel]) -> None:
+    """Tells kernels which parameters of a collection show their tables."""
+    if not isinstance(holders, nn.ModuleDict):
+        return
+    ranges = {
+        name: memory_range(param.detach().as_subclass(Tensor))
+        for name, holder in holders.items()
+        if (param := holder._parameters.get("weight")) is not None
+    }
+    mine = []
+    for kernel in kernels:
+        places: dict[str, list[int]] = {}
+        for place, weight in enumerate(kernel.split_embedding_weights()):
+            begin, end = memory_range(weight) or (0, 0)
+            for name, found in ranges.items():
+                if found is not None and found[0] <= begin < end <= found[1]:
+                    places.setdefault(name, []).append(place)
+        found_places = sorted(place for own in places.values() for place in own)
+        if found_places != list(range(len(kernel.embedding_specs))):
+            continue  # of another collection
+        tables = {
+            name: ShownTable(name, holders[name]._parameters["weight"], own)
+            for name, own in places.items()
+        }
+        kernel.shown = ShownTables(holders, tables)
+        kernel.stay()
+        mine.append(weakref.ref(kernel))
+
+    def look(*_: Any) -> None:
+        for reference in mine:
+            if (kernel := reference()) is not None:
+                kernel.look()
+
+    if mine:
+        # What torchrec shows in a state dict is the memory of kernels.
+        collection.register_state_dict_pre_hook(look)

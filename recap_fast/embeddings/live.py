@@ -1,0 +1,334 @@
+"""FBGEMM's table-batched module, looking at what the user set whenever it is used.
+
+FBGEMM knows a learning rate, and tables, as they were when it was told last. Here a module looks
+for itself, on the way into every forward and every backward pass: at the rate in the param group,
+at the parameters of the model that show its tables, and at whether these are frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
+
+from recap_fast.embeddings.passes import Pass, gradient_of_weights, joined, without_tables
+from recap_fast.embeddings.several_backwards import SeveralBackwards
+from recap_fast.embeddings.shown import NONE_FROZEN, Home, ShownTables
+from recap_fast.names import some
+
+# Has the output of a lookup require a gradient.
+_ANCHOR: Final = torch.zeros(0, requires_grad=True)
+# Those whose forward pass counts nothing.
+_UNCOUNTED: Final = (EmbOptimType.EXACT_SGD, EmbOptimType.LARS_SGD, EmbOptimType.EXACT_ADAGRAD)
+
+
+class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
+    """A table-batched module that follows its param group and the parameters that show its tables.
+
+    The rate is the one that the group has at the backward pass. A frozen table is looked up, but
+    neither it nor its state changes. `inference_mode` works.
+
+    Attributes:
+        shown: The parameters of the model that show the tables; None if they are not known.
+        several_backwards: What becomes of several backward passes before a step.
+    """
+
+    shown: ShownTables | None
+    several_backwards: SeveralBackwards
+    _hidden: frozenset[int] = NONE_FROZEN
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.shown = None
+        self._home: Home | None = None
+        self.several_backwards = SeveralBackwards()
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        # The last rate that was passed on, and what it is in float32.
+        self._passed: tuple[float, float] | None = None
+        self._averages = True
+        self._frozen_in_use = NONE_FROZEN
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveKernel:
+        """A module with memory of its own, which follows nobody yet and holds no gradients."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        ours = {"shown", "several_backwards", "_home", "_optimizer"}
+        state = {name: value for name, value in self.__dict__.items() if name not in ours}
+        made.__dict__.update(copy.deepcopy(state, memo))
+        made._begin()
+        made.several_backwards.mode = self.several_backwards.mode
+        return made
+
+    @property
+    def tables(self) -> list[str]:
+        """The names of the tables, for a message."""
+        return list(self.table_names or [f"number {i}" for i in range(len(self.embedding_specs))])
+
+    @property
+    def version(self) -> int:
+        """What changes whenever torch knows that somebody has written to the weights."""
+        weights = (self.weights_host, self.weights_dev, self.weights_uvm)
+        return sum(each._version for each in weights)
+
+    def follow_group_of(self, optimizer: Optimizer) -> None:
+        """Has the rate be that of the one param group of an optimizer, which must outlive this."""
+        self._optimizer = weakref.ref(optimizer)
+
+    def pass_rate(self) -> float:
+        """Tells FBGEMM the rate that the param group has now; returns it."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None:
+            return self.learning_rate_tensor.item()
+        rate = float(optimizer.param_groups[0]["lr"])
+        if self._passed != (rate, self.learning_rate_tensor.item()):
+            self.set_learning_rate(rate)
+            self._passed = rate, self.learning_rate_tensor.item()
+        return rate
+
+    def look(self) -> frozenset[int]:
+        """Brings in what the parameters of the model show; returns the places of frozen tables.
+
+        Raises:
+            RuntimeError: A parameter shows what cannot be brought in; the message names the table.
+        """
+        if self._home is not None:
+            self._home.return_to()
+        return NONE_FROZEN if self.shown is None else self.shown.look(self)
+
+    def stay(self) -> None:
+        """Has the module stay in its memory, though the model that it is part of is converted.
+
+        Without it, optimizer and state dict would go on to show the memory that it left.
+        """
+        self._home = Home(self)
+
+    # A compiled frame would take rates and parameters for constants, and FBGEMM's ends one anyway.
+    @torch.compiler.disable
+    def forward(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None = None,
+        feature_requires_grad: Tensor | None = None,
+        batch_size_per_feature_per_rank: list[list[int]] | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """Returns the pooled embeddings; arguments are those of FBGEMM's module."""
+        if torch.is_inference_mode_enabled():  # in which FBGEMM has no lookup
+            with torch.inference_mode(False), torch.no_grad():
+                return self.forward(
+                    *(indices, offsets, per_sample_weights, feature_requires_grad),
+                    *(batch_size_per_feature_per_rank,),
+                    **others,
+                )
+        others["feature_requires_grad"] = feature_requires_grad
+        others["batch_size_per_feature_per_rank"] = batch_size_per_feature_per_rank
+        others = {name: value for name, value in others.items() if value is not None}
+        frozen = self.look()
+        used = Pass(indices, offsets, per_sample_weights, others, self.pass_rate(), frozen)
+        self._check_possible(used)
+        learns_weights = per_sample_weights is not None and per_sample_weights.requires_grad
+        if torch.is_grad_enabled() and (learns_weights or not self._all(frozen)):
+            if "vbe_output" in others:  # which must be an output of FBGEMM's own node
+                return super().forward(indices, offsets, per_sample_weights, **others)
+            anchor = self.placeholder_autograd_tensor if self.shown is None else _ANCHOR
+            return _Lookup.apply(anchor, per_sample_weights, self, used)
+        return self._look_up(used)
+
+    def _all(self, frozen: frozenset[int]) -> bool:
+        return len(frozen) == len(self.embedding_specs)
+
+    def _check_possible(self, used: Pass) -> None:
+        """Raises if the update of a pass would have to be another than FBGEMM's, and cannot."""
+        names = [self.tables[place] for place in sorted(used.frozen)]
+        several = self.several_backwards
+        why = f"several_backwards is accumulate for {some(self.tables)}"
+        if not several.accumulates:
+            if not names or self._all(used.frozen):
+                return
+            why = f"of the tables of one FBGEMM module, only {some(names)} are frozen"
+            if self._used_rowwise_adagrad_with_global_weight_decay:
+                raise RuntimeError(
+                    f"{why}, but decouple_global decays the rows of all of them: freeze all, or "
+                    "choose another weight_decay_mode"
+                )
+        if used.varies or self.prefetch_pipeline:
+            what = "batches of different sizes" if used.varies else "prefetching"
+            raise RuntimeError(f"{why}, which does not work with {what}: do without one of the two")
+
+    def _look_up(self, used: Pass) -> Tensor:
+        """Looks up what nothing is to be learnt from."""
+        with torch.no_grad():
+            if not self._all(used.frozen):
+                return self._forward(used)
+            with self._as_counted():
+                return self._forward(used)
+
+    def look_up_to_train(self, used: Pass) -> tuple[Tensor, Pass]:
+        """Looks up; returns the output, and the pass with FBGEMM's node if it can be used."""
+        several = self.several_backwards
+        if (several.accumulates and several.counted) or self._all(used.frozen):
+            with self._as_counted():
+                return self._forward(used), used
+        several.counted = True
+        if several.accumulates or used.frozen:
+            return self._forward(used), used
+        self.placeholder_autograd_tensor.requires_grad_()  # which a frozen model's may not do
+        weights = used.weights
+        if weights is not None:
+            weights = weights.detach().requires_grad_(weights.requires_grad)
+        with torch.enable_grad():
+            output = self._forward(replace(used, weights=weights))
+        return output.detach(), replace(used, node=output.grad_fn, version=self.version)
+
+    def update(self, used: Pass, gradient: Tensor, learns_weights: bool) -> Tensor | None:
+        """Takes the backward pass of a lookup; returns the gradient of per-sample weights."""
+        frozen = used.frozen | self.look()
+        several = self.several_backwards
+        if not (several.accumulates or self._all(frozen)):
+            several.count_update(self.tables)
+            # The node has kept the rate, and errs if the weights were written to.
+            as_it_was = self.pass_rate() == used.rate and self.version == used.version
+            if used.node is not None and as_it_was and not frozen:
+                return _gradient_of_weights_in(used.node(gradient), used.node, learns_weights)
+        of_weights = gradient_of_weights(self, used, gradient) if learns_weights else None
+        if self._all(frozen):
+            return of_weights
+        if several.accumulates:
+            several.held.append(used.copied(gradient, frozen))
+        else:
+            self._replay([replace(used, gradient=gradient, frozen=frozen)])
+        return of_weights
+
+    def take_step(self) -> None:
+        """Updates by the sum of the gradients that are held, if there are; a new step begins."""
+        self.several_backwards.begin_step()
+        held = self.several_backwards.take()
+        self.pass_rate()
+        if held:
+            frozen = self.look()
+            self._replay([replace(each, frozen=each.frozen | frozen) for each in held])
+
+    def _replay(self, passes: Sequence[Pass]) -> None:
+        """Makes one update of several passes, at the present rate; none is counted once more."""
+        self.pass_rate()
+        features = self.feature_table_map
+        one = joined(
+            [without_tables(each, features, each.frozen) for each in passes], len(features)
+        )
+        if one.indices.numel() == 0:
+            return
+        self.placeholder_autograd_tensor.requires_grad_()
+        weights = None if one.weights is None else one.weights.detach()
+        with self._as_counted(), torch.enable_grad():
+            output = self._forward(replace(one, weights=weights))
+        output.grad_fn(one.gradient)
+
+    def _forward(self, used: Pass) -> Tensor:
+        self._frozen_in_use = used.frozen
+        return super().forward(used.indices, used.offsets, used.weights, **used.others)
+
+    @contextmanager
+    def _as_counted(self) -> Iterator[None]:
+        """Within it, a forward pass is the one that was counted last, and moves no average."""
+        counted = int(self.iter_cpu)
+        self._averages = False
+        try:
+            if self.optimizer not in _UNCOUNTED:
+                self.iter.sub_(1)
+                self.iter_cpu.sub_(1)
+            yield
+        finally:
+            self._averages = True
+            missing = counted - int(self.iter_cpu)  # where the pass failed
+            self.iter.add_(missing)
+            self.iter_cpu.add_(missing)
+
+    def ema_inplace(self, emainplace_mode: dict[str, float]) -> None:
+        with self._averaging() as moves:
+            if moves:
+                super().ema_inplace(emainplace_mode)
+
+    def ensemble_and_swap(self, ensemble_mode: dict[str, float]) -> None:
+        with self._averaging() as moves:
+            if moves:
+                super().ensemble_and_swap(ensemble_mode)
+
+    @contextmanager
+    def _averaging(self) -> Iterator[bool]:
+        """Within it, frozen tables seem to have no rows; tells whether averages move at all."""
+        self._hidden = self._frozen_in_use
+        try:
+            yield self._averages
+        finally:
+            self._hidden = NONE_FROZEN
+
+    def split_embedding_weights(self) -> list[Tensor]:
+        return self._without_hidden(super().split_embedding_weights())
+
+    def split_optimizer_states(self) -> list[list[Tensor]]:
+        states = super().split_optimizer_states()
+        if self._hidden:
+            return [
+                [each[:0] for each in own] if place in self._hidden else own
+                for place, own in enumerate(states)
+            ]
+        return states
+
+    def _without_hidden(self, weights: list[Tensor]) -> list[Tensor]:
+        if not self._hidden:
+            return weights
+        return [each[:0] if i in self._hidden else each for i, each in enumerate(weights)]
+
+
+def _gradient_of_weights_in(gradients: Any, node: Any, learns_weights: bool) -> Tensor | None:
+    """Finds the gradient of the per-sample weights, which are a leaf, in what a node returned."""
+    if not learns_weights:
+        return None
+    found = [
+        gradient
+        for gradient, (function, _) in zip(gradients, node.next_functions, strict=True)
+        if gradient is not None and isinstance(getattr(function, "variable", None), Tensor)
+    ]
+    return found[0]
+
+
+class _Lookup(torch.autograd.Function):
+    """A lookup whose backward pass updates the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, weights: Tensor | None, kernel: LiveKernel, used: Pass):
+        output, used = kernel.look_up_to_train(used)
+        ctx.kernel, ctx.used = kernel, used
+        # Or nobody would notice that they were changed, or that the graph was freed.
+        ctx.save_for_backward(used.indices, used.offsets, weights)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor):
+        _ = ctx.saved_tensors
+        of_weights = ctx.kernel.update(ctx.used, gradient, ctx.needs_input_grad[1])
+        return None, of_weights, None, None
+
+
+def make_live(kernel: nn.Module) -> LiveKernel | None:
+    """Makes a table-batched module a `LiveKernel`, in place; None if it is of another class."""
+    if type(kernel) is SplitTableBatchedEmbeddingBagsCodegen:
+        kernel.__class__ = LiveKernel
+        kernel._begin()
+    return kernel if isinstance(kernel, LiveKernel) else None
