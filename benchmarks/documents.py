@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import bars, headline, page, pictures
+from benchmarks import bars, headline, page, pictures, sparse_page
 from benchmarks.growth import Curves
 
 ROOT: Final = Path(__file__).parent.parent
@@ -35,7 +35,15 @@ def page_of(path: Path, page_path: Path = PAGE) -> str:
         curves.name: os.path.relpath(pictures.path_of(path, curves), page_path.parent)
         for curves in _curves(results)
     }
-    return page.render(results, source, links)
+    figures = page.render(results, source, links)
+    sparse = sparse_page.section(sparse_page.read(RESULTS))
+    return f"{figures}\n{sparse}" if sparse else figures
+
+
+def write_sparse() -> None:
+    """Brings the section on sparse gradients of `docs/performance.md` up to date."""
+    figures = PAGE.read_text().partition(f"\n{sparse_page.HEADING}")[0]
+    PAGE.write_text(f"{figures}\n{sparse_page.section(sparse_page.read(RESULTS))}")
 
 
 def readme_of(path: Path, readme: str) -> str:

@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 from torch import nn, optim
 from torch.optim import Optimizer
 
-from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
+from recap_fast.optim import (
+    FusedAdagrad,
+    FusedAdam,
+    FusedAdamW,
+    FusedOptimizer,
+    FusedSGD,
+    FusedSparseAdam,
+)
 from recap_fast.optim.left_to_torch import LeftToTorch, make_counts_torchs
 from recap_fast.optim.observed import steps_as_its_class, unhooked
 
@@ -24,6 +31,7 @@ _FUSED: dict[type[Optimizer], type[FusedOptimizer]] = {
     optim.AdamW: FusedAdamW,
     optim.Adagrad: FusedAdagrad,
     optim.SGD: FusedSGD,
+    optim.SparseAdam: FusedSparseAdam,
 }
 
 T = TypeVar("T", bound=Optimizer | Sequence[Optimizer])
@@ -38,27 +46,30 @@ def fuse(optimizer: T) -> T:
 
     It stays the same object: state, param groups, hooks, attached schedulers and `GradScaler`s go
     on as before, and so do checkpoints and pickles. Its class becomes `FusedAdam`, `FusedAdamW`,
-    `FusedAdagrad` or `FusedSGD`, each of them derived from the class of `torch.optim` that it was.
+    `FusedSparseAdam`, `FusedAdagrad` or `FusedSGD`, each derived from the class of `torch.optim`
+    that it was.
 
     What cannot step natively goes on stepping in its own way: other optimizers, classes with a
     ``step`` of their own, optimizers whose ``step`` was replaced on the object, and, param group by
-    param group, sparse gradients (`torch.nn.Embedding` with ``sparse=True``), complex parameters,
-    tensor subclasses other than DTensor, devices without an engine, ``differentiable=True``. So do
-    not mix sparse and dense parameters in a group: all of it would be left to torch. A group whose
-    gradients turn out to be sparse at a step is left to torch from that step on, which is logged.
+    param group, complex parameters, tensor subclasses other than DTensor, devices without an
+    engine, ``differentiable=True``. Sparse gradients (`torch.nn.Embedding` with ``sparse=True``)
+    step natively on the CPU; with the momentum of SGD, and on other devices, they are left to
+    torch, with all of their group. A group whose gradients turn out to be such at a step is left to
+    torch from that step on, which is logged.
 
     One line at level INFO of the logger ``recap_fast`` says what steps natively, and what does not
-    and why: ``fuse: 9 of 12 param groups are native; group 3: sparse gradients``. Where none is
+    and why: ``fuse: 9 of 12 param groups are native; group 3: complex64 parameters``. Where none is
     native, it is a WARNING, which Python shows by default.
 
     Each optimizer takes a native call of its own. To have one call for several, make one optimizer
     with a param group for each, or a torchrec ``keyed.CombinedOptimizer``.
 
     Args:
-        optimizer: a `torch.optim` Adam, AdamW, Adagrad or SGD; a list or tuple of optimizers; or a
-            torchrec ``CombinedOptimizer``, ``KeyedOptimizerWrapper``, ``GradientClippingOptimizer``
-            or ``WarmupOptimizer`` with such inside, however deep. A ``CombinedOptimizer`` becomes a
-            `recap_fast.FusedCombinedOptimizer`, which steps all of them in one call.
+        optimizer: a `torch.optim` Adam, AdamW, SparseAdam, Adagrad or SGD; a list or tuple of
+            optimizers; or a torchrec ``CombinedOptimizer``, ``KeyedOptimizerWrapper``,
+            ``GradientClippingOptimizer`` or ``WarmupOptimizer`` with such inside, however deep. A
+            ``CombinedOptimizer`` becomes a `recap_fast.FusedCombinedOptimizer`, which steps all of
+            them in one call.
 
     Returns:
         ``optimizer``, the same object.
@@ -257,8 +268,9 @@ def _fused_class(kind: type[Optimizer]) -> type[FusedOptimizer] | None:
     base = next((found for found in kind.__mro__ if found in _FUSED), None)
     if base is None or issubclass(kind, FusedOptimizer):
         return None
-    same = unhooked(kind.step) is unhooked(base.step) and kind._init_group is base._init_group
-    if not same:
+    if unhooked(kind.step) is not unhooked(base.step):
+        return None
+    if getattr(kind, "_init_group", None) is not getattr(base, "_init_group", None):
         return None
     body = {
         "__module__": kind.__module__,

@@ -57,8 +57,8 @@ def new_state(
     """Returns the state of ``param`` before its first step, under torch's names.
 
     Args:
-        optimizer: a `torch.optim.Adam` (or AdamW), `Adagrad` or `SGD`, or a subclass; or one whose
-            ``algorithm`` is ``rowwise_adagrad``.
+        optimizer: a `torch.optim.Adam` (or AdamW), `SparseAdam`, `Adagrad` or `SGD`, or a subclass;
+            or one whose ``algorithm`` is ``rowwise_adagrad``.
         group: the param group of ``param``.
         param: a dense floating point tensor of any shape.
         memory: where the state goes; one for all parameters whose state is made together.
@@ -72,8 +72,8 @@ def new_state(
         TypeError: for any other class of optimizer.
     """
 
-    if isinstance(optimizer, torch.optim.Adam):
-        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.SparseAdam)):
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group.get("amsgrad", False)
         moments = {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names)}
         return {"step": memory.step_count(0, _step_dtype()), **moments}
     if isinstance(optimizer, torch.optim.Adagrad):

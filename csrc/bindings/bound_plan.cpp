@@ -10,20 +10,13 @@
 #include <set>
 
 #include "../cpu/engine.h"
+#include "../cpu/sparse.h"
 #include "devices.h"
 #include "scalar.h"
 #include "thread_pool.h"
 
 namespace recap {
 namespace {
-
-Algorithm algorithm_named(const std::string& name) {
-  if (name == "adam") return Algorithm::adam;
-  if (name == "adagrad") return Algorithm::adagrad;
-  if (name == "sgd") return Algorithm::sgd;
-  if (name == "rowwise_adagrad") return Algorithm::rowwise_adagrad;
-  throw py::value_error("unknown algorithm '" + name + "'");
-}
 
 // How many slots ahead a step reads, to hide the latency of memory that backward has evicted.
 constexpr size_t kPrefetch = 8;
@@ -69,8 +62,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
   refuse_capture(groups);
   std::set<PyObject*> seen_states;
   for (const GroupSource& source : groups) {
-    GroupReader reader(algorithm_named(source.algorithm), source.group, source.name,
-                       device_values_);
+    GroupReader reader(source.algorithm, source.group, source.name, device_values_);
     ListSnapshot params(source.group["params"]);
     const size_t begin = slots_.size();
     for (size_t i = 0; i < params.size(); ++i) {
@@ -105,6 +97,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
   take_step_counts();
   for (const SlotTensors& slot : slots_) probes_.push_back(slot.probe());
   step_.grads.resize(slots_.size());
+  is_sparse_.assign(slots_.size(), 0);
   step_.values_of_slot.resize(slots_.size());
 }
 
@@ -183,7 +176,7 @@ void BoundPlan::find_shared_memory() {
 
 void BoundPlan::refuse_shared_memory() const {
   for (const auto& [a, b] : shared_memory_) {
-    if (!step_.grads[a] || !step_.grads[b]) continue;
+    if (!has_gradient(a) || !has_gradient(b)) continue;
     throw py::value_error("parameters " + slots_[a].name() + " and " + slots_[b].name() +
                           " share memory; pass each parameter once, in one param group");
   }
@@ -236,6 +229,7 @@ bool BoundPlan::groups_unchanged() {
 bool BoundPlan::read_slots() {
   copied_.clear();
   slots_without_state_.clear();
+  forget_sparse();
   for (size_t slot = 0; slot < slots_.size(); ++slot) {
     if (slot + kPrefetch < probes_.size()) probes_[slot + kPrefetch].prefetch();
     Probe& probe = probes_[slot];
@@ -248,19 +242,36 @@ bool BoundPlan::read_slots() {
     }
     address = probe.plain(grad);
     const bool is_plain = address != nullptr;
-    if (!is_plain) {
+    if (!is_plain && grad.layout() != at::kStrided) {
+      sparse_.read(static_cast<uint32_t>(slot), slots_[slot], group_of(slot).reader.hyper(), grad);
+      is_sparse_[slot] = 1;
+    } else if (!is_plain) {
       bool needs_copy = false;
       address = slots_[slot].gradient(grad, needs_copy);
       if (needs_copy) copied_.push_back(static_cast<uint32_t>(slot));
     }
     if (!has_state_[slot]) slots_without_state_.push_back(slot);
-    if (gives_up_gil_) {
+    if (gives_up_gil_ && is_sparse_[slot]) {
+      held_.push_back(slots_[slot].param().storage());
+    } else if (gives_up_gil_) {
       held_.push_back(slots_[slot].param().storage());
       held_.push_back(is_plain ? grad.storage() : slots_[slot].grad().storage());
     }
   }
   if (!shared_memory_.empty()) refuse_shared_memory();
+  step_.sparse = sparse_.gradients();
   return true;
+}
+
+const BoundPlan::Group& BoundPlan::group_of(size_t slot) const {
+  return *std::find_if(groups_.begin(), groups_.end(),
+                       [slot](const Group& group) { return slot < group.end; });
+}
+
+void BoundPlan::forget_sparse() {
+  for (const SparseGradient& gradient : sparse_.gradients()) is_sparse_[gradient.slot] = 0;
+  step_.sparse.clear();
+  sparse_.clear();
 }
 
 double BoundPlan::Counter::add(double difference) const {
@@ -308,16 +319,20 @@ void BoundPlan::fill_values(double grad_scale, double clip) {
     entries_.clear();
     const size_t base = step_.values.size();
     for (size_t slot = group.begin; slot < group.end; ++slot) {
-      if (!step_.grads[slot]) continue;
-      const Entry entry = {counters_[slot].add(1.0), first_[slot] != 0};
+      if (!has_gradient(slot)) continue;
+      const Entry entry = {counters_[slot].add(1.0), first_[slot] != 0, is_sparse_[slot] != 0};
       // Nearly always the only one, and the last.
       size_t index = entries_.size();
       while (index > 0 && !(entries_[index - 1] == entry)) --index;
       if (index == 0) {
         entries_.push_back(entry);
         index = entries_.size();
+        const Hyper& hyper = group.reader.hyper();
         step_.values.push_back(
-            values_maker_.make(group.reader.hyper(), entry.step, entry.first, grad_scale, clip));
+            values_maker_.make(hyper, entry.step, entry.first, grad_scale, clip));
+        if (entry.sparse && hyper.algorithm == Algorithm::adam && !hyper.adam.lazy) {
+          add_eps_before_correction(step_.values.back());
+        }
       }
       step_.values_of_slot[slot] = static_cast<uint32_t>(base + index - 1);
       probes_[slot].bump_version();
@@ -327,7 +342,7 @@ void BoundPlan::fill_values(double grad_scale, double clip) {
 
 void BoundPlan::undo_step_counts() {
   for (size_t slot = 0; slot < slots_.size(); ++slot) {
-    if (step_.grads[slot]) counters_[slot].add(-1.0);
+    if (has_gradient(slot)) counters_[slot].add(-1.0);
   }
 }
 
@@ -352,6 +367,7 @@ BoundPlan::Turn::~Turn() {
     held[i] = {};
   }
   held.clear();
+  plan_.forget_sparse();
   plan_.stepped_by_ = {};
   plan_.stepping_.unlock();
 }
@@ -359,7 +375,12 @@ BoundPlan::Turn::~Turn() {
 std::vector<ScaledGradient> BoundPlan::gradients_read() {
   std::vector<ScaledGradient> gradients;
   for (size_t slot = 0; slot < slots_.size(); ++slot) {
-    if (step_.grads[slot]) gradients.push_back({probes_[slot].grad(), slots_[slot].grad()});
+    if (is_sparse_[slot]) {
+      const at::Tensor& grad = probes_[slot].grad();
+      gradients.push_back({grad, SparseGradients::values_of(grad)});
+    } else if (step_.grads[slot]) {
+      gradients.push_back({probes_[slot].grad(), slots_[slot].grad()});
+    }
   }
   return gradients;
 }
@@ -381,6 +402,7 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
   std::vector<ScaledGradient> scaled;
   if (!unscale_by.is_none()) scaled = gradients_read();
   for (const uint32_t slot : copied_) slots_[slot].copy_in();
+  if (!step_.sparse.empty()) sort_lookups();
   const double factor = clips ? clip(scale, skip) : 1.0;
   if (std::isnan(factor)) return Outcome::skipped;
   fill_values(scale, factor);
@@ -402,17 +424,23 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
   return Outcome::stepped;
 }
 
+void BoundPlan::sort_lookups() {
+  std::optional<py::gil_scoped_release> release;
+  if (gives_up_gil_) release.emplace();
+  cpu::sort_lookups(step_, torch_thread_pool());
+}
+
 void BoundPlan::remember_gradients() {
   if (any_first_) {
     any_first_ = false;
     for (size_t slot = 0; slot < slots_.size(); ++slot) {
-      if (step_.grads[slot]) first_[slot] = 0;
+      if (has_gradient(slot)) first_[slot] = 0;
       any_first_ |= first_[slot];
     }
   }
   if (!device_values_) return;
   for (size_t slot = 0; slot < slots_.size(); ++slot) {
-    stepped_last_[slot] = step_.grads[slot] != nullptr;
+    stepped_last_[slot] = has_gradient(slot);
   }
 }
 

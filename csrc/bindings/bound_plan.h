@@ -16,6 +16,7 @@
 #include "group_reader.h"
 #include "python.h"
 #include "slot_tensors.h"
+#include "sparse_gradient.h"
 #include "unscale.h"
 
 namespace recap {
@@ -29,7 +30,7 @@ enum class Outcome {
 
 // One param group, as Python hands it over.
 struct GroupSource {
-  std::string algorithm;           // "adam", "adagrad", "sgd" or "rowwise_adagrad"
+  std::string algorithm;           // "adam", "sparse_adam", "adagrad", "sgd" or "rowwise_adagrad"
   std::string name;                // for errors
   py::dict group;                  // the torch param group
   py::dict state;                  // the optimizer's state
@@ -99,8 +100,11 @@ class BoundPlan {
   struct Entry {
     double step;
     bool first;
+    bool sparse;  // of a sparse gradient
 
-    bool operator==(const Entry& other) const { return step == other.step && first == other.first; }
+    bool operator==(const Entry& other) const {
+      return step == other.step && first == other.first && sparse == other.sparse;
+    }
   };
 
   // A torch optimizer, and what must still be its own.
@@ -157,6 +161,11 @@ class BoundPlan {
 
   bool groups_unchanged();
   bool read_slots();  // false: a slot changed since the plan was built
+  const Group& group_of(size_t slot) const;
+  // Whether it has one in this step.
+  bool has_gradient(size_t slot) const { return step_.grads[slot] || is_sparse_[slot]; }
+  void forget_sparse();
+  void sort_lookups();
   void refuse_shared_memory() const;
   bool check_capture() const;  // whether this step is captured; raises if a part of it would not be
   double clip(double grad_scale, bool found_inf);
@@ -185,6 +194,8 @@ class BoundPlan {
   Plan cpu_plan_;
   std::vector<CudaPart> cuda_parts_;
   Step step_;
+  SparseGradients sparse_;
+  std::vector<char> is_sparse_;  // has such a gradient in this step
   ValuesMaker values_maker_;
   Clipping clipping_;
   std::vector<Entry> entries_;  // of the group that is being filled in

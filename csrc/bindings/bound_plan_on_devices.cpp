@@ -105,8 +105,9 @@ std::vector<at::Tensor> BoundPlan::sums_of_squares(const std::vector<uint32_t>& 
   for (size_t i = slots_.size(); i-- > 0;) {
     if (slots_[i].is_inert()) continue;
     device = slots_[i].param().device();
-    if (!step_.grads[i] || slots_[i].param().numel() == 0) continue;
-    const at::Tensor grad = slots_[i].grad().detach();
+    if (!has_gradient(i) || slots_[i].param().numel() == 0) continue;
+    const at::Tensor grad =
+        is_sparse_[i] ? probes_[i].grad().detach().coalesce().values() : slots_[i].grad().detach();
     gradients[{part_of_slot.at(i), grad.device(), grad.scalar_type()}].push_back(grad);
   }
   const auto options = at::TensorOptions(device).dtype(at::kDouble);
@@ -150,7 +151,7 @@ bool BoundPlan::check_capture() const {
   };
   for (size_t slot = 0; slot < slots_.size(); ++slot) {
     const at::Device device = slots_[slot].param().device();
-    if (step_.grads[slot]) {
+    if (has_gradient(slot)) {
       if (!is_captured(device)) refuse("parameter " + slots_[slot].name(), device);
     } else if (stepped_last_[slot] && is_captured(device)) {
       throw std::runtime_error(

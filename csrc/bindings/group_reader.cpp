@@ -10,6 +10,16 @@
 namespace recap {
 namespace {
 
+constexpr const char* kSparseAdam = "sparse_adam";
+
+Algorithm algorithm_named(const std::string& name) {
+  if (name == "adam" || name == kSparseAdam) return Algorithm::adam;
+  if (name == "adagrad") return Algorithm::adagrad;
+  if (name == "sgd") return Algorithm::sgd;
+  if (name == "rowwise_adagrad") return Algorithm::rowwise_adagrad;
+  throw py::value_error("unknown algorithm '" + name + "'");
+}
+
 // Whether the number or pair of numbers can change without becoming another object, as those in a
 // tensor, a list or an array can.
 bool can_change_in_place(PyObject* value) {
@@ -25,13 +35,15 @@ bool can_change_in_place(PyObject* value) {
 
 }  // namespace
 
-GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name, bool device_values)
-    : algorithm_(algorithm),
+GroupReader::GroupReader(const std::string& algorithm, py::dict group, std::string name,
+                         bool device_values)
+    : algorithm_(algorithm_named(algorithm)),
       group_(std::move(group)),
       name_(std::move(name)),
       device_values_(device_values) {
-  hyper_.algorithm = algorithm;
-  switch (algorithm) {
+  hyper_.algorithm = algorithm_;
+  hyper_.sparse_only = algorithm == kSparseAdam;
+  switch (algorithm_) {
     case Algorithm::adam: hyper_.adam = {}; break;
     case Algorithm::adagrad: hyper_.adagrad = {}; break;
     case Algorithm::sgd: hyper_.sgd = {}; break;
@@ -53,7 +65,8 @@ GroupReader::GroupReader(Algorithm algorithm, py::dict group, std::string name, 
       {Algorithm::sgd, {"lr", "momentum", "dampening", "weight_decay", "nesterov"}},
       {Algorithm::rowwise_adagrad, {"lr", "eps", "weight_decay", "decoupled_weight_decay"}},
   };
-  for (const std::string& key : required.at(algorithm)) {
+  static const std::set<std::string> of_sparse_adam = {"lr", "betas", "eps"};
+  for (const std::string& key : hyper_.sparse_only ? of_sparse_adam : required.at(algorithm_)) {
     if (!group_.contains(key)) {
       throw py::key_error(name_ + " has no '" + key + "'; add it to the param group");
     }
@@ -86,10 +99,14 @@ GroupReader::Field GroupReader::field_of(const std::string& key) const {
       {Algorithm::rowwise_adagrad,
        {{"eps", Field::eps}, {"decoupled_weight_decay", Field::decoupled_weight_decay}}},
   };
-  if (const auto found = common.find(key); found != common.end()) return found->second;
+  if (const auto found = common.find(key); found != common.end()) {
+    return hyper_.sparse_only && key == "weight_decay" ? Field::none : found->second;
+  }
   const auto& fields = own.at(algorithm_);
   const auto found = fields.find(key);
-  return found == fields.end() ? Field::none : found->second;
+  if (found == fields.end()) return Field::none;
+  const bool is_known = !hyper_.sparse_only || key == "betas" || key == "eps";
+  return is_known ? found->second : Field::none;
 }
 
 double GroupReader::number(py::handle value, const std::string& key) const {

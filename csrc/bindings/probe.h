@@ -43,8 +43,9 @@ class alignas(64) Probe {
   // `states` are the tensors that the plan holds addresses of. `shard` is the local one of a
   // parameter that is a DTensor, else null. `entries` are the values in the state dict that must
   // stay. The caller keeps all objects alive.
+  // Without `takes_dense`, no gradient is plain.
   Probe(PyObject* param, PyObject* shard, const std::vector<PyObject*>& states,
-        PyObject* state_dict, const std::vector<PyObject*>& entries)
+        PyObject* state_dict, const std::vector<PyObject*>& entries, bool takes_dense)
       : object_(param), state_dict_(state_dict) {
     leaf_ = THPVariable_Unpack(param).unsafeGetTensorImpl();
     impl_ = shard ? THPVariable_Unpack(shard).unsafeGetTensorImpl() : leaf_;
@@ -59,6 +60,7 @@ class alignas(64) Probe {
     device_ = impl_->device();
     keys_ = impl_->key_set();
     contiguous_ = impl_->is_contiguous();
+    reads_plain_ = contiguous_ && takes_dense;
     for (PyObject* const state : states) {
       c10::TensorImpl* const impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
       c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
@@ -184,7 +186,7 @@ class alignas(64) Probe {
         (impl->key_set().has_any(kWrapperKeys | kLazyKeys) || impl->layout() != at::kStrided)) {
       return nullptr;
     }
-    if (!contiguous_ || impl->dtype() != dtype_ || impl->device() != device_ ||
+    if (!reads_plain_ || impl->dtype() != dtype_ || impl->device() != device_ ||
         !impl->is_contiguous() || impl->numel() != size_) {
       return nullptr;
     }
@@ -248,6 +250,7 @@ class alignas(64) Probe {
   at::Device device_ = at::kCPU;
   bool inert_ = false;
   bool contiguous_ = false;
+  bool reads_plain_ = false;
   bool usual_ = true;
   int8_t state_count_ = 0;
   int8_t item_count_ = 0;

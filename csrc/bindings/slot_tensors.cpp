@@ -2,6 +2,7 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 
@@ -73,6 +74,7 @@ SlotTensors::SlotTensors(std::string name, py::object object, py::dict state, co
     : name_(std::move(name)),
       object_(std::move(object)),
       by_rows_(hyper.by_rows()),
+      sparse_only_(hyper.sparse_only),
       state_dict_(std::move(state)) {
   if (!THPVariable_Check(object_.ptr())) {
     throw py::type_error(text("parameter ", name_, " is not a tensor"));
@@ -222,6 +224,7 @@ void SlotTensors::take_state(const Hyper& hyper) {
     states_.push_back(shard ? py::reinterpret_borrow<py::object>(shard) : object);
   }
   if (hyper.algorithm != Algorithm::sgd) {
+    count_in_tensor();
     step_ = entry("step");
     const at::Tensor& step = step_count();
     if (step.numel() != 1 || step.is_complex() || step.scalar_type() == at::kBool) {
@@ -238,6 +241,15 @@ void SlotTensors::take_state(const Hyper& hyper) {
     }
   }
   has_state_ = true;
+}
+
+// torch.optim.SparseAdam counts in a number, as other classes once did.
+void SlotTensors::count_in_tensor() {
+  if (!state_dict_.contains("step")) return;
+  const py::object step = state_dict_["step"];
+  if (!PyLong_CheckExact(step.ptr()) && !PyFloat_CheckExact(step.ptr())) return;
+  const at::Tensor counter = at::full({}, step.cast<double>(), at::kFloat);
+  state_dict_["step"] = py::reinterpret_steal<py::object>(THPVariable_Wrap(counter));
 }
 
 // One number for each row, in the type in which the update is computed.
@@ -297,7 +309,7 @@ Probe SlotTensors::probe() const {
   for (const py::object& state : states_) fixed.push_back(state.ptr());
   if (step_) fixed.push_back(step_.ptr());
   for (const auto& [key, value] : entries_) entries.push_back(value.ptr());
-  return Probe(object_.ptr(), shard_.ptr(), fixed, state_dict_.ptr(), entries);
+  return Probe(object_.ptr(), shard_.ptr(), fixed, state_dict_.ptr(), entries, !sparse_only_);
 }
 
 bool SlotTensors::unchanged() const {
@@ -340,11 +352,10 @@ const void* SlotTensors::gradient(const at::Tensor& whole, bool& needs_copy) {
     object_.attr("grad") = object;
   }
   const at::Tensor& grad = local(object, "the gradient");
-  if (grad.layout() != at::kStrided) {
-    throw std::runtime_error(
-        text("parameter ", name_, " has a ", grad.layout(),
-             " gradient; the fused step takes dense gradients: build the layer "
-             "with sparse=False, or step it with a torch.optim class"));
+  if (sparse_only_) {
+    throw std::runtime_error(text("parameter ", name_,
+                                  " has a dense gradient, and SparseAdam takes sparse ones only: "
+                                  "build the layer with sparse=True, or use FusedAdam"));
   }
   if (is_wrapper_subclass(grad)) {
     throw py::type_error(text("the gradient of parameter ", name_,

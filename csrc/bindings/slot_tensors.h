@@ -69,6 +69,7 @@ class SlotTensors {
   std::optional<Refusal> refusal() const;  // why no engine can step the parameter
   std::optional<Refusal> refusal_of_rows() const;
   void take_state(const Hyper& hyper);
+  void count_in_tensor();
   void check_row_state(const char* key, const at::Tensor& state) const;
   void watch_entries(const Hyper& hyper);
   // The local shard of a DTensor that is sharded like the parameter, or a tensor that is none, like
@@ -82,6 +83,7 @@ class SlotTensors {
   py::object shard_;  // the local one, if the parameter is a DTensor
   bool inert_ = false;
   bool by_rows_ = false;  // is updated by rows, which lie one after the other
+  bool sparse_only_ = false;
   Dtype dtype_ = Dtype::float32;
   std::vector<int64_t> strides_;
 

@@ -19,7 +19,9 @@ bool Ahead::next_tile() {
   const auto is_left_out = [this](uint32_t slot) {
     return !step_.grads[slot] || plan_.slots[slot].row_size;
   };
-  while (tile_ < end_ && is_left_out(plan_.tiles[tile_].slot)) ++tile_;
+  while (tile_ < end_ && is_left_out(plan_.tiles[tile_].slot)) {
+    tile_ += tiles_left(plan_.slots[plan_.tiles[tile_].slot], plan_.tiles[tile_]);
+  }
   if (tile_ >= end_) return false;
   const Tile& tile = plan_.tiles[tile_++];
   const Slot& slot = plan_.slots[tile.slot];

@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "rows.h"
+#include "sparse.h"
 #include "tile_ranges.h"
 
 namespace recap::cpu {
@@ -34,9 +35,7 @@ void* advance(void* address, int64_t bytes) {
 }
 
 void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const Tile& tile,
-              Ahead& ahead) {
-  const void* grad = step.grads[tile.slot];
-  if (!grad) return;
+              const void* grad, Ahead& ahead) {
   const Slot& slot = plan.slots[tile.slot];
   const Values& values = step.values[step.values_of_slot[tile.slot]];
   if (slot.row_size) {
@@ -55,8 +54,15 @@ void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const 
 void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, size_t begin,
                size_t end) {
   Ahead ahead(plan, step, begin, end);
-  for (size_t tile = begin; tile < end; ++tile) {
-    run_tile(kernels, plan, step, plan.tiles[tile], ahead);
+  for (size_t i = begin; i < end;) {
+    const Tile& tile = plan.tiles[i];
+    const void* const grad = step.grads[tile.slot];
+    if (!grad) {
+      i += tiles_left(plan.slots[tile.slot], tile);
+      continue;
+    }
+    run_tile(kernels, plan, step, tile, grad, ahead);
+    ++i;
   }
 }
 
@@ -77,6 +83,7 @@ void run(const Plan& plan, const Step& step, const ThreadPool& pool) {
         run_tiles(c.kernels, c.plan, c.step, begin, end);
       },
       &context);
+  if (!step.sparse.empty()) run_sparse(plan, step, pool);
 }
 
 std::vector<std::string> instruction_sets() {

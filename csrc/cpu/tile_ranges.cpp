@@ -27,7 +27,10 @@ void split_tiles(const Plan& plan, const Step& step, int64_t bytes, int threads,
   int64_t done = 0;
   for (size_t tile = 0; tile < plan.tiles.size(); ++tile) {
     const Tile& t = plan.tiles[tile];
-    if (!step.grads[t.slot]) continue;
+    if (!step.grads[t.slot]) {
+      tile += tiles_left(plan.slots[t.slot], t) - 1;
+      continue;
+    }
     done += t.size * dtype_size(plan.slots[t.slot].dtype);
     while (static_cast<int>(bounds.size()) < threads &&
            done * threads >= bytes * static_cast<int64_t>(bounds.size())) {

@@ -2,6 +2,7 @@
 // needs nothing else to run a step, and nothing here knows of torch or of a device.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -31,6 +32,13 @@ struct Tile {
   int64_t begin;  // first element
   int64_t size;   // elements
 };
+
+// How many tiles of its slot are left, this one included: to go past a slot without a gradient at
+// once, however large it is.
+RECAP_INLINE size_t tiles_left(const Slot& slot, const Tile& tile) {
+  const int64_t left = slot.size - tile.begin;
+  return left == tile.size ? 1 : static_cast<size_t>((left + tile.size - 1) / tile.size);
+}
 
 struct Plan {
   std::vector<Slot> slots;

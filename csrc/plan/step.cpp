@@ -14,6 +14,11 @@ Values ValuesMaker::make(const Hyper& hyper, double step, bool first, double gra
   return values;
 }
 
+void add_eps_before_correction(Values& values) {
+  values.float64.adam.eps *= values.float64.adam.inverse_root_correction2;
+  values.float32.adam = to_float(values.float64.adam);
+}
+
 double ValuesMaker::power(double base, double exponent) {
   for (const Power& known : powers_) {
     if (known.base == base && known.exponent == exponent) return known.value;

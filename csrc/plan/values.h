@@ -14,6 +14,7 @@ enum class Algorithm : uint8_t { adam, adagrad, sgd, rowwise_adagrad };
 struct Hyper {
   Algorithm algorithm = Algorithm::adam;
   bool maximize = false;
+  bool sparse_only = false;  // refuses dense gradients, as torch.optim.SparseAdam does
   union {
     AdamHyper adam;
     AdagradHyper adagrad;

@@ -9,6 +9,7 @@ from recap_fast.optim.adam import FusedAdam, FusedAdamW
 from recap_fast.optim.fused import FusedOptimizer
 from recap_fast.optim.rowwise_adagrad import FusedRowwiseAdagrad
 from recap_fast.optim.sgd import FusedSGD
+from recap_fast.optim.sparse_adam import FusedSparseAdam
 
 __all__ = [
     "FusedAdagrad",
@@ -17,4 +18,5 @@ __all__ = [
     "FusedOptimizer",
     "FusedRowwiseAdagrad",
     "FusedSGD",
+    "FusedSparseAdam",
 ]

@@ -12,7 +12,8 @@ class FusedAdagrad(FusedOptimizer, optim.Adagrad):
     """`torch.optim.Adagrad`, stepped over all param groups in one native call.
 
     Arguments, param groups and state (``step``, ``sum``) are those of `torch.optim.Adagrad`, and
-    checkpoints load in both directions. Parameters as in `FusedAdam`; gradients must be dense.
+    checkpoints load in both directions. Parameters as in `FusedAdam`; see
+    `FusedOptimizer` for sparse gradients.
 
     Args:
         params: parameters, named parameters or param groups.

@@ -20,7 +20,9 @@ class FusedAdam(FusedOptimizer, optim.Adam):
     stays as it is, parameter and moments, without decay: a row is an index of the first dimension.
     So an embedding table with a dense gradient trains as on FBGEMM, which updates the rows that
     were looked up; with ``decoupled_weight_decay`` the update is that of FBGEMM's ``adam``. On the
-    CPU only.
+    CPU only. With a sparse gradient these are the rows that it has, whatever their values.
+
+    Without ``lazy``, a sparse gradient updates its rows as `FusedSparseAdam` does.
 
     Args:
         params: parameters, named parameters or param groups.

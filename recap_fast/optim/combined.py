@@ -137,13 +137,15 @@ class FusedCombinedOptimizer(CombinedOptimizer):
     def init_state(
         self, sparse_grad_parameter_names: set[str] | None = None, count_step: bool = True
     ) -> None:
-        """As `CombinedOptimizer.init_state`, but that the native step takes dense gradients only.
+        """As `CombinedOptimizer.init_state`, but that the native step always takes dense gradients.
 
-        So the gradients of zero of its parameters are dense, whatever their names.
+        So the gradients of zero of its parameters are dense, whatever their names, but for those of
+        `FusedSparseAdam`.
         """
         native = {
             id(param)
             for optimizer in self._native
+            if optimizer.algorithm != "sparse_adam"
             for group in optimizer.param_groups
             for param in group["params"]
         }

@@ -53,9 +53,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     * `torch.amp.GradScaler` unscales gradients and skips steps by itself, as with any optimizer;
       with ``step_supports_amp_scaling=True`` the native call does both, and no step waits for
       ``found_inf``, as with torch's ``fused=True``.
-    * Of a DTensor the local shard is stepped. Sparse gradients, complex parameters and other tensor
-      subclasses without memory of their own are refused by name; but an optimizer that
-      `recap_fast.fuse` made leaves the param groups that have them to torch's own step.
+    * Of a DTensor the local shard is stepped. Complex parameters and other tensor subclasses
+      without memory of their own are refused by name; but an optimizer that `recap_fast.fuse` made
+      leaves the param groups that have them to torch's own step.
+    * Sparse gradients of whole rows, coalesced or not, update the rows that they have on the CPU.
+      Options that would move other rows are refused by name: the momentum and weight decay of SGD,
+      the weight decay of Adagrad, and that and amsgrad of Adam without ``lazy``.
     """
 
     algorithm: ClassVar[str]

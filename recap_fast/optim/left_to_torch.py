@@ -42,11 +42,28 @@ def why_gradients_not_native(group: Mapping[str, Any]) -> str | None:
         grad = param.grad
         if grad is None:
             continue
-        if (reason := _refused("gradients", grad)) is not None:
+        if grad.layout == torch.sparse_coo:
+            reason = _sparse_refused(group, param, grad)
+        else:
+            reason = _refused("gradients", grad)
+        if reason is not None:
             return reason
         if grad.dtype != param.dtype:
             return f"{_short(grad.dtype)} gradients of {_short(param.dtype)} parameters"
     return None
+
+
+def _sparse_refused(group: Mapping[str, Any], param: Tensor, grad: Tensor) -> str | None:
+    """What the native step would refuse of a sparse gradient."""
+    if type(param) not in (Tensor, torch.nn.Parameter) or param.device.type != "cpu":
+        return f"sparse gradients of parameters on {param.device.type}"
+    if grad.sparse_dim() != 1 and grad._nnz() > 0:
+        return f"sparse gradients of {grad.sparse_dim()} dimensions"
+    if not param.is_contiguous():
+        return "sparse gradients of parameters that are not contiguous"
+    options = [] if group.get("lazy") else ["momentum", "weight_decay", "amsgrad"]
+    used = [option for option in options if group.get(option)]
+    return f"sparse gradients with {used[0]}" if used else None
 
 
 def _refused(what: str, tensor: Tensor) -> str | None:
@@ -145,7 +162,15 @@ def step_as_torch(
 
 
 def make_counts_torchs(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> None:
-    """Puts step counts where torch's fused and capturable steps want them: on the device."""
+    """Puts step counts where torch's fused and capturable steps want them: on the device.
+
+    `torch.optim.SparseAdam` counts in an int.
+    """
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        for state in optimizer.state.values():
+            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
+                state["step"] = int(state["step"])
+        return
     for group in groups:
         if not (group.get("fused") or group.get("capturable")):
             continue

@@ -12,7 +12,8 @@ class FusedSGD(FusedOptimizer, optim.SGD):
     """`torch.optim.SGD`, stepped over all param groups in one native call.
 
     Arguments, param groups and state (``momentum_buffer``) are those of `torch.optim.SGD`, and
-    checkpoints load in both directions. Parameters as in `FusedAdam`; gradients must be dense.
+    checkpoints load in both directions. Parameters as in `FusedAdam`; see
+    `FusedOptimizer` for sparse gradients.
 
     Args:
         params: parameters, named parameters or param groups.

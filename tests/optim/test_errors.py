@@ -244,7 +244,7 @@ def test_a_gradient_that_does_not_fit_is_refused(kind: str, started: bool, layou
 
 def test_the_embedding_layer_with_sparse_gradients_is_named() -> None:
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 1))
-    optimizer = FusedAdam(model.named_parameters())
+    optimizer = FusedAdam(model.named_parameters(), weight_decay=0.1)
     model(torch.tensor([0, 2])).sum().backward()
     _assert_refused(
         optimizer, list(model.parameters()), RuntimeError, r"parameter 0\.weight.*sparse=False"
@@ -263,7 +263,7 @@ BAD_STATES: dict[str, tuple[str, Callable[[Tensor], Any], type[Exception]]] = {
     "None": ("exp_avg", lambda value: None, TypeError),
     "a step of truth values": ("step", lambda value: torch.tensor(True), RuntimeError),
     "a step of several numbers": ("step", lambda value: torch.ones(2), RuntimeError),
-    "a step that is a number": ("step", lambda value: 1.0, TypeError),
+    "a step that is a text": ("step", lambda value: "1", TypeError),
     "a wrapper": ("exp_avg", lambda value: TwoTensor(value.clone(), value.clone()), TypeError),
 }
 

@@ -353,7 +353,8 @@ def test_a_member_with_sparse_gradients_is_left_to_torch(
     assert native_calls == [3] * 4
     pair.check_values()
     assert [record.getMessage() for record in caplog.records] == [
-        "param group 0 of optimizer 1 steps in torch's own way from now on: sparse gradients"
+        "param group 0 of optimizer 1 steps in torch's own way from now on: sparse gradients of 2 "
+        "dimensions"
     ]
 
 

@@ -123,7 +123,7 @@ def test_threads_that_take_the_first_step_share_a_plan(monkeypatch: pytest.Monke
 def test_threads_take_turns_in_what_is_left_to_torch() -> None:
     params = _params(2, 100)
     sparse = nn.Parameter(torch.zeros(4, 3))
-    sparse.grad = torch.ones(4, 3).to_sparse(1)
+    sparse.grad = torch.ones(4, 3).to_sparse()
     groups = [{"params": params}, {"params": [sparse]}]
     optimizer = fuse(torch.optim.SGD(groups, lr=1.0, foreach=False))
     _at_once(lambda: [optimizer.step() for _ in range(20)], 4)

@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recap_fast
-from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
+from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD, FusedSparseAdam
 from tests.optim.helpers import DTYPES, FUSED, TORCH, numbers, parameter, same_bits, set_grads
 from tests.recipes.page import PAGE
 
@@ -80,7 +80,7 @@ def test_bits() -> None:
 
 def _sparse() -> nn.Parameter:
     param = nn.Parameter(torch.ones(4, 2))
-    param.grad = torch.ones(4, 2).to_sparse(1)
+    param.grad = torch.ones(4, 2).to_sparse()
     return param
 
 
@@ -118,6 +118,33 @@ def _other_device() -> nn.Parameter:
 def _wrapper() -> nn.Parameter:
     param = nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
     param.grad = TwoTensor(torch.ones(3), torch.ones(3))
+    return param
+
+
+@shows("Sparse gradients")
+def test_sparse_gradients() -> None:
+    values, rows = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[2, 0, 2]])
+    results = []
+    for make in (torch.optim.SparseAdam, FusedAdam, FusedSparseAdam):
+        param = nn.Parameter(torch.ones(4, 1))
+        param.grad = torch.sparse_coo_tensor(rows, values, (4, 1))
+        make([param], lr=0.1).step()
+        results.append(param.detach())
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+    with pytest.raises(RuntimeError, match="SparseAdam"):
+        torch.optim.Adam([_with_rows()]).step()
+    with pytest.raises(RuntimeError, match=r"momentum=0\.9"):
+        FusedSGD([_with_rows()], momentum=0.9).step()
+    param, expected = _with_rows(), _with_rows()
+    recap_fast.fuse(torch.optim.SGD([param], momentum=0.9)).step()
+    torch.optim.SGD([expected], momentum=0.9).step()
+    assert torch.equal(param, expected)
+
+
+def _with_rows() -> nn.Parameter:
+    param = nn.Parameter(torch.ones(4, 2))
+    param.grad = torch.ones(4, 2).to_sparse(1)
     return param
 
 
