@@ -22,6 +22,7 @@ from tests.embeddings.training import (
     BATCH,
     Tables,
     global_batch,
+    model_names,
     train,
     train_all_sharded,
     train_alone,
@@ -31,8 +32,8 @@ from tests.embeddings.training import (
 STEPS = range(5)
 # Of two features each: on the CPU, FBGEMM has no decay for others.
 CONFIGS = [
-    table("a", "user", "item"),
-    table("b", "item", "last_item", dim=16, rows=9),
+    table("a", "user", "item", rows=8),  # some for each of four processes
+    table("b", "item", "last_item", dim=16, rows=13),
     table("c", "user", "last_item", pooling=PoolingType.MEAN),
 ]
 PIECES = {"learning_rate_boundaries": [2], "learning_rate_values": [0.5, 0.25]}
@@ -125,6 +126,75 @@ def test_fused(name: str) -> None:
 def test_unfused(name: str, builder: Any) -> None:
     model = train_unfused(ALGORITHMS[name], builder.build_optimizer)
     assert_as_expected(weights(model), ALGORITHMS[name])
+
+
+class InTower(Tables):
+    """The tables below the module of the task."""
+
+    def __init__(self) -> None:
+        super().__init__(CONFIGS)
+        self.liked = torch.nn.ModuleDict({"ebc": self.ebc, "factor": torch.nn.Linear(1, 1)})
+        del self.ebc
+
+    def forward(self, features: Any) -> Any:
+        return self.liked["ebc"](features), 1.0
+
+
+class SparseTables(torch.nn.Module):
+    """The same tables as torch's, whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        starts = Tables(CONFIGS)
+        self.liked = starts.liked
+        self.ebc = torch.nn.ModuleDict({"embedding_bags": torch.nn.ModuleDict()})
+        for name, bag in starts.ebc.embedding_bags.items():
+            mode = "mean" if name == "c" else "sum"
+            weight = bag.weight.detach().clone()
+            self.ebc["embedding_bags"][name] = torch.nn.EmbeddingBag.from_pretrained(
+                weight, freeze=False, mode=mode, sparse=True
+            )
+
+    def forward(self, features: Any) -> Any:
+        pooled = {}
+        for config, names in zip(CONFIGS, model_names(CONFIGS), strict=True):
+            bag = self.ebc["embedding_bags"][config.name]
+            for feature, name in zip(config.feature_names, names, strict=True):
+                jagged = features[feature]
+                pooled[name] = bag(jagged.values(), jagged.offsets()[:-1])
+        return pooled, self.liked["factor"]
+
+
+@pytest.mark.parametrize("builder", [recap_fast.reference], ids=["reference"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_sparse_gradients(name: str, builder: Any) -> None:
+    model = SparseTables()
+    config = EmbeddingOptimizerConfig(**RATE, **ALGORITHMS[name])
+    train(model, CONFIGS, config, STEPS, builder.build_optimizer)
+    bags = model.ebc["embedding_bags"]
+    assert all(bag.weight.grad is None or bag.weight.grad.is_sparse for bag in bags.values())
+    assert_as_expected({name: bag.weight.detach() for name, bag in bags.items()}, ALGORITHMS[name])
+
+
+SINGLE_TASK = {"single_task_learning_rate": {"constant": 0.0}, "adam": {}}
+
+
+@pytest.mark.parametrize("model", [InTower, lambda: Tables(CONFIGS)], ids=["tower", "single task"])
+@pytest.mark.parametrize("name", ["sgd", "rowwise_adagrad", "adam decay", "each its own"])
+def test_a_table_with_options_trains_by_them_wherever_it_is(
+    name: str, model: Callable[[], Tables]
+) -> None:
+    """In a tower, and in a model of a single task, whose rate is zero."""
+    made = model()
+    in_tower = isinstance(made, InTower)
+
+    def build(model: Any, config: Any, tables: Any) -> Any:
+        return recap_fast.build_optimizer(model, config if in_tower else SINGLE_TASK, tables)
+
+    train(made, CONFIGS, EmbeddingOptimizerConfig(**RATE, **ALGORITHMS[name]), STEPS, build)
+    bags = (made.liked["ebc"] if in_tower else made.ebc).embedding_bags
+    found = {name: bag.weight.detach() for name, bag in bags.items()}
+    assert_as_expected(found, ALGORITHMS[name])
 
 
 @pytest.fixture(scope="module")
