@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,17 @@ from torchrec.modules.embedding_configs import PoolingType
 
 import recap_fast
 import recap_fast.reference
+from recap_fast.build import _by_rows as by_rows
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import plan
 from recap_fast.embeddings.kernels import ON_CPU
+from recap_fast.optim import FusedSGD
 from recap_fast.reference import LazyAdamW, RowwiseAdagrad
 from tests.distributed.processes import run
 from tests.embeddings.reference import ReferenceTable, random_gradients, table
 from tests.embeddings.training import (
     BATCH,
+    DENSE,
     Tables,
     global_batch,
     model_names,
@@ -75,25 +79,27 @@ CASES = {
 }
 
 
-def oracle(options: dict[str, Any]) -> dict[str, ReferenceTable]:
+def oracle(options: dict[str, Any], batch: int) -> dict[str, ReferenceTable]:
     """All tables after training, in float64."""
     config = EmbeddingOptimizerConfig(**RATE, **options)
     starts = Tables(CONFIGS).ebc.embedding_bags
     found = {each.name: ReferenceTable(each, starts[each.name].weight, config) for each in CONFIGS}
     for step, rate in zip(STEPS, RATES, strict=True):
-        gradients = random_gradients(CONFIGS, BATCH, step)
+        gradients = random_gradients(CONFIGS, batch, step)
         for name, reference in found.items():
             reference.forward()
-            reference.update(global_batch(step), gradients[name], rate)
+            reference.update(global_batch(step, batch=batch), gradients[name], rate)
     return found
 
 
-def assert_as_expected(found: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
+def assert_as_expected(
+    found: dict[str, torch.Tensor], options: dict[str, Any], batch: int = BATCH
+) -> None:
     """Five steps of some twenty roundings of 2^-24, of values as great as the greatest one.
 
     Those of a gradient of the first step count as much in Adagrad, which divides by it.
     """
-    expected = oracle(options)
+    expected = oracle(options, batch)
     assert found.keys() == expected.keys()
     for name, reference in expected.items():
         atol = 6e-6 * float(reference.weight.abs().max())
@@ -204,13 +210,13 @@ def results(table_backend: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results_of_four(table_backend: str) -> list[dict[str, Any]]:
-    return run(4, train_all_sharded, CASES, STEPS, backend=table_backend)
+    return run(4, train_all_sharded, CASES, STEPS, 8, backend=table_backend)
 
 
-def check_sharded(case: str, results: list[dict[str, Any]]) -> None:
+def check_sharded(case: str, results: list[dict[str, Any]], batch: int = BATCH) -> None:
     name = case.rpartition(", ")[0]
     found = whole_tables(CONFIGS, [result[case] for result in results])
-    assert_as_expected(found, ALGORITHMS[name])
+    assert_as_expected(found, ALGORITHMS[name], batch)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -221,7 +227,7 @@ def test_two_processes(case: str, results: list[dict[str, Any]]) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_four_processes(case: str, results_of_four: list[dict[str, Any]]) -> None:
-    check_sharded(case, results_of_four)
+    check_sharded(case, results_of_four, 8)
 
 
 # The optimizers of tables in pure torch
@@ -284,3 +290,23 @@ def test_a_plan_may_have_data_parallel_tables_where_they_train_as_configured() -
     assert kinds(adam={}) == {"data_parallel"}
     with pytest.raises(ValueError, match="chooses lamb for the table t0: FBGEMM has no lamb on"):
         kinds(lamb={})
+
+
+# Devices for which the native call has no whole rows
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"), [({"rowwise_adagrad": {}}, RowwiseAdagrad), ({"adam": {}}, LazyAdamW)]
+)
+def test_tables_that_are_not_on_the_cpu_step_in_torch(
+    options: dict[str, Any], kind: type[torch.optim.Optimizer]
+) -> None:
+    """As on a GPU; for one of them here, the meta device."""
+    model = Tables(CONFIGS).to("meta")
+    config = EmbeddingOptimizerConfig(**RATE, **options)
+    optimizer, scheduler = recap_fast.build_optimizer(model, DENSE, config)
+    assert type(optimizer.leaves[-1]) is kind
+    assert scheduler.group_names == ["liked", "dense_ebc"]
+    native = functools.partial(FusedSGD, capturable=True)
+    with pytest.raises(ValueError, match="chooses rowwise_adagrad or adam for tables on a GPU"):
+        by_rows(native, kind, list(model.ebc.parameters()))

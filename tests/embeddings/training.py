@@ -70,10 +70,13 @@ DENSE = RecapOptimizerConfig.model_validate(
 )
 
 
-def global_batch(seed: int, begin: int = 0, end: int = BATCH) -> KeyedJaggedTensor:
+def global_batch(
+    seed: int, begin: int = 0, end: int | None = None, batch: int = BATCH
+) -> KeyedJaggedTensor:
     """Examples `begin` to `end` of a batch: bags of 0 to 3 ids below 6, some of them twice."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 4, (len(FEATURES), BATCH), generator=generator)
+    end = batch if end is None else end
+    lengths = torch.randint(0, 4, (len(FEATURES), batch), generator=generator)
     bags = [
         [torch.randint(0, 6, (int(length),), generator=generator) for length in row]
         for row in lengths
@@ -92,6 +95,7 @@ def train(
     steps: Sequence[int],
     build: Callable[..., Any] = build_optimizer,
     gradients: Callable[..., Mapping[str, list[torch.Tensor]]] = random_gradients,
+    batch: int = BATCH,
 ) -> Any:
     """Trains on this process's share of the examples; the scheduler starts at the first step.
 
@@ -103,19 +107,20 @@ def train(
         build: makes optimizer and scheduler.
         gradients: with respect to the pooled outputs of the whole batch, from tables, number of
             examples and step.
+        batch: examples, over all processes, of which each has as many.
 
     Returns:
         The optimizer.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    begin, end = BATCH * rank // ranks, BATCH * (rank + 1) // ranks
+    begin, end = batch * rank // ranks, batch * (rank + 1) // ranks
     combined, scheduler = build(model, DENSE, optimizer)
     if steps[0]:
         scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": steps[0]})
     names = [name for of_table in model_names(configs) for name in of_table]
     for step in steps:
-        pooled, factor = model(global_batch(step, begin, end).to(device()))
-        flat = [grad for of_table in gradients(configs, BATCH, step).values() for grad in of_table]
+        pooled, factor = model(global_batch(step, begin, end, batch).to(device()))
+        flat = [grad for of_table in gradients(configs, batch, step).values() for grad in of_table]
         loss = sum(
             (pooled[name] * gradient[begin:end].to(device())).sum()
             for name, gradient in zip(names, flat, strict=True)
@@ -249,10 +254,13 @@ def train_sharded(
 def train_all_sharded(
     cases: Mapping[str, tuple[Sequence[EmbeddingBagConfig], Any, Mapping[str, str]]],
     steps: Sequence[int],
+    batch: int = BATCH,
 ) -> dict[str, dict[str, Any]]:
     """On every process: `train_sharded` for each case of tables, options and shardings."""
     return {
-        name: train_sharded(configs, EmbeddingOptimizerConfig(**options), shardings, steps)
+        name: train_sharded(
+            configs, EmbeddingOptimizerConfig(**options), shardings, steps, batch=batch
+        )
         for name, (configs, options, shardings) in cases.items()
     }
 
