@@ -1,13 +1,14 @@
 """Optimizers of embedding tables in pure torch, with the arithmetic of FBGEMM's kernels.
 
 FBGEMM updates the rows that were looked up, and no others: there is neither decay nor a step from
-an earlier momentum in a row without a gradient. A dense gradient does not tell which rows those
-were, so a row counts as not looked up if its whole gradient is zero.
+an earlier momentum in a row without a gradient. The rows of a sparse gradient are those that were
+looked up. A dense one does not tell, so a row counts as not looked up if its whole gradient is
+zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _Dict = dict[str, Any]
 
 
 class _RowsOnly(torch.optim.Optimizer):
-    """Steps the rows of each parameter that have a gradient."""
+    """Steps the rows of each parameter that were looked up."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -36,8 +37,8 @@ class _RowsOnly(torch.optim.Optimizer):
                 if not self.state[param]:
                     self.state[param].update(new_state(self, group, param, StateMemory()))
                 self.state[param]["step"] += 1
-                for rows, grad in _rows_with_gradient(param.grad):
-                    self._update(group, self.state[param], param, rows, grad)
+                rows, grad = _looked_up(param.grad)
+                self._update(group, self.state[param], param, rows, grad)
         return loss
 
     def _update(
@@ -51,20 +52,17 @@ class _RowsOnly(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-def _rows_with_gradient(grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows that have a gradient, once each, and these, at least in float32; if there are any.
+def _looked_up(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that were looked up, once each, and their gradients, at least in float32.
 
     Args:
         grad: Dense, or sparse along the first dimension.
     """
     if grad.is_sparse:
-        grad = grad.coalesce()
-        rows, values = grad.indices()[0], grad.values()
-    else:
-        rows, values = torch.arange(len(grad), device=grad.device), grad
-    has_gradient = values.flatten(1).ne(0).any(dim=1)
-    if has_gradient.any():
-        yield rows[has_gradient], _widened(values[has_gradient])
+        summed = _widened(grad).coalesce()
+        return summed.indices()[0], summed.values()
+    rows = grad.flatten(1).ne(0).any(dim=1).nonzero().flatten()
+    return rows, _widened(grad[rows])
 
 
 def _widened(values: Tensor) -> Tensor:
@@ -131,7 +129,7 @@ class RowwiseAdagrad(_RowsOnly):
 
 
 class LazyAdamW(_RowsOnly, torch.optim.AdamW):
-    """`torch.optim.AdamW` of the rows that have a gradient; others keep their moments too.
+    """`torch.optim.AdamW` of the rows that were looked up; others keep their moments too.
 
     FBGEMM's `ADAM`, which corrects the bias by the steps of the table, not of the row.
 
