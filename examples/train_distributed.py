@@ -22,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from recap_fast import build_optimizer, checkpoint
-from recap_fast.cli import at_least
+from recap_fast.cli import whole
 from recap_fast.demo import data, processes
 from recap_fast.demo.errors import DemoError
 from recap_fast.demo.model import build_model, optimizer_configs
@@ -127,15 +127,15 @@ def parse() -> argparse.Namespace:
         default = "" if options.get("default") is None else " (default: %(default)s)"
         parser.add_argument(name, help=text + default, **options)
 
-    add("--steps", "batches to train on", type=at_least(1), default=300)
-    add("--batch-size", "ratings in each, of all processes together", type=at_least(1), default=512)
-    add("--seed", "of the weights and of the order of the batches", type=at_least(0), default=0)
+    add("--steps", "batches to train on", type=whole(1), default=300)
+    add("--batch-size", "ratings in each, of all processes together", type=whole(1), default=512)
+    add("--seed", "of the weights and of the order of the batches", type=whole(0), default=0)
     add("--sharding", "how to lay out the tables", choices=SHARDINGS, default="planner")
     add("--dense", "what to do with all other parameters", choices=DENSE, default="ddp")
     text = "largest global norm of dense gradients; a step whose norm is not finite is skipped"
     add("--clip-grad-norm", text, type=float, default=math.inf, metavar="NORM")
     add("--checkpoint-dir", "where to save, and whose newest to go on from", type=Path)
-    add("--checkpoint-every", "how many steps from one to the next", type=at_least(1), default=100)
+    add("--checkpoint-every", "how many steps from one to the next", type=whole(1), default=100)
     add("--timeout", "seconds without an answer after which to give up", type=float, default=300.0)
     add("--data", "folder of the MovieLens files, instead of downloading them", type=Path)
     return parser.parse_args()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+_MOST_STEPS = 10_000_000  # of which losses are kept
 _DEMO_MODULES = ("torch", "fbgemm_gpu", "torchrec", "torchmetrics", "matplotlib", "tqdm")
 
 
@@ -80,28 +81,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--steps",
-        type=at_least(1),
+        type=whole(1, _MOST_STEPS),
         default=300,
         metavar="N",
         help="training steps of each run (default: %(default)s)",
     )
     demo.add_argument(
         "--batch-size",
-        type=at_least(1),
+        type=whole(1),
         default=512,
         metavar="B",
         help="ratings per step (default: %(default)s)",
     )
     demo.add_argument(
         "--seed",
-        type=at_least(0),
+        type=whole(0),
         default=0,
         metavar="S",
         help="seed of the weights and of the order of the batches (default: %(default)s)",
     )
     demo.add_argument(
         "--nproc",
-        type=at_least(1),
+        type=whole(1),
         default=1,
         metavar="P",
         help=(
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--threads",
-        type=at_least(1),
+        type=whole(1),
         metavar="T",
         help=(
             "threads that torch uses in an operation, in each process (default: torch's own"
@@ -134,16 +135,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number, `minimum` or more."""
+def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """A type for argparse: a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or value < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {minimum}")
+        if value is None or not least <= value <= most:
+            shown = text if len(text) <= 40 else f"{text[:40]}..."
+            wanted = f"a whole number >= {least}"
+            if value is not None and value > most:
+                wanted = f"a whole number from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{shown!r} is not {wanted}")
         return value
 
     return parse

@@ -29,6 +29,10 @@ def test_help_names_every_option_and_the_data(capsys: pytest.CaptureFixture[str]
         (["--steps", "many"], "argument --steps: 'many' is not a whole number >= 1"),
         (["--batch-size", "0"], "argument --batch-size: '0' is not a whole number >= 1"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number >= 0"),
+        (["--steps", "9" * 5000], f"argument --steps: '{'9' * 40}...' is not a whole number"),
+        (["--steps", str(10**9)], f"'{10**9}' is not a whole number from 1 to 10000000"),
+        (["--seed", str(2**64)], f"'{2**64}' is not a whole number from 0 to {2**63 - 1}"),
+        (["--batch-size", str(2**70)], f"argument --batch-size: '{2**70}' is not a whole number"),
         (["--threads", "0.5"], "argument --threads: '0.5' is not a whole number >= 1"),
         (["--nproc", "0"], "argument --nproc: '0' is not a whole number >= 1"),
         (["--stepz", "1"], "unrecognized arguments: --stepz 1"),
@@ -40,7 +44,8 @@ def test_refuses_wrong_options(
     with pytest.raises(SystemExit) as caught:
         cli.main(["demo", *arguments])
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    *_, error = capsys.readouterr().err.splitlines()  # after the usage
+    assert message in error and len(error) < 200
 
 
 def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,17 +134,20 @@ def test_two_processes_give_the_table_of_one(
 
 @pytest.mark.usefixtures("synthetic_data")
 @pytest.mark.parametrize(
-    ("nproc", "message"),
+    ("options", "message"),
     [
-        ("3", "--batch-size 512 is not a multiple of --nproc 3: the processes divide each batch"),
-        ("4096", "--nproc 4096 is too many: this machine has"),
+        (["--nproc=3"], "--batch-size 512 is not a multiple of --nproc 3: the processes divide"),
+        (["--nproc=4096"], "--nproc 4096 is too many: this machine has"),
+        (["--threads=100000"], "--threads 100000 is too many: on the"),
+        (["--nproc=2", "--threads=100000"], "each of 2 processes may have at most"),
     ],
 )
-def test_demo_refuses_processes_that_cannot_share_the_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], nproc: str, message: str
+def test_demo_refuses_more_than_a_machine_can_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert cli.main(["demo", "--nproc", nproc, "--out", str(tmp_path / "out")]) == 1
-    assert message in capsys.readouterr().err
+    assert cli.main(["demo", *options, "--out", str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -149,6 +157,12 @@ def test_demo_refuses_a_batch_that_is_too_large(
 ) -> None:
     assert cli.main(["demo", "--batch-size", "4096", "--out", str(tmp_path)]) == 1
     assert "--batch-size 4096 is more than" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("synthetic_data")
+def test_the_largest_seed_trains(tmp_path: Path) -> None:
+    arguments = ["--steps", "1", "--batch-size", "16", "--seed", str(2**63 - 1)]
+    assert cli.main(["demo", *arguments, "--out", str(tmp_path)]) == 0
 
 
 def test_demo_refuses_an_output_folder_that_is_a_file(
@@ -164,7 +178,7 @@ def test_demo_names_what_is_wrong_with_the_data(
 ) -> None:
     assert cli.main(["demo", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("recap-fast: cannot read") and "ml-100k.user" in err
+    assert err.startswith("recap-fast: cannot read") and "ml-100k.inter" in err
 
 
 def test_runs_as_a_module() -> None:

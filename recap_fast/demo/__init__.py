@@ -1,6 +1,6 @@
 """The demo: a multi-task ranker trained on MovieLens-100K with recap_fast and with the reference.
 
-* `movielens`: gets the three files and reads them.
+* `data_files`: gets the three files of the data set and checks them; `movielens` reads them.
 * `data`: features, labels, the split by time, batches; a synthetic data set of the same schema.
 * `model`: a MaskNet backbone with a tower per task, and the schedules it is trained with.
 * `train`: one loop that trains any number of optimizers side by side.

@@ -19,10 +19,12 @@ from recap_fast.demo.errors import DemoError
 from recap_fast.demo.launch import launch
 from recap_fast.demo.quiet import quiet_libraries
 from recap_fast.demo.sharding import shard
+from recap_fast.demo.signals import raising_on_sigterm
 from recap_fast.demo.train import train
 from recap_fast.embeddings import fuse_embeddings
 
 _MOST_PROCESSES_PER_CORE = 4
+_MOST_THREADS_PER_CORE = 16
 
 
 def run(
@@ -49,13 +51,15 @@ def run(
         DemoError: something that the user can mend is missing or wrong.
     """
     _check_nproc(nproc, batch_size)
+    _check_threads(threads, nproc)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):  # better now than after the training
             pass
     except OSError as error:
         raise DemoError(f"cannot write to the folder {out} (--out): {error}") from error
-    dataset = data.load(data_dir)
+    with raising_on_sigterm():  # ends pip, if it downloads
+        dataset = data.load(data_dir)
     if batch_size > dataset.num_train:
         raise DemoError(f"--batch-size {batch_size} is more than {dataset.num_train} ratings")
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
@@ -79,6 +83,15 @@ def _check_nproc(nproc: int, batch_size: int) -> None:
         raise DemoError(
             f"--batch-size {batch_size} is not a multiple of --nproc {nproc}: the processes divide"
             f" each batch evenly; take {batch_size // nproc * nproc or nproc}"
+        )
+
+
+def _check_threads(threads: int | None, nproc: int) -> None:
+    most = max(1, _MOST_THREADS_PER_CORE * _cores() // nproc)
+    if threads is not None and threads > most:
+        raise DemoError(
+            f"--threads {threads} is too many: on the {_cores()} cores of this machine, each of"
+            f" {nproc} processes may have at most {most}"
         )
 
 

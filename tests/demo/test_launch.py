@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,81 @@ def test_an_error_shows_where_it_came_from() -> None:
 def test_a_killed_process_ends_the_others() -> None:
     with pytest.raises(DemoError, match=r"one of the 2 processes has gone: process 1 .*SIGKILL"):
         launch(2, 1, fail_on_the_second, "kill")
+
+
+def stay(folder: str) -> None:
+    """Some wait in Python, the first in C++ for the others, as in an exchange."""
+    Path(folder, str(os.getpid())).touch()
+    if dist.get_rank() == 0:
+        dist.barrier()
+    time.sleep(600)
+
+
+START = """
+import signal, sys
+from recap_fast.demo.launch import launch
+from tests.demo.test_launch import stay
+if __name__ == "__main__":
+    launch(int(sys.argv[2]), 1, stay, sys.argv[1])
+"""
+
+
+def is_alive(pid: int) -> bool:
+    """A process that was left to another one to wait for is dead too."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def check_end(folder: Path, number: int, status: int, processes: int, early: bool) -> None:
+    """Sends a signal to the parent alone, when all children have joined or as they begin."""
+    folder.mkdir()
+    script = folder.parent / "start.py"
+    script.write_text(START)
+    command = [sys.executable, str(script), str(folder), str(processes)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    parent = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        children: list[int] = []
+        while len(children) < processes:
+            assert parent.poll() is None
+            time.sleep(0.02)
+            if early:
+                listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+                children = [int(pid) for pid in listed]
+            else:
+                children = [int(path.name) for path in folder.iterdir()]
+        parent.send_signal(number)
+        # Killed, it tells nobody, and children that only begin notice when they have begun.
+        seconds = 60 if early and number == signal.SIGKILL else 5
+        end = time.monotonic() + seconds
+        while parent.poll() is None or any(map(is_alive, children)):
+            assert time.monotonic() < end, f"{children} go on for {seconds} seconds"
+            time.sleep(0.02)
+        assert parent.returncode == status
+    finally:
+        if parent.poll() is None:
+            os.killpg(parent.pid, signal.SIGKILL)
+            parent.wait()
+
+
+def test_sigterm_to_the_parent_ends_the_children(tmp_path: Path) -> None:
+    check_end(tmp_path / "run", signal.SIGTERM, 128 + signal.SIGTERM, 2, early=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGINT, -signal.SIGINT),
+        (signal.SIGTERM, 128 + signal.SIGTERM),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_a_signal_to_the_parent_ends_the_children(
+    tmp_path: Path, number: int, status: int, early: bool
+) -> None:
+    check_end(tmp_path / "run", number, status, 3, early)
