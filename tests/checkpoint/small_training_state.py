@@ -106,10 +106,10 @@ def small(seed: int = 0, width: int = 4, **algorithm: Any) -> Training:
     return built(Small(seed, width).to(device()), **algorithm)
 
 
-def with_tables(seed: int = 0, **options: Any) -> Training:
-    """An `EmbeddingRanker` on fused tables; their options go to the configuration."""
+def with_tables(seed: int = 0, fused: bool = True, **options: Any) -> Training:
+    """An `EmbeddingRanker`; options of its tables go to the configuration."""
     torch.manual_seed(seed)
     config = config_of(**(options or {"rowwise_adagrad": {}}))
-    model = fuse_embeddings(EmbeddingRanker(), config)
+    model = fuse_embeddings(EmbeddingRanker(), config) if fused else EmbeddingRanker()
     built = build_optimizer(model, multi_task_config(), config)
     return Training(model, *built, backward=gradients_of_features)

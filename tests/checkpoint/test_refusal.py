@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
+from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from recap_fast import build_optimizer
+from recap_fast import FusedCombinedOptimizer, build_optimizer
 from recap_fast.checkpoint import CheckpointMismatchError, load, save
+from recap_fast.optim import FusedAdamW
 from tests.checkpoint.small_training_state import Small, Training, built, small, with_tables
 from tests.models import Ranker, multi_task_config
 
@@ -66,6 +68,16 @@ def ranker(tasks: bool) -> Training:
     torch.manual_seed(1)
     model = Ranker()
     return Training(model, *build_optimizer(model, multi_task_config())) if tasks else built(model)
+
+
+def adamw_of_tables() -> Training:
+    """Its tables decay without being looked up."""
+    training = with_tables(1, fused=False, adam={})
+    tables = training.optimizer.optimizers[-1][1]
+    other = KeyedOptimizerWrapper(tables.params, lambda params: FusedAdamW(params, lr=0.1))
+    parts = [part for _, part in training.optimizer.optimizers[:-1]]
+    optimizer = FusedCombinedOptimizer([*parts, other])
+    return Training(training.model, optimizer, backward=training.backward)
 
 
 def with_scheduler() -> Training:
@@ -162,6 +174,21 @@ CASES: dict[str, tuple[Callable[[], Training], Callable[[], Training], str]] = {
         with_tables,
         lambda: with_tables(1, sgd={}),
         f"{T_USER} was trained by exact_row_wise_adagrad with sum, but here is by SGD with no sta",
+    ),
+    "unfused tables by row, fused by element": (
+        lambda: with_tables(fused=False),
+        lambda: with_tables(1, adagrad={}),
+        f"{T_USER} was trained by FusedRowwiseAdagrad with step, sum, but here is by exact_adagrad",
+    ),
+    "fused tables, unfused without state": (
+        with_tables,
+        lambda: with_tables(1, fused=False, sgd={}),
+        f"{T_USER} was trained by exact_row_wise_adagrad with sum, but here is by SGD with no sta",
+    ),
+    "lazy Adam, AdamW": (
+        lambda: with_tables(fused=False, adam={}),
+        adamw_of_tables,
+        f"{T_USER} was trained by lazy AdamW with exp_avg, exp_avg_sq, step, but here is by AdamW",
     ),
     "scheduler, none": (
         with_scheduler,
