@@ -7,9 +7,10 @@
 
 What follows from an update during the backward pass:
 
-* the tables' gradients are never stored: clipping by norm, accumulation over several backward
-  passes and `zero_grad` do not reach them;
-* a `GradScaler` scales the loss, and with it the update of the tables;
+* the tables' gradients are not stored, so that clipping by norm does not reach them;
+* each of several backward passes before a step is an update, and a `GradScaler` scales it with the
+  loss, unless `emb_optimizer_config` has `several_backwards="accumulate"`: gradients of the pooled
+  outputs are then held until `optimizer.step()`, and `optimizer.zero_grad()` drops them;
 * DDP does not reduce the tables' gradients: to train across processes, shard the unfused model.
 """
 

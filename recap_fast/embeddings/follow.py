@@ -6,8 +6,12 @@ import weakref
 from typing import Any
 
 from torch import Tensor, nn
+from torchrec.distributed.composable.table_batched_embedding_slice import (
+    TableBatchedEmbeddingSlice,
+)
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.types import ShardedModule
 from torchrec.modules.fused_embedding_modules import (
     FusedEmbeddingBagCollection,
     FusedEmbeddingCollection,
@@ -73,11 +77,10 @@ def _show(collection: nn.Module, holders: Any, kernels: list[LiveKernel]) -> Non
         if found_places != list(range(len(kernel.embedding_specs))):
             continue  # of another collection
         tables = {
-            name: ShownTable(name, holders[name]._parameters["weight"], own)
-            for name, own in places.items()
+            name: ShownTable(name, _as_leaf(holders[name]), own) for name, own in places.items()
         }
         kernel.shown = ShownTables(holders, tables)
-        kernel.stay()
+        kernel.joins_backward = isinstance(collection, ShardedModule)
         mine.append(weakref.ref(kernel))
 
     def look(*_: Any) -> None:
@@ -88,3 +91,19 @@ def _show(collection: nn.Module, holders: Any, kernels: list[LiveKernel]) -> Non
     if mine:
         # What torchrec shows in a state dict is the memory of kernels.
         collection.register_state_dict_pre_hook(look)
+
+
+def _as_leaf(holder: nn.Module) -> nn.Parameter:
+    """The parameter of a table, as one that can be frozen and replaced like others.
+
+    Those of torchrec's model parallel are slices of a larger one (torchrec 1.8 and 1.9), which
+    torch refuses to freeze.
+    """
+    param = holder._parameters["weight"]
+    if type(param) is not TableBatchedEmbeddingSlice:
+        return param
+    leaf = nn.Parameter(param.detach().as_subclass(Tensor))
+    if hasattr(param, "_in_backward_optimizers"):  # by which torchrec knows that it is fused
+        leaf._in_backward_optimizers = param._in_backward_optimizers
+    holder._parameters["weight"] = leaf
+    return leaf

@@ -36,13 +36,15 @@ def fuse_embeddings(
     algorithm, hyperparameters and schedule. Subclasses of `EmbeddingBagCollection` and tables
     outside such a collection stay as they are.
 
-    Do this when the model is on its device and has its dtype, before it is wrapped: the kernels'
-    tables do not follow `model.to(...)`. Neither `copy.deepcopy` nor pickling is supported;
-    `state_dict` works. An id that is no row of its table is an error.
+    Do this when the model is on its device and has its dtype, before it is wrapped: a table that is
+    on another device or has another dtype later is refused by the next forward pass. What else you
+    do to a table holds from then on: give it other weights, freeze it (`requires_grad_`), copy the
+    model. Pickling is not supported; `state_dict` works. An id that is no row of its table is an
+    error.
 
     Args:
-        model: The model, not wrapped; its tables are float32 or float16, trainable, of a width that
-            is a multiple of 4, and used nowhere else.
+        model: The model, not wrapped; its tables are float32 or float16, of a width that is a
+            multiple of 4, and used nowhere else.
         emb_optimizer_config: Algorithm and hyperparameters of each table, and the rate to start
             with: `init_learning_rate`, or else what `learning_rate` gives for step 0. On the CPU,
             FBGEMM has sgd, adagrad, rowwise_adagrad and ema_rowwise_adagrad. Or what

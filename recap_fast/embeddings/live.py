@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from recap_fast.embeddings.passes import Pass, gradient_of_weights, joined, without_tables
 from recap_fast.embeddings.several_backwards import SeveralBackwards
-from recap_fast.embeddings.shown import NONE_FROZEN, Home, ShownTables
+from recap_fast.embeddings.shown import NONE_FROZEN, ShownTables
 from recap_fast.names import some
 
 # Has the output of a lookup require a gradient.
@@ -43,6 +43,8 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
     Attributes:
         shown: The parameters of the model that show the tables; None if they are not known.
         several_backwards: What becomes of several backward passes before a step.
+        joins_backward: Whether frozen tables take part in the backward pass too, since others wait
+            for that in a collective.
     """
 
     shown: ShownTables | None
@@ -55,7 +57,7 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
 
     def _begin(self) -> None:
         self.shown = None
-        self._home: Home | None = None
+        self.joins_backward = False
         self.several_backwards = SeveralBackwards()
         self._optimizer: weakref.ref[Optimizer] | None = None
         # The last rate that was passed on, and what it is in float32.
@@ -66,7 +68,7 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveKernel:
         """A module with memory of its own, which follows nobody yet and holds no gradients."""
         made = memo[id(self)] = type(self).__new__(type(self))
-        ours = {"shown", "several_backwards", "_home", "_optimizer"}
+        ours = {"shown", "several_backwards", "_optimizer"}
         state = {name: value for name, value in self.__dict__.items() if name not in ours}
         made.__dict__.update(copy.deepcopy(state, memo))
         made._begin()
@@ -105,16 +107,7 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
         Raises:
             RuntimeError: A parameter shows what cannot be brought in; the message names the table.
         """
-        if self._home is not None:
-            self._home.return_to()
         return NONE_FROZEN if self.shown is None else self.shown.look(self)
-
-    def stay(self) -> None:
-        """Has the module stay in its memory, though the model that it is part of is converted.
-
-        Without it, optimizer and state dict would go on to show the memory that it left.
-        """
-        self._home = Home(self)
 
     # A compiled frame would take rates and parameters for constants, and FBGEMM's ends one anyway.
     @torch.compiler.disable
@@ -141,8 +134,10 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
         frozen = self.look()
         used = Pass(indices, offsets, per_sample_weights, others, self.pass_rate(), frozen)
         self._check_possible(used)
-        learns_weights = per_sample_weights is not None and per_sample_weights.requires_grad
-        if torch.is_grad_enabled() and (learns_weights or not self._all(frozen)):
+        joins = self.joins_backward or not self._all(frozen)
+        if per_sample_weights is not None:
+            joins |= per_sample_weights.requires_grad
+        if torch.is_grad_enabled() and joins:
             if "vbe_output" in others:  # which must be an output of FBGEMM's own node
                 return super().forward(indices, offsets, per_sample_weights, **others)
             anchor = self.placeholder_autograd_tensor if self.shown is None else _ANCHOR

@@ -131,32 +131,3 @@ def _bring_in(
         param.data = table.memory.detach()
     if table.is_marked and not hasattr(param, "_in_backward_optimizers"):
         param._in_backward_optimizers = [EmptyFusedOptimizer()]  # as torchrec marks such
-
-
-class Home:
-    """The memory of a table-batched module, to which it returns where a model takes it along.
-
-    Conversions (`model.double().float()`, `to_empty`) give other memory to all that a model has in
-    it. The values are those of `ShownTables`, and the state is none of the model's.
-    """
-
-    def __init__(self, kernel: nn.Module) -> None:
-        self._all = [
-            (registry, key, value, value.detach())
-            for registry in (kernel._parameters, kernel._buffers)
-            for key, value in registry.items()
-            if value is not None
-        ]
-        weights = [each for each in self._all if each[1].startswith("weights_") and each[2].numel()]
-        largest = max(weights, key=lambda each: each[2].numel())
-        self._registry, self._key, _, own = largest
-        self._address = own.data_ptr()
-
-    def return_to(self) -> None:
-        """Gives the module its memory back, if it has another one."""
-        if self._registry[self._key].data_ptr() == self._address:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            for registry, key, value, own in self._all:
-                value.data = own
-                registry[key] = value
