@@ -173,22 +173,23 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
             with self._as_counted():
                 return self._forward(used)
 
-    def look_up_to_train(self, used: Pass) -> tuple[Tensor, Pass]:
-        """Looks up; returns the output, and the pass with FBGEMM's node if it can be used."""
+    def look_up_to_train(self, used: Pass) -> Tensor:
+        """Looks up; the pass gets FBGEMM's node if that can be used."""
         several = self.several_backwards
         if (several.accumulates and several.counted) or self._all(used.frozen):
             with self._as_counted():
-                return self._forward(used), used
+                return self._forward(used)
         several.counted = True
         if several.accumulates or used.frozen:
-            return self._forward(used), used
+            return self._forward(used)
         self.placeholder_autograd_tensor.requires_grad_()  # which a frozen model's may not do
-        weights = used.weights
-        if weights is not None:
-            weights = weights.detach().requires_grad_(weights.requires_grad)
+        given = used.weights
+        if given is not None:
+            used.weights = given.detach().requires_grad_(given.requires_grad)
         with torch.enable_grad():
-            output = self._forward(replace(used, weights=weights))
-        return output.detach(), replace(used, node=output.grad_fn, version=self.version)
+            output = self._forward(used)
+        used.weights, used.node, used.version = given, output.grad_fn, self.version
+        return output.detach()
 
     def update(self, used: Pass, gradient: Tensor, learns_weights: bool) -> Tensor | None:
         """Takes the backward pass of a lookup; returns the gradient of per-sample weights."""
@@ -228,9 +229,10 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
         if one.indices.numel() == 0:
             return
         self.placeholder_autograd_tensor.requires_grad_()
-        weights = None if one.weights is None else one.weights.detach()
+        if one.weights is not None:
+            one = replace(one, weights=one.weights.detach())
         with self._as_counted(), torch.enable_grad():
-            output = self._forward(replace(one, weights=weights))
+            output = self._forward(one)
         output.grad_fn(one.gradient)
 
     def _forward(self, used: Pass) -> Tensor:
@@ -307,7 +309,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, weights: Tensor | None, kernel: LiveKernel, used: Pass):
-        output, used = kernel.look_up_to_train(used)
+        output = kernel.look_up_to_train(used)
         ctx.kernel, ctx.used = kernel, used
         # Or nobody would notice that they were changed, or that the graph was freed.
         ctx.save_for_backward(used.indices, used.offsets, weights)

@@ -15,7 +15,7 @@ from torch import Tensor
 _VARIABLE_BATCH = "batch_size_per_feature_per_rank"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pass:
     """What a forward pass looked up, and later the gradient that came back.
 

@@ -60,7 +60,10 @@ class ShownTables:
 
     def __init__(self, holders: nn.ModuleDict, tables: Mapping[str, ShownTable]) -> None:
         self._holders = weakref.ref(holders)  # sharded, it leads back to the module
-        self._tables = dict(tables)
+        self._tables = [
+            (key, table, table.kind, table.dtype, (table.address, table.memory.numel()))
+            for key, table in tables.items()
+        ]
 
     def look(self, kernel: SplitTableBatchedEmbeddingBagsCodegen) -> frozenset[int]:
         """Brings what the parameters show into the module; returns the places of frozen tables.
@@ -73,15 +76,15 @@ class ShownTables:
         if holders is None:
             return NONE_FROZEN
         frozen = NONE_FROZEN
-        for key, table in self._tables.items():
-            holder = holders._modules.get(key)
+        modules = holders._modules
+        for key, table, kind, dtype, where in self._tables:
+            holder = modules.get(key)
             param = None if holder is None else holder._parameters.get("weight")
-            if (
-                type(param) is not table.kind
-                or param.data_ptr() != table.address
-                or param.dtype is not table.dtype
-                or param.shape != table.shape
-                or not param.is_contiguous()
+            if not (  # one memory, however it is viewed
+                type(param) is kind
+                and (param.data_ptr(), param.numel()) == where
+                and param.dtype is dtype
+                and param.is_contiguous()
             ):
                 _bring_in(table, param, kernel)
             if not param.requires_grad:
