@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedSGD
+from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedRowwiseAdagrad, FusedSGD
 from tests.distributed.processes import device, mesh, run
 
 CASES = {
@@ -278,3 +278,37 @@ def replicated_beside_plain():
 def test_shards_replicas_and_plain_tensors_step_together(backend):
     expected = [[i - 1.0 for i in range(6)]] * 3
     assert run(2, replicated_beside_plain, backend=backend) == [expected] * 2
+
+
+ROWS = {
+    "rowwise": (FusedRowwiseAdagrad, {"lr": 0.1, "weight_decay": 0.1}),
+    "lazy": (FusedAdamW, {"lr": 0.1, "lazy": True}),
+}
+
+
+def step_rows(case):
+    """A table sharded along its rows, and the same in one piece; every other row has a gradient."""
+    make, options = ROWS[case]
+    weight = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    whole, table = nn.Parameter(weight.clone()), nn.Parameter(sharded(weight, Shard(0)))
+    ours, expected = make([table], **options), make([whole], **options)
+    for step in range(3):
+        grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
+        grad[step % 2 :: 2] = 0
+        table.grad, whole.grad = sharded(grad, Shard(0)), grad
+        ours.step()
+        expected.step()
+    assert torch.equal(table.full_tensor(), whole)
+    for key, value in expected.state[whole].items():
+        found = ours.state[table][key]
+        assert torch.equal(found.full_tensor() if key != "step" else found, value), key
+    columns = nn.Parameter(sharded(torch.ones(4, 6), Shard(1)))
+    columns.grad = sharded(torch.ones(4, 6), Shard(1))
+    with pytest.raises(RuntimeError, match="need whole rows: shard it along dimension 0"):
+        make([columns], **options).step()
+    return True
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_are_updated_in_shards_of_rows(case):
+    assert run(2, step_rows, case) == [True, True]  # a CUDA device has no such update

@@ -166,6 +166,34 @@ def test_a_long_step_lets_other_threads_run(elements: int) -> None:
 
 
 @pytest.mark.cpu_engine
+def test_another_thread_may_drop_sparse_gradients() -> None:
+    rows, lookups = 20_000, 10_000  # a table whose step gives up the GIL
+    table = nn.Parameter(torch.zeros(rows, 64))
+    optimizer = FusedSGD([table], lr=1.0)
+    indices = torch.arange(lookups) % (lookups // 2)
+    over = threading.Event()
+
+    def drop() -> None:
+        while not over.is_set():
+            table.grad = None
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    taken = 0
+    for _ in range(8):
+        values = torch.ones(lookups, 64)
+        table.grad = torch.sparse_coo_tensor(indices[None], values, table.shape)
+        del values
+        before = table[0, 0].item()
+        optimizer.step()
+        taken += table[0, 0].item() != before
+    over.set()
+    thread.join()
+    assert (table[: lookups // 2] == -2.0 * taken).all()  # each step whole or not at all
+    assert not table[lookups // 2 :].any()
+
+
+@pytest.mark.cpu_engine
 def test_a_step_within_a_step_is_refused() -> None:
     params = parameters(2)
     optimizer = FusedSGD(params, lr=1.0)
