@@ -107,8 +107,8 @@ def unfuse(optimizer: T) -> T:
     Raises:
         TypeError: it is not an optimizer, or one inside is of a class derived from one of
             `recap_fast.optim`; nothing is changed.
-        ValueError: one inside has a ``clip_grad_norm`` or schedules on the device, of which its
-            former class knows nothing; nothing is changed.
+        ValueError: one inside has a ``clip_grad_norm``, ``lazy`` or schedules on the device, of
+            which its former class knows nothing; nothing is changed.
     """
     inside = [inner for outer in _check(optimizer, "unfuse") for inner in _walk(outer)]
     for inner in inside:
@@ -241,6 +241,11 @@ def _check_can_unfuse(optimizer: FusedOptimizer) -> None:
             f"unfuse: this {kind.__name__} has clip_grad_norm={optimizer.clip_grad_norm}, and "
             f"{kind.torch_class().__name__} does not clip; make a new one, and call "
             "torch.nn.utils.clip_grad_norm_ before its step"
+        )
+    if any(group.get("lazy") for group in optimizer.param_groups):
+        raise ValueError(
+            f"unfuse: this {kind.__name__} has lazy=True, of which {kind.torch_class().__name__} "
+            "knows nothing: it would decay all rows; set it to False in the param groups first"
         )
 
 

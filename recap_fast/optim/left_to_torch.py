@@ -99,7 +99,9 @@ class LeftToTorch:
         self._said: set[tuple[int, str]] = set()
 
     def reason(self, group: Group) -> str | None:
-        """Why a group is left to torch; None if it is native."""
+        """Why a group is left to torch; None if it is native, or if torch has no such step."""
+        if group.get("lazy"):
+            return None
         for param in group["params"]:
             if param in self._reasons:
                 return self._reasons[param]

@@ -311,6 +311,7 @@ class Stepper:
             for number, optimizer in enumerate(self._optimizers())
             if optimizer._left_to_torch is not None
             for index, group in self._groups[number]
+            if not group.get("lazy")  # which torch would step otherwise
         ]
         found = False
         for number, optimizer, index, group in candidates:

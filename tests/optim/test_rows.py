@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recap_fast import build_info
+from recap_fast import build_info, fuse, unfuse
 from recap_fast._native import use_instruction_set
 from recap_fast.optim import FusedAdam, FusedAdamW, FusedRowwiseAdagrad
 from tests.optim.helpers import DTYPES, LAYOUTS, laid_out, numbers
@@ -317,3 +317,19 @@ def test_a_sum_that_is_not_one_per_row_is_refused(state: Tensor) -> None:
 def test_arguments_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FusedRowwiseAdagrad([nn.Parameter(torch.ones(3, 2))], **options)
+
+
+def test_what_is_lazy_is_never_left_to_torch() -> None:
+    table, other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    optimizer = fuse(torch.optim.AdamW([{"params": [table]}, {"params": [other]}]))
+    optimizer.param_groups[0].update(lazy=True, differentiable=True)  # no native step does that
+    table.grad, other.grad = torch.ones(3, 2), torch.ones(3, 2)
+    with pytest.raises(ValueError, match="differentiable=True is not supported"):
+        optimizer.step()
+    assert torch.equal(table, torch.ones(3, 2)) and torch.equal(other, torch.ones(3, 2))
+    with pytest.raises(ValueError, match="lazy=True, of which AdamW knows nothing"):
+        unfuse(optimizer)
+    optimizer.param_groups[0]["lazy"] = False
+    optimizer.step()
+    assert (table < 1).all()
+    assert type(unfuse(optimizer)) is torch.optim.AdamW

@@ -176,6 +176,7 @@ def test_another_thread_may_drop_sparse_gradients() -> None:
     def drop() -> None:
         while not over.is_set():
             table.grad = None
+            time.sleep(1e-4)
 
     thread = threading.Thread(target=drop)
     thread.start()
