@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
+from recap_fast.embeddings.counted import CountedKernel
 from recap_fast.embeddings.passes import Pass, gradient_of_weights, joined, without_tables
 from recap_fast.embeddings.several_backwards import SeveralBackwards
 from recap_fast.embeddings.shown import NONE_FROZEN, ShownTables
@@ -30,11 +29,9 @@ from recap_fast.names import some
 
 # Has the output of a lookup require a gradient.
 _ANCHOR: Final = torch.zeros(0, requires_grad=True)
-# Those whose forward pass counts nothing.
-_UNCOUNTED: Final = (EmbOptimType.EXACT_SGD, EmbOptimType.LARS_SGD, EmbOptimType.EXACT_ADAGRAD)
 
 
-class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
+class LiveKernel(CountedKernel):
     """A table-batched module that follows its param group and the parameters that show its tables.
 
     The rate is the one that the group has at the backward pass. A frozen table is looked up, but
@@ -49,7 +46,6 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
 
     shown: ShownTables | None
     several_backwards: SeveralBackwards
-    _hidden: frozenset[int] = NONE_FROZEN
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,8 +58,6 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
         self._optimizer: weakref.ref[Optimizer] | None = None
         # The last rate that was passed on, and what it is in float32.
         self._passed: tuple[float, float] | None = None
-        self._averages = True
-        self._frozen_in_use = NONE_FROZEN
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveKernel:
         """A module with memory of its own, which follows nobody yet and holds no gradients."""
@@ -142,7 +136,7 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
                 return super().forward(indices, offsets, per_sample_weights, **others)
             anchor = self.placeholder_autograd_tensor if self.shown is None else _ANCHOR
             return _Lookup.apply(anchor, per_sample_weights, self, used)
-        return self._look_up(used)
+        return self._look_up_only(used)
 
     def _all(self, frozen: frozenset[int]) -> bool:
         return len(frozen) == len(self.embedding_specs)
@@ -165,29 +159,29 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
             what = "batches of different sizes" if used.varies else "prefetching"
             raise RuntimeError(f"{why}, which does not work with {what}: do without one of the two")
 
-    def _look_up(self, used: Pass) -> Tensor:
+    def _look_up_only(self, used: Pass) -> Tensor:
         """Looks up what nothing is to be learnt from."""
         with torch.no_grad():
             if not self._all(used.frozen):
-                return self._forward(used)
-            with self._as_counted():
-                return self._forward(used)
+                return self.look_up(used)
+            with self.as_counted():
+                return self.look_up(used)
 
     def look_up_to_train(self, used: Pass) -> Tensor:
         """Looks up; the pass gets FBGEMM's node if that can be used."""
         several = self.several_backwards
         if (several.accumulates and several.counted) or self._all(used.frozen):
-            with self._as_counted():
-                return self._forward(used)
+            with self.as_counted():
+                return self.look_up(used)
         several.counted = True
         if several.accumulates or used.frozen:
-            return self._forward(used)
+            return self.look_up(used)
         self.placeholder_autograd_tensor.requires_grad_()  # which a frozen model's may not do
         given = used.weights
         if given is not None:
             used.weights = given.detach().requires_grad_(given.requires_grad)
         with torch.enable_grad():
-            output = self._forward(used)
+            output = self.look_up(used)
         used.weights, used.node, used.version = given, output.grad_fn, self.version
         return output.detach()
 
@@ -195,12 +189,21 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
         """Takes the backward pass of a lookup; returns the gradient of per-sample weights."""
         frozen = used.frozen | self.look()
         several = self.several_backwards
+        if self._all(frozen) and not learns_weights:
+            return None
         if not (several.accumulates or self._all(frozen)):
             several.count_update(self.tables)
             # The node has kept the rate, and errs if the weights were written to.
             as_it_was = self.pass_rate() == used.rate and self.version == used.version
             if used.node is not None and as_it_was and not frozen:
                 return _gradient_of_weights_in(used.node(gradient), used.node, learns_weights)
+        if used.varies or self.prefetch_pipeline:
+            what = "batches of different sizes" if used.varies else "prefetching"
+            raise RuntimeError(
+                f"the rate or the weights of {some(self.tables)}, or which of them are frozen, "
+                f"have changed since the forward pass, which does not work with {what}: change "
+                "them between optimizer.step() and the next forward pass"
+            )
         of_weights = gradient_of_weights(self, used, gradient) if learns_weights else None
         if self._all(frozen):
             return of_weights
@@ -231,65 +234,9 @@ class LiveKernel(SplitTableBatchedEmbeddingBagsCodegen):
         self.placeholder_autograd_tensor.requires_grad_()
         if one.weights is not None:
             one = replace(one, weights=one.weights.detach())
-        with self._as_counted(), torch.enable_grad():
-            output = self._forward(one)
+        with self.as_counted(), torch.enable_grad():
+            output = self.look_up(one)
         output.grad_fn(one.gradient)
-
-    def _forward(self, used: Pass) -> Tensor:
-        self._frozen_in_use = used.frozen
-        return super().forward(used.indices, used.offsets, used.weights, **used.others)
-
-    @contextmanager
-    def _as_counted(self) -> Iterator[None]:
-        """Within it, a forward pass is the one that was counted last, and moves no average."""
-        counted = int(self.iter_cpu)
-        self._averages = False
-        try:
-            if self.optimizer not in _UNCOUNTED:
-                self.iter.sub_(1)
-                self.iter_cpu.sub_(1)
-            yield
-        finally:
-            self._averages = True
-            missing = counted - int(self.iter_cpu)  # where the pass failed
-            self.iter.add_(missing)
-            self.iter_cpu.add_(missing)
-
-    def ema_inplace(self, emainplace_mode: dict[str, float]) -> None:
-        with self._averaging() as moves:
-            if moves:
-                super().ema_inplace(emainplace_mode)
-
-    def ensemble_and_swap(self, ensemble_mode: dict[str, float]) -> None:
-        with self._averaging() as moves:
-            if moves:
-                super().ensemble_and_swap(ensemble_mode)
-
-    @contextmanager
-    def _averaging(self) -> Iterator[bool]:
-        """Within it, frozen tables seem to have no rows; tells whether averages move at all."""
-        self._hidden = self._frozen_in_use
-        try:
-            yield self._averages
-        finally:
-            self._hidden = NONE_FROZEN
-
-    def split_embedding_weights(self) -> list[Tensor]:
-        return self._without_hidden(super().split_embedding_weights())
-
-    def split_optimizer_states(self) -> list[list[Tensor]]:
-        states = super().split_optimizer_states()
-        if self._hidden:
-            return [
-                [each[:0] for each in own] if place in self._hidden else own
-                for place, own in enumerate(states)
-            ]
-        return states
-
-    def _without_hidden(self, weights: list[Tensor]) -> list[Tensor]:
-        if not self._hidden:
-            return weights
-        return [each[:0] if i in self._hidden else each for i, each in enumerate(weights)]
 
 
 def _gradient_of_weights_in(gradients: Any, node: Any, learns_weights: bool) -> Tensor | None:

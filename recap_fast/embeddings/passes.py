@@ -126,10 +126,12 @@ def gradient_of_weights(
     lengths = one.offsets.diff().view(len(features), -1)
     parts = one.indices.split(lengths.sum(1).tolist())
     widths = [tables[table].shape[1] for table in features]
+    wanted = one.others.get("feature_requires_grad", torch.ones(len(features))).tolist()
     found = [
-        (of_feature.repeat_interleave(length, 0) * tables[table][indices.long()]).sum(1)
-        for table, length, indices, of_feature in zip(
-            features, lengths, parts, gradient.split(widths, 1), strict=True
+        bool(wants)
+        * (of_feature.repeat_interleave(length, 0) * tables[table][indices.long()]).sum(1)
+        for table, length, indices, of_feature, wants in zip(
+            features, lengths, parts, gradient.split(widths, 1), wanted, strict=True
         )
     ]
     return torch.cat(found).to(one.weights.dtype)

@@ -56,7 +56,8 @@ class FusedCombinedOptimizer(CombinedOptimizer):
 
     With `torch.amp.GradScaler` the tables of fused embedding optimizers learn from gradients that
     are scaled, and from infinite ones, too: they train in the backward pass, before a scaler looks.
-    If it hands its scale to the step (``step_supports_amp_scaling``), the first such step warns.
+    That is warned of once. With ``several_backwards="accumulate"`` in their configuration they
+    train in the step, from unscaled gradients, and are skipped as dense parameters are.
 
     With ``clip_grad_norm`` the call also finds the global norm of the gradients, and scales them as
     it reads them: ``.grad`` is not clipped. On CUDA devices torch finds the norm, in float32,

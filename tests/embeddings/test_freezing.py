@@ -186,3 +186,29 @@ def test_weights_of_a_weighted_collection_get_their_gradients(
         loss.backward()
         found.append(features.weights().grad)
     torch.testing.assert_close(*found)
+
+
+def test_features_of_different_batch_sizes() -> None:
+    """FBGEMM updates them as ever; what would take another lookup is refused."""
+    config = config_of(rowwise_adagrad={})
+    model = Training(config).model
+    (kernel,) = model.ebc._kernels
+    sizes = [[2], [1], [1], [1]]
+    ids, bags = torch.tensor([1, 2, 3, 4, 5]), torch.arange(6)
+    still = weights(model)
+
+    def look_up() -> torch.Tensor:
+        return kernel(ids, bags, batch_size_per_feature_per_rank=sizes)
+
+    look_up().sum().backward()
+    assert all(not value.equal(still[name]) for name, value in weights(model).items())
+    output = look_up()
+    weight(model, "a").requires_grad_(False)
+    still = weights(model)
+    with pytest.raises(RuntimeError, match="does not work with batches of different sizes"):
+        output.sum().backward()
+    with pytest.raises(RuntimeError, match="only 'a' are frozen, which does not work with batches"):
+        look_up()
+    assert_same(weights(model), still)
+    model.ebc.requires_grad_(False)
+    assert not look_up().requires_grad

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -250,3 +252,19 @@ def test_averaged_models(options: dict[str, Any]) -> None:
         rows = averaged(batch(7))
         model.load_state_dict(averaged.module.state_dict())
         torch.testing.assert_close(rows, model(batch(7)))
+
+
+def test_tables_are_freed_with_their_model() -> None:
+    """Without the garbage collector, which would wait while tables are large."""
+    model = fused(CONFIG)
+    optimizer, scheduler = build_optimizer(model, DENSE, CONFIG)
+    loss_of(model, batch(0), 0).backward()
+    optimizer.step()
+    kernels = [weakref.ref(kernel) for kernel in model.ebc._kernels]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, optimizer, scheduler
+        assert [kernel() for kernel in kernels] == [None] * len(kernels)
+    finally:
+        gc.enable()
