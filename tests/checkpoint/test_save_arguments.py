@@ -54,6 +54,27 @@ def test_extra_must_be_plain(tmp_path: Path, extra: Any, said: str) -> None:
     assert names(tmp_path) == []
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for level in range(levels):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+def test_extra_may_be_nested_to_a_bound(tmp_path: Path) -> None:
+    training = small()
+    extra = [nested(99), 10**3900]
+    save(tmp_path, 1, *training.all, extra=extra)
+    assert load(tmp_path, *training.all).extra == extra
+    for too_much, said in (
+        (nested(101), r"extra\['a'\]\[0\].* is nested in more than 100 lists and dicts"),
+        ([10**4300], r"extra\[0\] is an int of 14285 bits: more than 13000"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            save(tmp_path, 2, *training.all, extra=too_much)
+    assert names(tmp_path) == ["step-00000001"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "said"),
     [
