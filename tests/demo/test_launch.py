@@ -96,10 +96,10 @@ def check_end(folder: Path, number: int, status: int, processes: int, early: boo
         # Killed, it tells nobody, and children that only begin notice when they have begun.
         seconds = 60 if early and number == signal.SIGKILL else 5
         end = time.monotonic() + seconds
-        while parent.poll() is None or any(map(is_alive, children)):
-            assert time.monotonic() < end, f"{children} go on for {seconds} seconds"
+        while alive := [pid for pid in children if is_alive(pid)]:
+            assert time.monotonic() < end, f"{alive} go on for {seconds} seconds"
             time.sleep(0.02)
-        assert parent.returncode == status
+        assert parent.wait(timeout=60) == status  # it closes torch
     finally:
         if parent.poll() is None:
             os.killpg(parent.pid, signal.SIGKILL)
