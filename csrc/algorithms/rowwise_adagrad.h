@@ -60,13 +60,14 @@ struct RowwiseAdagrad {
     return kL2 ? fma(h.l2, param, g) : g;
   }
 
-  // Of the lanes, which are left as they come.
+  // By halves, each of a length that the compiler knows: in one loop over all it would branch.
   template <typename T>
-  static RECAP_INLINE T total(T* lanes) {
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
+  static RECAP_INLINE T total(const T* lanes) {
+    static_assert(kLanes == 16);
+    T eight[8], four[4];
+    for (int i = 0; i < 8; ++i) eight[i] = lanes[i] + lanes[i + 8];
+    for (int i = 0; i < 4; ++i) four[i] = eight[i] + eight[i + 4];
+    return (four[0] + four[2]) + (four[1] + four[3]);
   }
 
   // Adds the mean of the squares to the row's sum; returns what the gradient is multiplied by.
