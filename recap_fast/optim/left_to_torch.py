@@ -55,8 +55,10 @@ def why_gradients_not_native(group: Mapping[str, Any]) -> str | None:
 
 def _sparse_refused(group: Mapping[str, Any], param: Tensor, grad: Tensor) -> str | None:
     """What the native step would refuse of a sparse gradient."""
-    if type(param) not in (Tensor, torch.nn.Parameter) or param.device.type != "cpu":
-        return f"sparse gradients of parameters on {param.device.type}"
+    if is_traceable_wrapper_subclass(param):
+        return f"sparse gradients of {type(param).__name__} parameters"
+    if param.device.type != "cpu":
+        return f"sparse gradients on {param.device.type}"
     if grad.sparse_dim() != 1 and grad._nnz() > 0:
         return f"sparse gradients of {grad.sparse_dim()} dimensions"
     if not param.is_contiguous():

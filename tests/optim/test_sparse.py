@@ -403,3 +403,19 @@ def test_fuse_leaves_momentum_to_torch(caplog: pytest.LogCaptureFixture) -> None
                 optimizer.step()
     assert "sparse gradients with momentum" in caplog.text
     assert torch.equal(params[0], params[2]) and torch.equal(params[1], params[3])
+
+
+class Table(nn.Parameter):
+    """A class of a library's own, with memory like any other."""
+
+
+def test_fuse_takes_parameters_of_other_classes(caplog: pytest.LogCaptureFixture) -> None:
+    table = Table(torch.ones(5, 3))
+    table.grad = sparse(table, 4, 1)
+    with caplog.at_level("INFO", logger="recap_fast"):
+        fuse(torch.optim.SGD([table], lr=0.5)).step()
+    assert [record.getMessage() for record in caplog.records] == [
+        "fuse: 1 of 1 param groups are native"
+    ]
+    expected = 1 - 0.5 * summed(table.grad)[0]
+    torch.testing.assert_close(table.detach().double(), expected, rtol=1e-6, atol=0)
