@@ -42,7 +42,7 @@ class SeveralBackwards:
         Raises:
             RuntimeError: It is the second since the last step, and such are refused.
         """
-        if self._updates:
+        if self._updates and (self.mode == "refuse" or not self._warned):
             self._complain(tables)
         self._updates += 1
 
@@ -57,14 +57,13 @@ class SeveralBackwards:
                 "optimizer.step() and optimizer.zero_grad() between backward passes, look a table "
                 "up once, or choose several_backwards: accumulate, which has one update of the sum"
             )
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "%s: FBGEMM updates them at each, which is no update of the sum of the gradients. "
-                "If that is not wanted, choose several_backwards: accumulate (or refuse) in "
-                "emb_optimizer_config; choose update to keep it",
-                what,
-            )
+        self._warned = True
+        logger.warning(
+            "%s: FBGEMM updates them at each, which is no update of the sum of the gradients. If "
+            "that is not wanted, choose several_backwards: accumulate (or refuse) in "
+            "emb_optimizer_config",
+            what,
+        )
 
     def begin_step(self) -> None:
         """From now on, the next backward pass is the first one."""
