@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from recap_fast import build_info
-from recap_fast.optim import FusedAdam, FusedOptimizer, FusedSGD
+from recap_fast.optim import FusedAdam, FusedOptimizer, FusedRowwiseAdagrad, FusedSGD
 from recap_fast.optim.stepper import Stepper
 from tests.optim.helpers import (
+    EMULATED,
     FUSED,
     UPDATES,
     assert_unchanged,
@@ -249,6 +251,23 @@ def test_the_embedding_layer_with_sparse_gradients_is_named() -> None:
     _assert_refused(
         optimizer, list(model.parameters()), RuntimeError, r"parameter 0\.weight.*sparse=False"
     )
+
+
+@pytest.mark.skipif(not EMULATED, reason="needs the emulated CUDA engine, see tests/conftest.py")
+def test_what_only_the_cpu_engine_has_is_refused_by_name() -> None:
+    def table() -> nn.Parameter:
+        param = nn.Parameter(torch.ones(5, 3))
+        param.grad = torch.ones(5, 3)
+        return param
+
+    for make in (FusedRowwiseAdagrad, partial(FusedAdam, lazy=True)):
+        param = table()
+        message = "parameter table is on .* FusedRowwiseAdagrad and lazy=True do not run; fuse the"
+        _assert_refused(make([("table", param)]), [param], RuntimeError, message)
+    param = table()
+    param.grad = param.grad.to_sparse(1)
+    message = "parameter table has a Sparse gradient on .* fuse the table on FBGEMM"
+    _assert_refused(FusedAdam([("table", param)]), [param], RuntimeError, message)
 
 
 # --- state ---------------------------------------------------------------------------------------
