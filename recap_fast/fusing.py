@@ -254,7 +254,8 @@ def _unfuse(optimizer: FusedOptimizer) -> None:
     of_torch = set()
     if all(group.get("fused") for group in optimizer.param_groups):
         of_torch.add("_step_supports_amp_scaling")  # which torch's fused step sets, and needs
-    for name in {"_stepper", *optimizer._OWN_OPTIONS} - of_torch:
+    own = {"_stepper", "_has_large_state_to_place", *optimizer._OWN_OPTIONS}
+    for name in own - of_torch:
         optimizer.__dict__.pop(name, None)
     _set_class(optimizer, type(optimizer).torch_class())
 

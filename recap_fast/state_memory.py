@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 _SMALL = 64 * 1024  # bytes, up to which states share a block
 _FIRST_BLOCK = 4 * 1024  # bytes; each block is twice as large as the one before
 _LAST_BLOCK = 1024 * 1024
+_MOST_ADOPTED = 16 * 1024 * 1024  # bytes
+_OWN_REFERENCES = 3  # at most, to a tensor: of its dict, a variable and the call that counts them
 _CACHE_LINE = 64
 _PAGE = 4096
 _HUGE_PAGE = 2 * 1024 * 1024
@@ -67,6 +70,7 @@ class StateMemory:
 
     def __init__(self) -> None:
         self._blocks: dict[int | str, tuple[bytearray, int]] = {}  # and where its free room begins
+        self._adopted = 0  # bytes
 
     def empty_like(self, param: Tensor, index: int) -> Tensor:
         """Returns a tensor of the shape, dtype, device and strides of ``param``, to be filled.
@@ -119,14 +123,34 @@ class StateMemory:
         return block, used
 
     def adopt(self, param: Tensor, state: dict[str, object]) -> None:
-        """Replaces the plain CPU tensors in ``state``, that of ``param``, by copies in here.
+        """Replaces small plain CPU tensors in ``state``, that of ``param``, by copies in here.
 
-        The step count of a parameter on the CPU becomes one, wherever it was.
+        Small ones up to some megabytes in all: whoever loads a state still holds it, and large
+        copies would need the memory twice; see `adopt_large`. The step count of a parameter on the
+        CPU becomes a copy, wherever it was.
         """
         on_cpu = param.device.type == "cpu"
-        names = [name for name, value in state.items() if name != "step" and _is_plain(value)]
-        for index, name in enumerate(names):
-            state[name] = self.empty_like(state[name], index).copy_(state[name])
+        for index, name in enumerate(_plain_names(state)):
+            value = state[name]
+            size = value.numel() * value.element_size()
+            if size <= _SMALL and self._adopted + size <= _MOST_ADOPTED:
+                self._adopted += size
+                state[name] = self.empty_like(value, index).copy_(value)
         step = state.get("step")
         if on_cpu and isinstance(step, Tensor) and step.numel() == 1:
             state["step"] = self.step_count(step.item(), step.dtype)
+
+    def adopt_large(self, state: dict[str, object]) -> None:
+        """Replaces large plain CPU tensors in ``state`` by copies in here, one after the other.
+
+        Those that nobody else holds, whose memory is free again before the next is copied.
+        """
+        for index, name in enumerate(_plain_names(state)):
+            value = state[name]
+            size = value.numel() * value.element_size()
+            if size > _SMALL and sys.getrefcount(value) <= _OWN_REFERENCES:
+                state[name] = self.empty_like(value, index).copy_(value)
+
+
+def _plain_names(state: dict[str, object]) -> list[str]:
+    return [name for name, value in state.items() if name != "step" and _is_plain(value)]

@@ -25,9 +25,10 @@ RECAP_INLINE DoubleDouble multiply(DoubleDouble a, DoubleDouble b) {
 // base^exponent for a base from 0 to 1, by squaring: rounded correctly but in the rarest cases,
 // since what it rounds is off by less than 2^-70 of itself for exponents up to 2^30; below 2^-960
 // within one unit in the last place. An exponent that is not a whole number is rounded down, and
-// counts as 0 if it is negative or NaN.
+// counts as 0 if it is negative or NaN. From 2^63 on, no power of a base below 1 is a number but 0.
 RECAP_INLINE double power(double base, double exponent) {
-  uint64_t left = exponent >= 1.0 && exponent < 0x1p63 ? static_cast<uint64_t>(exponent) : 0;
+  if (exponent >= 0x1p63) return base < 1.0 ? 0.0 : base;
+  uint64_t left = exponent >= 1.0 ? static_cast<uint64_t>(exponent) : 0;
   DoubleDouble result = {1.0, 0.0}, square = {base, 0.0};
   for (;;) {
     if (left & 1) result = multiply(result, square);

@@ -12,7 +12,10 @@
 #include "../cpu/engine.h"
 #include "../cpu/sparse.h"
 #include "devices.h"
+#include "held_signals.h"
+#include "mapping.h"
 #include "scalar.h"
+#include "shared_memory.h"
 #include "thread_pool.h"
 
 namespace recap {
@@ -33,14 +36,19 @@ bool is_capturable(const py::dict& group) {
   return truth == 1;
 }
 
-// The state dict of a parameter; an empty one if it has none.
-py::dict state_of(const py::dict& states, const py::object& param, const std::string& name) {
-  if (!states.contains(param)) return {};
-  const py::object state = states[param];
-  if (py::isinstance<py::dict>(state)) return state;
+// The mapping with the state of a parameter; an empty one if it has none.
+py::object state_of(const py::dict& states, const py::object& param, const std::string& name) {
+  py::object state = item_of(states, param);
+  if (!state) return py::dict();
+  if (is_mapping(state)) return state;
   throw py::type_error("the state of parameter " + name + " is a " +
                        std::string(py::str(py::type::of(state).attr("__name__"))) +
                        "; it must be a dict of its tensors");
+}
+
+// Beside the states of tensors it may hold whatever the user has put there.
+DictSnapshot snapshot_of(const py::dict& states) {
+  return DictSnapshot(states, [](py::handle key) { return THPVariable_Check(key.ptr()); });
 }
 
 struct DeviceOrder {
@@ -50,8 +58,8 @@ struct DeviceOrder {
 }  // namespace
 
 BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
-                     const std::vector<py::object>& optimizers, const std::vector<size_t>& first,
-                     bool device_values)
+                     const std::vector<py::object>& optimizers,
+                     const std::vector<NewState>& new_states, bool device_values)
     : device_values_(device_values) {
   for (const py::object& optimizer : optimizers) {
     const py::object param_groups = optimizer.attr("param_groups");
@@ -60,6 +68,8 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
   }
   for (const GroupSource& source : groups) device_values_ |= is_capturable(source.group);
   refuse_capture(groups);
+  std::map<size_t, const NewState*> made_for;
+  for (const NewState& made : new_states) made_for[made.slot] = &made;
   std::set<PyObject*> seen_states;
   for (const GroupSource& source : groups) {
     GroupReader reader(source.algorithm, source.group, source.name, device_values_);
@@ -67,16 +77,21 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
     const size_t begin = slots_.size();
     for (size_t i = 0; i < params.size(); ++i) {
       const auto param = py::reinterpret_borrow<py::object>(params[i]);
-      slots_.emplace_back(source.names.at(i), param,
-                          state_of(source.state, param, source.names.at(i)), reader.hyper());
+      const auto made = made_for.find(slots_.size());
+      py::object state = made == made_for.end()
+                             ? state_of(source.state, param, source.names.at(i))
+                             : new_states_.add(*made->second, source.state, param);
+      slots_.emplace_back(source.names.at(i), param, std::move(state), reader.hyper());
     }
     groups_.push_back({std::move(reader), std::move(params), begin, slots_.size()});
   }
   check_devices();
-  find_shared_memory();
+  shared_memory_ = slots_that_share(slots_);
   first_.assign(slots_.size(), 0);
-  for (const size_t slot : first) first_.at(slot) = 1;
-  any_first_ = !first.empty();
+  for (const NewState& made : new_states) {
+    first_.at(made.slot) = made.is_first;
+    any_first_ |= made.is_first;
+  }
   std::vector<Slot> slots;
   int64_t bytes = 0;
   for (const SlotTensors& slot : slots_) {
@@ -91,8 +106,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
   gives_up_gil_ |= bytes > kShortStep || has_cuda_parts();
   for (const GroupSource& source : groups) {
     if (!seen_states.insert(source.state.ptr()).second) continue;
-    // Beside the states of tensors it may hold whatever the user has put there.
-    states_.emplace_back(source.state, [](py::handle key) { return THPVariable_Check(key.ptr()); });
+    states_.push_back(snapshot_of(source.state));
   }
   take_step_counts();
   for (const SlotTensors& slot : slots_) probes_.push_back(slot.probe());
@@ -144,36 +158,8 @@ void BoundPlan::make_parts(const std::vector<Slot>& slots) {
   for (CudaPart& part : cuda_parts_) part.take_step_counts(slots_, first_);
 }
 
-// Two slots over the same memory would be updated twice, or by two threads at once. That concerns
-// those which step together: a frozen alias of a parameter does no harm.
-void BoundPlan::find_shared_memory() {
-  struct Extent {
-    const char *begin, *end;
-    size_t slot;
-  };
-  std::map<const void*, size_t> seen;
-  std::vector<Extent> extents;
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (slots_[i].is_inert()) continue;
-    const auto [first, is_new] = seen.emplace(slots_[i].param().unsafeGetTensorImpl(), i);
-    if (!is_new) {
-      shared_memory_.emplace_back(first->second, i);
-      continue;
-    }
-    const Slot memory = slots_[i].slot();
-    const int64_t bytes = slots_[i].param().numel() * dtype_size(memory.dtype);
-    const auto* begin = static_cast<const char*>(memory.param);
-    if (bytes > 0) extents.push_back({begin, begin + bytes, i});
-  }
-  std::sort(extents.begin(), extents.end(),
-            [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
-  for (size_t i = 0; i < extents.size(); ++i) {
-    for (size_t j = i + 1; j < extents.size() && extents[j].begin < extents[i].end; ++j) {
-      shared_memory_.emplace_back(extents[i].slot, extents[j].slot);
-    }
-  }
-}
-
+// Slots over the same memory would be updated twice, or by two threads at once. That concerns those
+// which step together: a frozen alias of a parameter does no harm.
 void BoundPlan::refuse_shared_memory() const {
   for (const auto& [a, b] : shared_memory_) {
     if (!has_gradient(a) || !has_gradient(b)) continue;
@@ -251,9 +237,9 @@ bool BoundPlan::read_slots() {
       if (needs_copy) copied_.push_back(static_cast<uint32_t>(slot));
     }
     if (!has_state_[slot]) slots_without_state_.push_back(slot);
-    if (gives_up_gil_ && is_sparse_[slot]) {
+    if (holds_ && is_sparse_[slot]) {
       held_.push_back(slots_[slot].param().storage());
-    } else if (gives_up_gil_) {
+    } else if (holds_) {
       held_.push_back(slots_[slot].param().storage());
       held_.push_back(is_plain ? grad.storage() : slots_[slot].grad().storage());
     }
@@ -325,6 +311,10 @@ void BoundPlan::fill_values(double grad_scale, double clip) {
       size_t index = entries_.size();
       while (index > 0 && !(entries_[index - 1] == entry)) --index;
       if (index == 0) {
+        if (counters_[slot].data && (entry.step < 1.0 || !SlotTensors::is_step_count(entry.step))) {
+          undo_step_counts(slot + 1);
+          throw py::value_error(slots_[slot].wrong_step_count(entry.step - 1.0));
+        }
         entries_.push_back(entry);
         index = entries_.size();
         const Hyper& hyper = group.reader.hyper();
@@ -340,8 +330,8 @@ void BoundPlan::fill_values(double grad_scale, double clip) {
   }
 }
 
-void BoundPlan::undo_step_counts() {
-  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+void BoundPlan::undo_step_counts(size_t end) {
+  for (size_t slot = 0; slot < end; ++slot) {
     if (has_gradient(slot)) counters_[slot].add(-1.0);
   }
 }
@@ -385,10 +375,29 @@ std::vector<ScaledGradient> BoundPlan::gradients_read() {
   return gradients;
 }
 
+void BoundPlan::call_others(const py::sequence& others) {
+  failed_elsewhere_ = true;
+  for (const py::handle other : others) other();
+  failed_elsewhere_ = false;
+}
+
+// What a plan sees of the optimizers' states is looked at anew, before anything is written.
+void BoundPlan::put_new_states() {
+  new_states_.put();
+  new_states_.each_put([this](size_t slot, const py::object& state) {
+    slots_[slot].move_state(state);
+    probes_[slot] = slots_[slot].probe();
+  });
+  for (DictSnapshot& state : states_) state = snapshot_of(state.dict());
+}
+
 Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_inf,
-                        const py::object& unscale_by) {
+                        const py::object& unscale_by, const py::sequence& others) {
   const Turn turn(*this);
-  if (!groups_unchanged() || !read_slots()) return Outcome::stale;
+  failed_elsewhere_ = false;
+  const bool has_others = py::len(others) > 0;
+  holds_ = gives_up_gil_ || has_others;
+  if (is_cleared_ || !groups_unchanged() || !read_slots()) return Outcome::stale;
   check_captured_rates();
   const bool captures = !cuda_parts_.empty() && check_capture();
   const bool on_host = has_host_values_ && !captures;
@@ -405,12 +414,17 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
   if (!step_.sparse.empty()) sort_lookups();
   const double factor = clips ? clip(scale, skip) : 1.0;
   if (std::isnan(factor)) return Outcome::skipped;
+  std::optional<HeldSignals> signals;
+  if (has_others) signals.emplace();
   fill_values(scale, factor);
   if (captures) captured_rates_ = rates();
   try {
+    if (has_others) call_others(others);
+    if (!new_states_.empty()) put_new_states();
     run_cuda_parts(grad_scale, found_inf);
   } catch (...) {
-    undo_step_counts();
+    undo_step_counts(slots_.size());
+    new_states_.take_back();
     throw;
   }
   if (!cpu_plan_.tiles.empty()) {
@@ -421,6 +435,7 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
   for (const uint32_t slot : copied_) slots_[slot].copy_out();
   if (!scaled.empty()) unscale_gradients(scaled, unscale_by, found_inf);
   remember_gradients();
+  if (!new_states_.empty()) new_states_.finish();
   return Outcome::stepped;
 }
 
@@ -428,6 +443,24 @@ void BoundPlan::sort_lookups() {
   std::optional<py::gil_scoped_release> release;
   if (gives_up_gil_) release.emplace();
   cpu::sort_lookups(step_, torch_thread_pool());
+}
+
+void BoundPlan::clear() {
+  is_cleared_ = true;
+  // What they own may be asked for by what is called when it goes: not before all is empty.
+  const auto owners = std::move(owners_);
+  const auto groups = std::move(groups_);
+  const auto states = std::move(states_);
+  const auto slots = std::move(slots_);
+  const auto new_states = std::move(new_states_);
+  const auto total = std::move(clipping_.total);
+  owners_.clear();
+  groups_.clear();
+  states_.clear();
+  slots_.clear();
+  new_states_ = {};
+  probes_.clear();
+  captured_rates_.clear();
 }
 
 void BoundPlan::remember_gradients() {

@@ -14,6 +14,7 @@
 #include "../plan/step.h"
 #include "cuda_part.h"
 #include "group_reader.h"
+#include "new_state.h"
 #include "python.h"
 #include "slot_tensors.h"
 #include "sparse_gradient.h"
@@ -40,17 +41,44 @@ struct GroupSource {
 class BoundPlan {
  public:
   // `optimizers` are those that the groups are from, in the same order; they must go on holding the
-  // same groups and state, and outlive the plan's steps. `first` holds the flat indices of slots
-  // whose momentum buffer is new. With `device_values`, step counts of CUDA
+  // same groups and state, and outlive the plan's steps. `new_states` are those that the optimizers
+  // do not have yet: the first step puts them there. With `device_values`, step counts of CUDA
   // parameters are kept on their device, and what follows from them is computed there: a step then
   // never waits for the device. A group with capturable=True asks for the same.
   BoundPlan(const std::vector<GroupSource>& groups, const std::vector<py::object>& optimizers,
-            const std::vector<size_t>& first, bool device_values);
+            const std::vector<NewState>& new_states, bool device_values);
 
-  // All are one-element tensors, numbers or None. `grad_scale` divides gradients as they are read,
-  // `unscale_by` those in memory afterwards, unless `found_inf` is not 0.
+  // The first three are one-element tensors, numbers or None. `grad_scale` divides gradients as
+  // they are read, `unscale_by` those in memory afterwards, unless `found_inf` is not 0. `others`
+  // is a sequence of callables, which are called before anything is written, as soon as nothing
+  // stands against this step: for parameters that have another one, to be taken together with it.
   Outcome step(const py::object& grad_scale, const py::object& found_inf,
-               const py::object& unscale_by);
+               const py::object& unscale_by, const py::sequence& others);
+
+  // Whether one of the `others` raised the error of the last step.
+  bool failed_elsewhere() const { return failed_elsewhere_; }
+
+  // For the garbage collector: calls `visit` with every Python object that the plan owns.
+  template <typename Visit>
+  void each_reference(Visit&& visit) const {
+    for (const Owner& owner : owners_) {
+      visit(owner.optimizer);
+      visit(owner.state);
+      visit(owner.param_groups);
+      owner.groups.each_reference(visit);
+    }
+    for (const Group& group : groups_) {
+      group.reader.each_reference(visit);
+      group.params.each_reference(visit);
+    }
+    for (const DictSnapshot& state : states_) state.each_reference(visit);
+    for (const SlotTensors& slot : slots_) slot.each_reference(visit);
+    new_states_.each_reference(visit);
+    visit(clipping_.total);
+  }
+
+  // And lets go of all of them: every step is `stale` from then on.
+  void clear();
 
   // With device values: `groups` have their learning rates, one after the other, in `rates`, which
   // every step moves on by `schedules`; see CudaPart::set_schedules.
@@ -155,7 +183,6 @@ class BoundPlan {
   static void refuse_capture(const std::vector<GroupSource>& groups);
   bool is_stepped_on_device(const SlotTensors& slot) const;
   void check_devices() const;
-  void find_shared_memory();
   void make_parts(const std::vector<Slot>& slots);
   void take_step_counts();
 
@@ -170,7 +197,9 @@ class BoundPlan {
   bool check_capture() const;  // whether this step is captured; raises if a part of it would not be
   double clip(double grad_scale, bool found_inf);
   void fill_values(double grad_scale, double clip);
-  void undo_step_counts();
+  void undo_step_counts(size_t end);  // of the slots before that
+  void call_others(const py::sequence& others);
+  void put_new_states();
   static const float* on_device(const py::object& number, const char* name, at::Device device,
                                 at::Tensor& kept);
   void run_cuda_parts(const py::object& grad_scale, const py::object& found_inf);
@@ -181,6 +210,7 @@ class BoundPlan {
   std::vector<Owner> owners_;
   std::vector<Group> groups_;
   std::vector<DictSnapshot> states_;  // one for each distinct optimizer state
+  NewStates new_states_;
   std::vector<SlotTensors> slots_;
   std::vector<Probe> probes_;  // of slots_
   std::vector<Counter> counters_;
@@ -207,7 +237,10 @@ class BoundPlan {
   std::vector<size_t> slots_without_state_;
   // Whether a step lets other threads run Python, which may drop a gradient: then it holds them.
   bool gives_up_gil_ = false;
+  bool holds_ = false;  // in this step
   std::vector<c10::Storage> held_;
+  bool failed_elsewhere_ = false;
+  bool is_cleared_ = false;
   std::mutex stepping_;
   std::thread::id stepped_by_;
 };

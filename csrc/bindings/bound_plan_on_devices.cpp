@@ -89,7 +89,8 @@ void BoundPlan::set_schedules(const std::vector<size_t>& groups, const at::Tenso
 std::vector<at::Tensor> BoundPlan::sums_of_squares(const std::vector<uint32_t>& part_of_slot,
                                                    size_t parts) {
   const Turn turn(*this);
-  if (!groups_unchanged() || !read_slots()) return {};
+  holds_ = gives_up_gil_;
+  if (is_cleared_ || !groups_unchanged() || !read_slots()) return {};
   check_capture();
   // torch's kernel takes tensors of one device and dtype at a time.
   using Kind = std::tuple<uint32_t, at::Device, at::ScalarType>;

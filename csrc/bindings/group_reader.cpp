@@ -126,6 +126,14 @@ double GroupReader::number(py::handle value, const std::string& key) const {
   return number;
 }
 
+// In the range of torch's constructors: beyond it, bias corrections divide by zero or worse.
+double GroupReader::decay_rate(py::handle value, const std::string& key) const {
+  const double rate = number(value, key);
+  if (rate >= 0.0 && rate < 1.0) return rate;
+  throw py::value_error(name_ + ": '" + key + "' is " + std::string(py::str(py::float_(rate))) +
+                        "; it must be at least 0 and less than 1");
+}
+
 bool GroupReader::flag(py::handle value, const std::string& key) const {
   const int truth = PyObject_IsTrue(value.ptr());
   if (truth < 0) {
@@ -187,8 +195,8 @@ void GroupReader::read(const Item& item) {
         throw py::type_error(name_ + ": 'betas' must be a pair of numbers");
       }
       const auto betas = py::reinterpret_borrow<py::sequence>(value);
-      adam.beta1 = number(py::object(betas[0]), "betas[0]");
-      adam.beta2 = number(py::object(betas[1]), "betas[1]");
+      adam.beta1 = decay_rate(py::object(betas[0]), "betas[0]");
+      adam.beta2 = decay_rate(py::object(betas[1]), "betas[1]");
       break;
     }
     case Field::amsgrad: adam.amsgrad = flag(value, key); break;

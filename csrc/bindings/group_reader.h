@@ -26,6 +26,16 @@ class GroupReader {
   // The learning rate in device memory; undefined if it is hyper's.
   const at::Tensor& device_lr() const { return device_lr_; }
 
+  // Every Python object that this one owns.
+  template <typename Visit>
+  void each_reference(Visit&& visit) const {
+    visit(group_);
+    for (const Item& item : items_) {
+      visit(item.key);
+      visit(item.value);
+    }
+  }
+
  private:
   enum class Field {
     none,
@@ -59,6 +69,7 @@ class GroupReader {
   Field field_of(const std::string& key) const;
   void read(const Item& item);
   double number(py::handle value, const std::string& key) const;
+  double decay_rate(py::handle value, const std::string& key) const;
   bool flag(py::handle value, const std::string& key) const;
   void read_lr(py::handle value, const std::string& key);
   // What the options that need another plan are set to: those of which a state depends or what a

@@ -33,12 +33,26 @@ inline PyObject* held_attribute(PyObject* object, PyObject* name) {
   return value;
 }
 
-// The local shard of a DTensor; null for any other object.
+// The class DTensor; null if nobody has imported it, and so nobody has one.
+inline PyTypeObject* dtensor_type() {
+  static PyObject* type = nullptr;
+  if (!type) {
+    PyObject* const module =
+        PyDict_GetItemString(PyImport_GetModuleDict(), "torch.distributed.tensor");
+    if (module) type = PyObject_GetAttrString(module, "DTensor");
+    PyErr_Clear();
+  }
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+// The local shard of a DTensor; null for any other object, whatever its attributes.
 inline PyObject* local_shard(PyObject* tensor) {
   static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
   if (!THPVariable_Check(tensor) || !is_wrapper_subclass(THPVariable_Unpack(tensor))) {
     return nullptr;
   }
+  PyTypeObject* const dtensor = dtensor_type();
+  if (!dtensor || !PyObject_TypeCheck(tensor, dtensor)) return nullptr;
   PyObject* const local = held_attribute(tensor, name);
   return local && THPVariable_Check(local) ? local : nullptr;
 }

@@ -7,6 +7,35 @@
 #include "python.h"
 
 namespace recap {
+namespace {
+
+// The plan of an object of Python; null while it is being made.
+BoundPlan* plan_in(PyObject* self) {
+  const auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return holder.holder_constructed() ? static_cast<BoundPlan*>(holder.value_ptr()) : nullptr;
+}
+
+// Has the garbage collector see what a plan owns: an optimizer owns its plan, and what the plan
+// owns may refer to the optimizer.
+void make_collectable(PyHeapTypeObject* heap_type) {
+  PyTypeObject* const type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* argument) {
+    int result = visit(reinterpret_cast<PyObject*>(Py_TYPE(self)), argument);
+    if (const BoundPlan* const plan = plan_in(self)) {
+      plan->each_reference([&](const py::handle& owned) {
+        if (result == 0 && owned) result = visit(owned.ptr(), argument);
+      });
+    }
+    return result;
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (BoundPlan* const plan = plan_in(self)) plan->clear();
+    return 0;
+  };
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native side of recap_fast: bound plans and the engines that run them.";
@@ -22,10 +51,15 @@ PYBIND11_MODULE(_C, m) {
            py::arg("algorithm"), py::arg("name"), py::arg("group"), py::arg("state"),
            py::arg("names"));
 
-  py::class_<BoundPlan>(m, "BoundPlan")
+  py::class_<NewState>(m, "NewState")
+      .def(py::init<size_t, py::dict, bool, py::object>(), py::arg("slot"), py::arg("entries"),
+           py::arg("is_first"), py::arg("left_behind"));
+
+  py::class_<BoundPlan>(m, "BoundPlan", py::custom_type_setup(make_collectable))
       .def(py::init<const std::vector<GroupSource>&, const std::vector<py::object>&,
-                    const std::vector<size_t>&, bool>(),
-           py::arg("groups"), py::arg("optimizers"), py::arg("first"), py::arg("device_values"))
+                    const std::vector<NewState>&, bool>(),
+           py::arg("groups"), py::arg("optimizers"), py::arg("new_states"),
+           py::arg("device_values"))
       .def_property_readonly("is_captured", &BoundPlan::is_captured)
       .def("check_captured_rates", &BoundPlan::check_captured_rates)
       .def(
@@ -54,10 +88,12 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "step",
           [](BoundPlan& plan, const py::object& grad_scale, const py::object& found_inf,
-             const py::object& unscale_by) {
-            return static_cast<int>(plan.step(grad_scale, found_inf, unscale_by));
+             const py::object& unscale_by, const py::sequence& others) {
+            return static_cast<int>(plan.step(grad_scale, found_inf, unscale_by, others));
           },
-          py::arg("grad_scale"), py::arg("found_inf"), py::arg("unscale_by") = py::none())
+          py::arg("grad_scale"), py::arg("found_inf"), py::arg("unscale_by") = py::none(),
+          py::arg("others") = py::tuple())
+      .def_property_readonly("failed_elsewhere", &BoundPlan::failed_elsewhere)
       .def_property_readonly("slots_without_state", &BoundPlan::slots_without_state);
 
   m.def("instruction_sets", &cpu::instruction_sets);

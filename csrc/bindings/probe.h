@@ -8,6 +8,7 @@
 // behind another.
 #pragma once
 
+#include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
@@ -40,13 +41,14 @@ class alignas(64) Probe {
   explicit Probe(PyObject* param)
       : object_(param), leaf_(THPVariable_Unpack(param).unsafeGetTensorImpl()), inert_(true) {}
 
-  // `states` are the tensors that the plan holds addresses of. `shard` is the local one of a
-  // parameter that is a DTensor, else null. `entries` are the values in the state dict that must
-  // stay. The caller keeps all objects alive.
-  // Without `takes_dense`, no gradient is plain.
-  Probe(PyObject* param, PyObject* shard, const std::vector<PyObject*>& states,
-        PyObject* state_dict, const std::vector<PyObject*>& entries, bool takes_dense)
-      : object_(param), state_dict_(state_dict) {
+  // `states` are the tensors that the plan holds addresses of, and `step` the step count, or null.
+  // `shard` is the local one of a parameter that is a DTensor, else null. `entries` are the values
+  // in the state dict that must stay; without a `state_dict`, `unchanged` sees none of them.
+  // Without `takes_plain`, no gradient is plain. `alike`: states have the shape of the parameter.
+  // The caller keeps all objects alive.
+  Probe(PyObject* param, PyObject* shard, const std::vector<PyObject*>& states, PyObject* step,
+        PyObject* state_dict, const std::vector<PyObject*>& entries, bool takes_plain, bool alike)
+      : object_(param), alike_(alike), state_dict_(state_dict) {
     leaf_ = THPVariable_Unpack(param).unsafeGetTensorImpl();
     impl_ = shard ? THPVariable_Unpack(shard).unsafeGetTensorImpl() : leaf_;
     if (shard) sharded_ = std::make_unique<Sharded>(Sharded{shard, spec_of(param), {}});
@@ -54,26 +56,25 @@ class alignas(64) Probe {
     // Materializes memory that is shared until it is written to; its data pointer has a context of
     // its own again from then on.
     data_ = at_offset(impl_, storage_->mutable_data());
-    context_ = storage_->_mutable_data_ptr_no_checks().get_context();
     size_ = impl_->numel();
     dtype_ = impl_->dtype();
     device_ = impl_->device();
     keys_ = impl_->key_set();
     contiguous_ = impl_->is_contiguous();
-    reads_plain_ = contiguous_ && takes_dense;
-    for (PyObject* const state : states) {
-      c10::TensorImpl* const impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
-      c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-      states_[state_count_++] = {state, impl, storage, storage->mutable_data()};
-    }
+    reads_plain_ = contiguous_ && takes_plain;
+    flat_ = impl_->dim() <= 1;
+    for (PyObject* const state : states) watch_state(state);
+    if (step) watch_state(step);
+    has_step_ = step != nullptr;
     PyObject *key, *value;
     Py_ssize_t position = 0;
-    usual_ = contiguous_;
-    while (item_count_ < kMaxProbed && PyDict_Next(state_dict, &position, &key, &value)) {
+    usual_ = contiguous_ && alike_ && state_dict;
+    while (state_dict && item_count_ < kMaxProbed &&
+           PyDict_Next(state_dict, &position, &key, &value)) {
       const bool must_stay = std::find(entries.begin(), entries.end(), value) != entries.end();
       watch_item(item_count_++, must_stay ? value : nullptr);
     }
-    usual_ &= PyDict_GET_SIZE(state_dict) == item_count_;
+    if (state_dict) usual_ &= PyDict_GET_SIZE(state_dict) == item_count_;
   }
 
   // Whether `unchanged` sees all there is to see; otherwise SlotTensors::unchanged sees the rest.
@@ -95,28 +96,41 @@ class alignas(64) Probe {
     for (int k = 0; k < state_count_; ++k) {
       prefetch_object(states_[k].object);
       __builtin_prefetch(&states_[k].impl->unsafe_storage());
+      prefetch_geometry(states_[k].impl);
       __builtin_prefetch(&states_[k].storage->_mutable_data_ptr_no_checks());
     }
   }
 
-  // Whether the parameter and its states are the tensors of the plan, at the same addresses.
+  // Whether the parameter and its states are the tensors of the plan, at the same addresses and
+  // with as many elements in the same order; of tensors that are not contiguous,
+  // SlotTensors::unchanged sees the order.
   bool unchanged() {
     if (THPVariable_Unpack(object_).unsafeGetTensorImpl() != leaf_) return false;
     if (inert_) return !gradient_of(leaf_).defined();
     if (sharded_ && !shard_unchanged()) return false;
     if (impl_->dtype() != dtype_ || impl_->numel() != size_ ||
-        impl_->is_contiguous() != contiguous_ || !same_memory()) {
+        impl_->is_contiguous() != contiguous_ ||
+        !same_memory(impl_, impl_->unsafe_storage().unsafeGetStorageImpl(), data_)) {
       return false;
     }
     for (int k = 0; k < state_count_; ++k) {
       const State& state = states_[k];
       if (THPVariable_Unpack(state.object).unsafeGetTensorImpl() != state.impl ||
           state.impl->unsafe_storage().unsafeGetStorageImpl() != state.storage ||
-          state.storage->_mutable_data_ptr_no_checks().get() != state.data) {
+          !same_memory(state.impl, state.storage, state.data)) {
         return false;
       }
     }
-    return items_version_.is_of(state_dict_) || items_unchanged();
+    const int tensors = state_count_ - has_step_;
+    for (int k = 0; alike_ && k < tensors; ++k) {
+      const c10::TensorImpl* const impl = states_[k].impl;
+      if (impl->numel() != size_) return false;
+      if (contiguous_ && (!impl->is_contiguous() || !(flat_ || same_sizes(impl, impl_)))) {
+        return false;
+      }
+    }
+    if (has_step_ && states_[tensors].impl->numel() != 1) return false;
+    return !state_dict_ || items_version_.is_of(state_dict_) || items_unchanged();
   }
 
   const at::Tensor& grad() {
@@ -141,6 +155,12 @@ class alignas(64) Probe {
     return local_shard(object_) == sharded_->shard &&
            THPVariable_Unpack(sharded_->shard).unsafeGetTensorImpl() == impl_ &&
            spec_of(object_) == sharded_->spec;
+  }
+
+  void watch_state(PyObject* state) {
+    c10::TensorImpl* const impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
+    c10::StorageImpl* const storage = impl->unsafe_storage().unsafeGetStorageImpl();
+    states_[state_count_++] = {state, impl, storage, at_offset(impl, storage->mutable_data())};
   }
 
   // `value` is what must stay at this place of the state dict; null: whatever it is.
@@ -190,14 +210,25 @@ class alignas(64) Probe {
         !impl->is_contiguous() || impl->numel() != size_) {
       return nullptr;
     }
-    const auto sizes = impl->sizes(), expected = impl_->sizes();
-    if (sizes.size() != expected.size()) return nullptr;
-    for (size_t i = 0; i < sizes.size(); ++i) {
-      if (sizes[i] != expected[i]) return nullptr;
-    }
+    if (!same_sizes(impl, impl_)) return nullptr;
     last_grad_ = impl;
     last_grad_storage_ = impl->unsafe_storage().unsafeGetStorageImpl();
-    return at_offset(impl, last_grad_storage_->_mutable_data_ptr_no_checks().get());
+    const auto itemsize = static_cast<int64_t>(dtype_.itemsize());
+    const int64_t offset = impl->storage_offset() * itemsize;
+    const void* const data = last_grad_storage_->_mutable_data_ptr_no_checks().get();
+    if (!data || !holds(last_grad_storage_, offset + size_ * itemsize)) return nullptr;
+    const char* const address = static_cast<const char*>(data) + offset;
+    // Elements that are not at multiples of their size are copied first.
+    return reinterpret_cast<uintptr_t>(address) % itemsize == 0 ? address : nullptr;
+  }
+
+  static bool same_sizes(const c10::TensorImpl* a, const c10::TensorImpl* b) {
+    const auto sizes = a->sizes(), expected = b->sizes();
+    if (sizes.size() != expected.size()) return false;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      if (sizes[i] != expected[i]) return false;
+    }
+    return true;
   }
 
   // Of a DTensor: the local one, mesh and placements, and the items that must stay in its state.
@@ -225,12 +256,22 @@ class alignas(64) Probe {
     __builtin_prefetch(bytes + sizeof(T) - 1);
   }
 
+  // Where a tensor has its offset and number of elements: towards the end.
+  static void prefetch_geometry(const c10::TensorImpl* impl) {
+    __builtin_prefetch(reinterpret_cast<const char*>(impl) + sizeof(*impl) - 32);
+  }
+
+  static bool holds(const c10::StorageImpl* storage, int64_t bytes) {
+    return static_cast<int64_t>(storage->nbytes()) >= bytes;
+  }
+
   // Also tells whether somebody has come to share it until it is written to, as torch._lazy_clone
-  // does: a context of another kind says so, in the cache line of the pointer.
-  bool same_memory() const {
-    const c10::DataPtr& data =
-        impl_->unsafe_storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
-    return at_offset(impl_, data.get()) == data_ && data.get_context() == context_;
+  // does: a deleter of another kind says so, in the cache line of the pointer.
+  static bool same_memory(const c10::TensorImpl* impl, c10::StorageImpl* storage,
+                          const void* data) {
+    const c10::DataPtr& memory = storage->_mutable_data_ptr_no_checks();
+    return at_offset(impl, memory.get()) == data &&
+           memory.get_deleter() != &c10::impl::cow::cow_deleter;
   }
 
   static void* at_offset(const c10::TensorImpl* impl, void* data) {
@@ -243,7 +284,6 @@ class alignas(64) Probe {
   c10::TensorImpl* impl_ = nullptr;  // that with the memory: the parameter or its local shard
   c10::StorageImpl* storage_ = nullptr;
   const void* data_ = nullptr;
-  const void* context_ = nullptr;
   int64_t size_ = 0;
   c10::DispatchKeySet keys_;
   caffe2::TypeMeta dtype_;
@@ -251,7 +291,10 @@ class alignas(64) Probe {
   bool inert_ = false;
   bool contiguous_ = false;
   bool reads_plain_ = false;
+  bool alike_ = true;
   bool usual_ = true;
+  bool flat_ = false;  // of one dimension or none
+  bool has_step_ = false;
   int8_t state_count_ = 0;
   int8_t item_count_ = 0;
   int8_t state_of_item_[kMaxProbed];  // -1: whatever it is

@@ -6,10 +6,12 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
 #include <cmath>
 #include <sstream>
 
 #include "devices.h"
+#include "mapping.h"
 
 namespace recap {
 namespace {
@@ -54,6 +56,33 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
          (a.strides() == b.strides() || (a.is_contiguous() && b.is_contiguous()));
 }
 
+// How many bytes its storage must have.
+int64_t bytes_needed(const at::Tensor& tensor) {
+  if (tensor.numel() == 0 || tensor._is_zerotensor()) return 0;
+  int64_t elements = tensor.storage_offset() + 1;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    elements += (tensor.size(dim) - 1) * tensor.stride(dim);
+  }
+  return elements * static_cast<int64_t>(tensor.element_size());
+}
+
+// Whether its memory was given up, as sharded training does by storage().resize_(0).
+bool is_freed(const at::Tensor& tensor) {
+  const int64_t needed = bytes_needed(tensor);
+  return needed > 0 && static_cast<int64_t>(tensor.storage().nbytes()) < needed;
+}
+
+std::string memory_of(const at::Tensor& tensor) {
+  return text(" has no memory: its storage was resized to ", tensor.storage().nbytes(),
+              " bytes, and it needs ", bytes_needed(tensor),
+              "; give it back before the step, or set the gradient to None");
+}
+
+// Whether elements lie at multiples of their size, as the processor's own types must.
+bool is_aligned(const at::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
+}
+
 }  // namespace
 
 std::vector<const char*> state_names(const Hyper& hyper) {
@@ -70,33 +99,44 @@ std::vector<const char*> state_names(const Hyper& hyper) {
   return {};
 }
 
-SlotTensors::SlotTensors(std::string name, py::object object, py::dict state, const Hyper& hyper)
+SlotTensors::SlotTensors(std::string name, py::object object, py::object state, const Hyper& hyper)
     : name_(std::move(name)),
       object_(std::move(object)),
       by_rows_(hyper.by_rows()),
       sparse_only_(hyper.sparse_only),
-      state_dict_(std::move(state)) {
+      state_(std::move(state)) {
   if (!THPVariable_Check(object_.ptr())) {
     throw py::type_error(text("parameter ", name_, " is not a tensor"));
   }
   shard_ = py::reinterpret_borrow<py::object>(local_shard(object_.ptr()));
   if (const auto refused = refusal()) {
-    if (gradient_of(THPVariable_Unpack(object_.ptr()).unsafeGetTensorImpl()).defined()) {
+    if (has_gradient()) {
       if (refused->is_type_error) throw py::type_error(refused->message);
       throw std::runtime_error(refused->message);
     }
-    inert_ = has_state_ = true;
+    make_inert();
     return;
   }
   dtype_ = *dtype_of(param());
+  sizes_ = param().sizes().vec();
   strides_ = param().strides().vec();
   if (by_rows_ && !param().is_contiguous()) {
     dense_param_ = at::zeros_like(param().detach(), at::MemoryFormat::Contiguous);
-  } else if (!param().is_non_overlapping_and_dense() || is_lazy(param())) {
+  } else if (!param().is_non_overlapping_and_dense() || is_lazy(param()) || !is_aligned(param())) {
     dense_param_ = dense_like(param());
   }
   take_state(hyper);
   watch_entries(hyper);
+}
+
+bool SlotTensors::has_gradient() const {
+  return gradient_of(THPVariable_Unpack(object_.ptr()).unsafeGetTensorImpl()).defined();
+}
+
+void SlotTensors::make_inert() {
+  inert_ = has_state_ = true;
+  states_.clear();
+  step_ = {};
 }
 
 std::optional<SlotTensors::Refusal> SlotTensors::refusal() const {
@@ -138,6 +178,7 @@ std::optional<SlotTensors::Refusal> SlotTensors::refusal() const {
     return runtime_error(" of shape ", param().sizes(), " and strides ", param().strides(),
                          " has elements that share memory; clone() it");
   }
+  if (is_freed(param())) return runtime_error(memory_of(param()));
   return by_rows_ ? refusal_of_rows() : std::nullopt;
 }
 
@@ -171,18 +212,20 @@ void SlotTensors::take_state(const Hyper& hyper) {
     has_state_ = true;
     return;
   }
-  if (state_dict_.empty()) return;
-  if (hyper.algorithm == Algorithm::sgd &&
-      (!state_dict_.contains("momentum_buffer") || state_dict_["momentum_buffer"].is_none())) {
-    return;
+  const Py_ssize_t size = PyObject_Size(state_.ptr());
+  if (size < 0) throw py::error_already_set();
+  if (size == 0) return;
+  if (hyper.algorithm == Algorithm::sgd) {
+    const py::object buffer = item_of(state_, "momentum_buffer");
+    if (!buffer || buffer.is_none()) return;
   }
   const auto entry = [&](const char* key) -> py::object {
-    if (!state_dict_.contains(key)) {
+    py::object value = item_of(state_, key);
+    if (!value) {
       throw py::key_error(
           text("the state of parameter ", name_, " has no '", key,
                "'; was the option that needs it switched on after training began?"));
     }
-    const py::object value = state_dict_[key];
     if (!THPVariable_Check(value.ptr())) {
       throw py::type_error(text("the state '", key, "' of parameter ", name_, " is not a tensor"));
     }
@@ -196,28 +239,32 @@ void SlotTensors::take_state(const Hyper& hyper) {
       throw py::type_error(text("the state '", key, "' of parameter ", name_,
                                 " is a tensor subclass whose memory the fused step cannot reach"));
     }
-    if (hyper.algorithm == Algorithm::rowwise_adagrad) {
+    const bool by_number_of_rows = hyper.algorithm == Algorithm::rowwise_adagrad;
+    if (by_number_of_rows) {
       check_row_state(key, state);
-      PyObject* const shard = local_shard(object.ptr());
-      states_.push_back(shard ? py::reinterpret_borrow<py::object>(shard) : object);
-      continue;
-    }
-    if (state.device() != param().device() || state.scalar_type() != param().scalar_type() ||
-        state.sizes() != param().sizes() || state.layout() != at::kStrided) {
+    } else if (state.device() != param().device() || state.scalar_type() != param().scalar_type() ||
+               state.sizes() != param().sizes() || state.layout() != at::kStrided) {
       throw std::runtime_error(text("the state '", key, "' of parameter ", name_, " is ",
                                     state.dtype(), " ", state.sizes(), " on ", state.device(),
                                     ", the parameter ", param().dtype(), " ", param().sizes(),
                                     " on ", param().device(), "; they must agree"));
     }
-    if (!same_layout(state, layout)) {  // as after loading a checkpoint of a contiguous copy
+    if (is_freed(state)) {
+      if (!has_gradient()) return make_inert();
+      throw std::runtime_error(
+          text("the state '", key, "' of parameter ", name_, memory_of(state)));
+    }
+    // As after loading a checkpoint of a contiguous copy, or one mapped from a file.
+    const at::Tensor& wanted = by_number_of_rows ? state : layout;
+    if (!same_layout(state, wanted) || is_lazy(state) || !is_aligned(state)) {
       if (local_shard(object.ptr())) {
         throw std::runtime_error(text("the local shard of the state '", key, "' of parameter ",
                                       name_, " has the strides ", state.strides(),
                                       ", the parameter's ", layout.strides(), "; they must agree"));
       }
-      states_.push_back(
-          py::reinterpret_steal<py::object>(THPVariable_Wrap(dense_like(layout).copy_(state))));
-      state_dict_[key] = states_.back();
+      states_.push_back(py::reinterpret_steal<py::object>(
+          THPVariable_Wrap(dense_like(wanted).copy_(state.detach()))));
+      set_item(state_, key, states_.back());
       continue;
     }
     PyObject* const shard = local_shard(object.ptr());
@@ -232,24 +279,29 @@ void SlotTensors::take_state(const Hyper& hyper) {
                                     " ", step.sizes(), " on ", step.device(),
                                     "; it must be one real number"));
     }
+    if (is_freed(step)) {
+      if (!has_gradient()) return make_inert();
+      throw std::runtime_error(text("the state 'step' of parameter ", name_, memory_of(step)));
+    }
     if (step.device().is_cpu()) {
       const double count = step.item().toDouble();
-      if (!(count >= 0.0) || count != std::floor(count)) {
-        throw py::value_error(text("the state 'step' of parameter ", name_, " is ", count,
-                                   "; it must be a whole number of steps, 0 or more"));
-      }
+      if (!is_step_count(count)) throw py::value_error(wrong_step_count(count));
     }
   }
   has_state_ = true;
+  for (const py::object& object : states_) {
+    const at::Tensor& state = THPVariable_Unpack(object.ptr());
+    state_geometry_.emplace_back(state.sizes().vec(), state.strides().vec());
+  }
 }
 
 // torch.optim.SparseAdam counts in a number, as other classes once did.
 void SlotTensors::count_in_tensor() {
-  if (!state_dict_.contains("step")) return;
-  const py::object step = state_dict_["step"];
+  const py::object step = item_of(state_, "step");
+  if (!step) return;
   if (!PyLong_CheckExact(step.ptr()) && !PyFloat_CheckExact(step.ptr())) return;
   const at::Tensor counter = at::full({}, step.cast<double>(), at::kFloat);
-  state_dict_["step"] = py::reinterpret_steal<py::object>(THPVariable_Wrap(counter));
+  set_item(state_, "step", py::reinterpret_steal<py::object>(THPVariable_Wrap(counter)));
 }
 
 // One number for each row, in the type in which the update is computed.
@@ -272,9 +324,18 @@ void SlotTensors::watch_entries(const Hyper& hyper) {
   entries_.clear();
   for (const char* name : names) {
     py::object key = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
-    PyObject* const value = PyDict_GetItemWithError(state_dict_.ptr(), key.ptr());
-    entries_.emplace_back(std::move(key), py::reinterpret_borrow<py::object>(value));
+    py::object value = item_of(state_, key);
+    entries_.emplace_back(std::move(key), std::move(value));
   }
+}
+
+bool SlotTensors::is_step_count(double count) {
+  return count >= 0.0 && std::isfinite(count) && count == std::floor(count);
+}
+
+std::string SlotTensors::wrong_step_count(double count) const {
+  return text("the state 'step' of parameter ", name_, " is ", count,
+              "; it must be a whole number of steps, 0 or more");
 }
 
 const at::Tensor& SlotTensors::step_count() const {
@@ -284,7 +345,7 @@ const at::Tensor& SlotTensors::step_count() const {
 
 void SlotTensors::set_step_count(const at::Tensor& counter) {
   step_ = py::reinterpret_steal<py::object>(THPVariable_Wrap(counter));
-  state_dict_["step"] = step_;
+  set_item(state_, "step", step_);
   for (auto& [key, value] : entries_) {
     if (key.equal(py::str("step"))) value = step_;
   }
@@ -307,16 +368,27 @@ Probe SlotTensors::probe() const {
   if (inert_) return Probe(object_.ptr());
   std::vector<PyObject*> fixed, entries;
   for (const py::object& state : states_) fixed.push_back(state.ptr());
-  if (step_) fixed.push_back(step_.ptr());
   for (const auto& [key, value] : entries_) entries.push_back(value.ptr());
-  return Probe(object_.ptr(), shard_.ptr(), fixed, state_dict_.ptr(), entries, !sparse_only_);
+  PyObject* const dict = PyDict_Check(state_.ptr()) ? state_.ptr() : nullptr;
+  const auto like_param = [this](const auto& geometry) { return geometry.first == sizes_; };
+  const bool alike = std::all_of(state_geometry_.begin(), state_geometry_.end(), like_param);
+  return Probe(object_.ptr(), shard_.ptr(), fixed, step_.ptr(), dict, entries,
+               !sparse_only_ && !dense_param_.defined(), alike);
 }
 
 bool SlotTensors::unchanged() const {
   for (const auto& [key, value] : entries_) {
-    if (PyDict_GetItemWithError(state_dict_.ptr(), key.ptr()) != value.ptr()) return false;
+    if (!item_of(state_, key).is(value)) return false;
   }
-  return param().strides() == at::IntArrayRef(strides_);
+  for (size_t k = 0; k < states_.size(); ++k) {
+    const at::Tensor& state = THPVariable_Unpack(states_[k].ptr());
+    const auto& [sizes, strides] = state_geometry_[k];
+    if (state.sizes() != at::IntArrayRef(sizes) || state.strides() != at::IntArrayRef(strides)) {
+      return false;
+    }
+  }
+  return param().sizes() == at::IntArrayRef(sizes_) &&
+         param().strides() == at::IntArrayRef(strides_);
 }
 
 const at::Tensor& SlotTensors::local(const py::object& tensor, const std::string& what) const {
@@ -370,7 +442,10 @@ const void* SlotTensors::gradient(const at::Tensor& whole, bool& needs_copy) {
   }
   static const char empty = 0;
   if (grad.numel() == 0) return &empty;  // no memory, but a gradient all the same
-  if (!dense_param_.defined() && !is_lazy(grad) && same_layout(grad, param())) {
+  if (is_freed(grad)) {
+    throw std::runtime_error(text("the gradient of parameter ", name_, memory_of(grad)));
+  }
+  if (!dense_param_.defined() && !is_lazy(grad) && same_layout(grad, param()) && is_aligned(grad)) {
     return grad.const_data_ptr();
   }
   if (!dense_grad_.defined()) {

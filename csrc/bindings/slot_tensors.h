@@ -20,9 +20,10 @@ std::vector<const char*> state_names(const Hyper& hyper);
 
 class SlotTensors {
  public:
-  // `state` is the parameter's state dict; an empty one means that the state is still to be made.
-  // Raises an error naming the parameter if it has a gradient and is one that no engine can step.
-  SlotTensors(std::string name, py::object param, py::dict state, const Hyper& hyper);
+  // `state` is the mapping with the parameter's state, nearly always a dict; an empty one means
+  // that the state is still to be made. Raises an error naming the parameter if it has a gradient
+  // and is one that no engine can step.
+  SlotTensors(std::string name, py::object param, py::object state, const Hyper& hyper);
 
   const std::string& name() const { return name_; }
   // What this process holds of the parameter.
@@ -33,15 +34,22 @@ class SlotTensors {
   bool has_state() const { return has_state_; }
   const at::Tensor& step_count() const;  // undefined if it is not counted
 
-  // Makes `counter` the step count, in the state dict too.
+  // Whether a step count is one, and what an error says of one that is not.
+  static bool is_step_count(double count);
+  std::string wrong_step_count(double count) const;
+
+  // Makes `counter` the step count, in the mapping too.
   void set_step_count(const at::Tensor& counter);
+
+  // The same entries are in another mapping from now on.
+  void move_state(py::object state) { state_ = std::move(state); }
 
   // The addresses for the plan, and the words that each step compares.
   Slot slot() const;
   Probe probe() const;
 
-  // Whether the strides and the entries of the state dict are as they were: what a probe leaves
-  // open for a slot that is not usual.
+  // Whether sizes, strides and the entries of the state are as they were: what a probe leaves open
+  // for a slot that is not usual.
   bool unchanged() const;
 
   // The address of a gradient that is not plain, in the parameter's memory order. Raises an error
@@ -56,10 +64,25 @@ class SlotTensors {
   // Elements of a row, an index of the first dimension.
   int64_t row_size() const;
 
-  // For a parameter with gaps in memory, or a gradient laid out otherwise than its parameter: fill
-  // the dense copies before the engine runs, and write the parameter back after it.
+  // For a parameter with gaps in memory, a gradient laid out otherwise than its parameter, or one
+  // of them at an address that is no multiple of an element: fill the dense copies before the
+  // engine runs, and write the parameter back after it.
   void copy_in();
   void copy_out();
+
+  // Every Python object that this one owns.
+  template <typename Visit>
+  void each_reference(Visit&& visit) const {
+    visit(object_);
+    visit(shard_);
+    visit(state_);
+    visit(step_);
+    for (const auto& [key, value] : entries_) {
+      visit(key);
+      visit(value);
+    }
+    for (const py::object& state : states_) visit(state);
+  }
 
  private:
   struct Refusal {
@@ -68,6 +91,8 @@ class SlotTensors {
   };
   std::optional<Refusal> refusal() const;  // why no engine can step the parameter
   std::optional<Refusal> refusal_of_rows() const;
+  bool has_gradient() const;
+  void make_inert();
   void take_state(const Hyper& hyper);
   void count_in_tensor();
   void check_row_state(const char* key, const at::Tensor& state) const;
@@ -85,18 +110,20 @@ class SlotTensors {
   bool by_rows_ = false;  // is updated by rows, which lie one after the other
   bool sparse_only_ = false;
   Dtype dtype_ = Dtype::float32;
-  std::vector<int64_t> strides_;
+  std::vector<int64_t> sizes_, strides_;
 
-  py::dict state_dict_;
+  py::object state_;
   // The entries that the algorithm has, and their values, null for one that is not there. What else
-  // is in the dict may change as it likes.
+  // is in the mapping may change as it likes.
   std::vector<std::pair<py::object, py::object>> entries_;
   bool has_state_ = false;
   std::vector<py::object> states_;  // of a DTensor its local shard
+  std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>> state_geometry_;
   py::object step_;
 
-  at::Tensor dense_param_;  // defined only for a parameter with gaps, or with rows that have some
-  at::Tensor dense_grad_;   // made when first needed
+  // Defined only for a parameter with gaps, with rows that have some, or not aligned.
+  at::Tensor dense_param_;
+  at::Tensor dense_grad_;  // made when first needed
 };
 
 }  // namespace recap

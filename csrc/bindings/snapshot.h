@@ -62,6 +62,17 @@ class DictSnapshot {
     return true;
   }
 
+  const py::dict& dict() const { return dict_; }
+
+  template <typename Visit>
+  void each_reference(Visit&& visit) const {
+    visit(dict_);
+    for (const auto& [key, value] : items_) {
+      visit(key);
+      visit(value);
+    }
+  }
+
  private:
   py::dict dict_;
   // Owned, so that the address of a dropped item cannot come back as another object.
@@ -84,6 +95,12 @@ class ListSnapshot {
       if (PyList_GET_ITEM(list_.ptr(), i) != items_[i].ptr()) return false;
     }
     return true;
+  }
+
+  template <typename Visit>
+  void each_reference(Visit&& visit) const {
+    visit(list_);
+    for (const py::object& item : items_) visit(item);
   }
 
  private:

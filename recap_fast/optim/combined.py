@@ -98,7 +98,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
 
     def _prepare(self) -> None:
         """Sorts the optimizers by who steps them; again when there are others than before."""
-        self._prepared = len(self._optims)
+        count = len(self._optims)
         fused = [(key, part) for key, part in self._optims if _has_native_step(part)]
         names = [
             {param: self.prepend_opt_key(name, key) for name, param in part.params.items()}
@@ -114,6 +114,9 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             self._stepper.move_with(self._device_rates)
         self._others = [part for _, part in self._optims if not _has_native_step(part)]
         self._unscaled = [item for item in self.dense_optimizers() if item[1] in self._others]
+        # Steps of dense parameters that are not native are taken together with those that are.
+        self._together = [part for _, part in self._unscaled] if fused else []
+        self._after = [part for part in self._others if part not in self._together]
         if self.clip_grad_norm is not None and self._unscaled:
             raise ValueError(
                 f"clip_grad_norm: the optimizer under the key {self._unscaled[0][0]!r} is not one "
@@ -134,6 +137,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         )
         self._warned_of_scaled_tables = False
         self._schedulers_know = False
+        self._prepared = count  # last: what is interrupted before is done again
 
     def init_state(
         self, sparse_grad_parameter_names: set[str] | None = None, count_step: bool = True
@@ -186,20 +190,21 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         if grad_scale is not None or found_inf is not None:
             self._check_scaling(grad_scale)
         if self._stepper is not None:
+            others = [part.step for part in self._together]
             if (
                 any(self._inner_hooks)
                 or _global_optimizer_pre_hooks
                 or _global_optimizer_post_hooks
             ):
-                self._step_with_hooks(grad_scale, found_inf)
+                self._step_with_hooks(grad_scale, found_inf, others)
             else:
-                self._stepper.step(grad_scale, found_inf, self.unscale_grads)
+                self._stepper.step(grad_scale, found_inf, self.unscale_grads, others)
             if not self._schedulers_know:
                 self._tell_schedulers()
         if step_is_skipped(self.fused_leaves, grad_scale, found_inf, self.grad_norm):
             self.sync_fused_learning_rates()
         else:
-            for part in self._others:
+            for part in self._after:
                 part.step()
         return loss
 
@@ -290,7 +295,10 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         self._schedulers_know = True
 
     def _step_with_hooks(
-        self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
+        self,
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+        others: Sequence[Callable[[], Any]],
     ) -> None:
         """Runs the hooks of the optimizers inside around the one call, as if each had its step."""
         for optimizer in self._native:
@@ -303,7 +311,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                         "a step pre hook of an optimizer inside FusedCombinedOptimizer must return "
                         "None: its step has no arguments to change"
                     )
-        self._stepper.step(grad_scale, found_inf, self.unscale_grads)
+        self._stepper.step(grad_scale, found_inf, self.unscale_grads, others)
         for optimizer in self._native:
             hooks = itertools.chain(
                 optimizer._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()
@@ -317,6 +325,8 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             "_stepper",
             "_others",
             "_unscaled",
+            "_together",
+            "_after",
             "_inner_hooks",
             "_step_supports_amp_scaling",
         }

@@ -66,6 +66,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling: bool = False
     unscale_grads: bool = True
     _stepper: Stepper | None = None
+    _has_large_state_to_place: bool = False
     _clip_grad_norm: float | None = None
     _left_to_torch: LeftToTorch | None = None  # None: what is not native is refused
     # What torch's class does not have, and a pickle or copy must keep.
@@ -157,7 +158,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault("lazy", True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; the state goes where a step reads it fast, which is a copy in any case.
+        """As torch's: large tensors are taken as they are, if dtype and device are the parameter's.
+
+        Small ones go where a step reads them fast. So do large ones in the next step, if the caller
+        has let go of ``state_dict`` by then.
 
         Raises:
             Exception: what torch's raises; state and param groups are then as they were.
@@ -176,6 +180,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             # Beside the states of parameters, torch carries along whatever else is in there.
             if isinstance(param, torch.Tensor) and isinstance(state, dict):
                 memory.adopt(param, state)
+        self._has_large_state_to_place = True
+
+    def _place_large_state(self) -> None:
+        """Before the first step after `load_state_dict`."""
+        if self._has_large_state_to_place:
+            memory = StateMemory()
+            for param, state in self.state.items():
+                if isinstance(param, torch.Tensor) and isinstance(state, dict):
+                    memory.adopt_large(state)
+            self._has_large_state_to_place = False
 
     @observed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

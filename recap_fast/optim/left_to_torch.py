@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,25 +137,17 @@ class LeftToTorch:
         return is_news
 
 
-def step_as_torch(
-    optimizer: FusedOptimizer,
-    groups: Sequence[Group],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """Takes the step of the optimizer's torch class, over some of its param groups.
+def torch_steps(
+    optimizer: FusedOptimizer, groups: Sequence[Group], grad_scale: Tensor | None
+) -> list[Callable[[], Any]]:
+    """What to call, in this order, to take the step of the optimizer's torch class.
 
     Args:
         optimizer: whose state it is.
         groups: some of its param groups.
-        grad_scale, found_inf: as from `torch.amp.GradScaler`. torch's step knows nothing of them:
-            gradients are divided by the scale in place, and where they are on a device, the host
-            waits for ``found_inf``.
+        grad_scale: as from `torch.amp.GradScaler`. torch's step knows nothing of it: gradients are
+            divided by it in place.
     """
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    if grad_scale is not None:
-        _unscale(groups, grad_scale)
     make_counts_torchs(optimizer, groups)
     # An object of its own, which shares everything but the list of groups: no other thread, hook or
     # error can find the optimizer without the rest of them.
@@ -162,7 +155,10 @@ def step_as_torch(
     view.__dict__.update(optimizer.__dict__, param_groups=list(groups))
     for name in ("grad_scale", "found_inf"):
         view.__dict__.pop(name, None)
-    unhooked(optimizer.torch_class().step)(view)
+    step = functools.partial(unhooked(optimizer.torch_class().step), view)
+    if grad_scale is None:
+        return [step]
+    return [functools.partial(_unscale, groups, grad_scale), step]
 
 
 def make_counts_torchs(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> None:

@@ -6,15 +6,15 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from recap_fast._native import native
 from recap_fast.clipping import NormParts, clip_on_device
-from recap_fast.optim.left_to_torch import step_as_torch
+from recap_fast.optim.left_to_torch import torch_steps
 from recap_fast.state import new_state, strays
 from recap_fast.state_memory import StateMemory
 
@@ -33,12 +33,27 @@ _REFUSALS = (RuntimeError, TypeError, ValueError, KeyError)
 _not_compiled = torch._disable_dynamo
 
 
+class _Built(NamedTuple):
+    """A plan and what belongs to it: all that another replaces, in one assignment."""
+
+    plan: Any
+    groups: list[list[tuple[int, Group]]]  # in the plan, by optimizer
+    left: list[tuple[int, list[Group]]]  # left to torch, with the optimizer's number
+    norm_parts: NormParts | None
+    computed_grads: list[Tensor]
+    is_simple: bool  # a step is nothing but the call of the plan
+
+
 class Stepper:
     """Owns the plan over all param groups of ``optimizers`` and keeps it up to date.
 
     In the steady state `step` is one native call. The plan is rebuilt when the call reports that
     something changed since: a tensor moved or replaced, a param group or state added, a state dict
-    loaded. Groups that an optimizer leaves to torch take torch's step after the call.
+    loaded. Groups that an optimizer leaves to torch take torch's step within the call.
+
+    A step is taken whole or not at all, wherever it is interrupted: the call knows whether it was,
+    and puts the state that a first step makes where it belongs. What is assigned here is needed by
+    no step: without it, another plan is built.
 
     Args:
         optimizers: stepped together, in this order.
@@ -59,17 +74,14 @@ class Stepper:
         max_norm: float | None = None,
     ) -> None:
         self._max_norm = max_norm
-        self._norm_parts: NormParts | None = None
-        self._computed_grads: list[Tensor] = []
         self.grad_norm: float | Tensor | None = None
-        self._plan: Any = None
-        self._simple_plan: Any = None  # the same, if a step is nothing but its call
+        self._built: _Built | None = None
+        self._simple_plan: Any = None  # that of `_built`, if a step is nothing but its call
         self._captured: list[Any] = []
         self._device_values = False
         self._device_rates: Sequence[DeviceRates] = ()
         self._building = threading.RLock()  # to step itself, threads take turns in the plan
-        self._groups: list[list[tuple[int, Group]]] = []  # in the plan, by optimizer
-        self._left: list[tuple[int, list[Group]]] = []  # left to torch, with the optimizer's number
+        self._failed_elsewhere = False  # the last step: not the plan, but what is called by it
         self.step_these(optimizers, names)
 
     def step_these(
@@ -88,8 +100,20 @@ class Stepper:
         )
         self._drop_plan()
 
+    @property
+    def _plan(self) -> Any:
+        return None if self._built is None else self._built.plan
+
+    @property
+    def _left(self) -> list[tuple[int, list[Group]]]:
+        return [] if self._built is None else self._built.left
+
     def step(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_grads: bool = False
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale_grads: bool = False,
+        others: Sequence[Callable[[], Any]] = (),
     ) -> None:
         """Updates every parameter that has a gradient; threads that call it take turns.
 
@@ -97,6 +121,8 @@ class Stepper:
             grad_scale: one element; gradients are divided by it. None means 1.
             found_inf: one element; if it is not zero, nothing is written.
             unscale_grads: whether gradients are divided by it in memory, too.
+            others: steps of other optimizers, to be taken together with this one: they are called
+                when nothing stands against it any more, and before anything is written.
 
         Raises:
             Exception: naming the parameter or param group that cannot be stepped. Parameters,
@@ -107,93 +133,136 @@ class Stepper:
             plan is not None
             and grad_scale is None
             and found_inf is None
+            and not others
             and plan.step(None, None, None) == native.STEPPED
         ):
             return
         unscale_by = grad_scale if unscale_grads else None
-        if not self._may_leave:
-            self._step_natively(grad_scale, found_inf, unscale_by)
-            return
-        with self._building:  # which may change what is left to torch
-            while True:
-                try:
-                    self._step_natively(grad_scale, found_inf, unscale_by)
-                    break
-                except _REFUSALS as error:
-                    if not self._leave_what_is_refused(error):
-                        raise
-            for number, groups in self._left:
-                optimizer = self._references[number]()
-                try:
-                    step_as_torch(optimizer, groups, grad_scale, found_inf)
-                except BaseException:  # torch refuses it, too: once it is mended, all is native
-                    optimizer._left_to_torch.take_back(groups)
-                    self._drop_plan()
+        if self._may_leave:
+            with self._building:  # which may change what is left to torch
+                outcome = self._step_or_leave(grad_scale, found_inf, unscale_by, others)
+        else:
+            outcome = self._step_natively(grad_scale, found_inf, unscale_by, others)
+        if outcome == native.SKIPPED:
+            for other in others:
+                other()
+
+    def _step_or_leave(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale_by: Tensor | None,
+        others: Sequence[Callable[[], Any]],
+    ) -> int:
+        while True:
+            try:
+                return self._step_natively(grad_scale, found_inf, unscale_by, others)
+            except _REFUSALS as error:
+                if self._failed_elsewhere or not self._leave_what_is_refused(error):
                     raise
 
     def _step_natively(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
-    ) -> None:
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale_by: Tensor | None,
+        others: Sequence[Callable[[], Any]],
+    ) -> int:
         for plan in self._captured:
             plan.check_captured_rates()
-        if self._plan is None:
-            with self._building:
-                if self._plan is None:  # or another thread would step a plan of its own meanwhile
-                    self._build()
-        if self._max_norm is not None and self._plan.has_cuda_parts:
+        built = self._ready()
+        if self._max_norm is not None and built.plan.has_cuda_parts:
             grad_scale, found_inf = self._clip_on_device(grad_scale, found_inf)
+            built = self._ready()
         elif grad_scale is not None or found_inf is not None:
-            self._avoid_waiting_for(grad_scale, found_inf)
-        plan = self._plan
-        outcome = self._run(grad_scale, found_inf, unscale_by)
+            self._avoid_waiting_for(built, grad_scale, found_inf)
+            built = self._ready()
+        arguments = (grad_scale, found_inf, unscale_by, others)
+        outcome = self._run(built, *arguments)
         if outcome == native.STEPPED:
-            return
+            return outcome
         with self._building:
-            if self._plan is None:
+            if self._built is None:
                 outcome = native.STALE
-            elif self._plan is not plan:  # another thread's, which others may be stepping
-                outcome = self._run(grad_scale, found_inf, unscale_by)
+            elif self._built is not built:  # another thread's, which others may be stepping
+                outcome = self._run(self._built, *arguments)
             if outcome == native.STALE:
-                self._build()
-                outcome = self._run(grad_scale, found_inf, unscale_by)
+                outcome = self._run(self._keep(self._build()), *arguments)
             if outcome == native.NEEDS_STATE:
-                outcome = self._step_with_new_state(grad_scale, found_inf, unscale_by)
+                built = self._build(self._new_states())
+                outcome = self._run(built, *arguments)
+                if outcome == native.STEPPED:
+                    self._keep(built)
         if outcome not in (native.STEPPED, native.SKIPPED):
             raise RuntimeError("the param groups changed while they were being stepped")
         norm = self.grad_norm
         if outcome == native.SKIPPED and isinstance(norm, float) and not math.isfinite(norm):
             logger.warning("the norm of the gradients is %s: no parameter was updated", norm)
-
-    def _run(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
-    ) -> int:
-        if self._computed_grads:
-            self._show_grads()
-        outcome = self._plan.step(grad_scale, found_inf, unscale_by)
-        if self._max_norm is not None and not self._plan.has_cuda_parts:
-            self.grad_norm = self._plan.grad_norm
         return outcome
 
-    def _show_grads(self) -> None:
+    def _ready(self) -> _Built:
+        """The plan, built if there is none."""
+        built = self._built
+        if built is None:
+            with self._building:
+                built = self._built  # or another thread would step a plan of its own meanwhile
+                if built is None:
+                    built = self._keep(self._build())
+        return built
+
+    def _run(
+        self,
+        built: _Built,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale_by: Tensor | None,
+        others: Sequence[Callable[[], Any]],
+    ) -> int:
+        self._failed_elsewhere = False
+        plan = built.plan
+        self._show_grads(built)
+        if built.left and (found_inf is None or found_inf.item() == 0):
+            others = [*others, *self._steps_of_left(built, grad_scale)]
+        try:
+            outcome = plan.step(grad_scale, found_inf, unscale_by, others)
+        except BaseException:
+            if built.left and plan.failed_elsewhere:
+                for number, groups in built.left:  # once it is mended, all is native
+                    self._references[number]()._left_to_torch.take_back(groups)
+                self._drop_plan()
+            self._failed_elsewhere = plan.failed_elsewhere
+            raise
+        if self._max_norm is not None and not plan.has_cuda_parts:
+            self.grad_norm = plan.grad_norm
+        return outcome
+
+    def _steps_of_left(self, built: _Built, grad_scale: Tensor | None) -> list[Callable[[], Any]]:
+        steps: list[Callable[[], Any]] = []
+        for number, groups in built.left:
+            steps += torch_steps(self._references[number](), groups, grad_scale)
+        return steps
+
+    def _show_grads(self, built: _Built) -> None:
         """Has the native call see gradients that a subclass computes when asked for `grad`.
 
         So do torchrec's slices of the tensor that several unfused tables are in. In C++, where the
         call looks, they have none.
         """
-        for param in self._computed_grads:
+        for param in built.computed_grads:
             Tensor.grad.__set__(param, param.grad)
 
     @_not_compiled
     def _clip_on_device(
         self, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        self._show_grads()
-        parts = self._norm_parts
-        sums = self._plan.sums_of_squares(parts.part_of_param, parts.count)
+        built = self._ready()
+        self._show_grads(built)
+        parts = built.norm_parts
+        sums = built.plan.sums_of_squares(parts.part_of_param, parts.count)
         if not sums:
-            self._build()
-            parts = self._norm_parts
-            sums = self._plan.sums_of_squares(parts.part_of_param, parts.count)
+            built = self._keep(self._build())
+            parts = built.norm_parts
+            sums = built.plan.sums_of_squares(parts.part_of_param, parts.count)
         if found_inf is not None:
             # Those that share a part may not have seen it, and must skip the step too.
             skip = found_inf.to(sums[0].device).reshape(()) != 0
@@ -212,27 +281,37 @@ class Stepper:
 
     def check_captured_rates(self) -> None:
         """Raises RuntimeError if a rate on the host differs from that in a captured CUDA graph."""
-        plans = self._captured if self._plan is None else (*self._captured, self._plan)
+        plans = self._captured if self._built is None else (*self._captured, self._plan)
         for plan in plans:
             plan.check_captured_rates()
 
-    def _avoid_waiting_for(self, *scalars: Tensor | None) -> None:
+    def _avoid_waiting_for(self, built: _Built, *scalars: Tensor | None) -> None:
         """Has values computed on the device from the first step on that would wait for it."""
-        if any(self._plan.wants_device_values(scalar) for scalar in scalars):
+        if any(built.plan.wants_device_values(scalar) for scalar in scalars):
             self._device_values = True
-            self._build()
+            self._keep(self._build())
 
     def _optimizers(self) -> list[FusedOptimizer]:
         return [reference() for reference in self._references]
 
     def _drop_plan(self) -> None:
-        if self._plan is not None and self._plan.is_captured:
-            self._captured.append(self._plan)  # the graph goes on reading its memory
-        self._plan = self._simple_plan = None
+        plan = self._plan
+        if plan is not None and plan.is_captured and plan not in self._captured:
+            self._captured.append(plan)  # the graph goes on reading its memory
+        self._simple_plan = None
+        self._built = None
+
+    def _keep(self, built: _Built) -> _Built:
+        """From now on, steps are those of ``built``."""
+        self._drop_plan()
+        self._built = built
+        if built.is_simple and not self._captured:
+            self._simple_plan = built.plan
+        return built
 
     @_not_compiled
-    def _build(self, first: Sequence[int] = ()) -> None:
-        """Puts another plan in the place of the present one, which stays if that fails."""
+    def _build(self, new_states: Sequence[Any] = ()) -> _Built:
+        """Builds a plan; the present one stays."""
         self.check_captured_rates()
         if self._device_rates:
             self._check_places()
@@ -240,29 +319,29 @@ class Stepper:
         params: list[Tensor] = []
         all_names: list[str] = []
         optimizers = self._optimizers()
-        self._divide(optimizers)
+        for optimizer in optimizers:
+            optimizer._place_large_state()
+        groups, left = self._divide(optimizers)
         for number, optimizer in enumerate(optimizers):
-            for index, group in self._groups[number]:
+            for index, group in groups[number]:
                 source, names = self._source(number, optimizer, index, group)
                 params += group["params"]
                 all_names += names
                 sources.append(source)
         # Before the plan, which changes where step counts are.
         parts = None if self._max_norm is None else NormParts(params, all_names)
-        plan = native.BoundPlan(sources, optimizers, list(first), self._device_values)
+        plan = native.BoundPlan(sources, optimizers, list(new_states), self._device_values)
         if parts is not None and plan.has_cuda_parts and not self._device_values:
             self._device_values = True
-            return self._build(first)
+            return self._build(new_states)
         if parts is not None and not plan.has_cuda_parts:
             total = None if parts.is_local else parts.total
             plan.set_clipping(self._max_norm, parts.part_of_param, parts.count, total)
         for rates in self._device_rates:
             plan.set_schedules(rates.groups, rates.schedules, rates.rates, rates.epoch)
-        self._drop_plan()
-        self._plan, self._norm_parts = plan, parts
-        self._computed_grads = [each for each in params if type(each).grad is not Tensor.grad]
-        if not (parts or self._may_leave or self._captured or self._computed_grads):
-            self._simple_plan = plan
+        computed = [each for each in params if type(each).grad is not Tensor.grad]
+        is_simple = not (parts or self._may_leave or computed)
+        return _Built(plan, groups, left, parts, computed, is_simple)
 
     def _name(self, number: int, index: int) -> str:
         """What errors call a param group."""
@@ -280,9 +359,12 @@ class Stepper:
         source = native.GroupSource(optimizer.algorithm, name, group, optimizer.state, names)
         return source, names
 
-    def _divide(self, optimizers: Sequence[FusedOptimizer]) -> None:
+    def _divide(
+        self, optimizers: Sequence[FusedOptimizer]
+    ) -> tuple[list[list[tuple[int, Group]]], list[tuple[int, list[Group]]]]:
         """Settles which groups the plan is of, and which are left to torch."""
-        self._groups, self._left = [], []
+        native_groups: list[list[tuple[int, Group]]] = []
+        left_groups: list[tuple[int, list[Group]]] = []
         for number, optimizer in enumerate(optimizers):
             left = optimizer._left_to_torch if self._may_leave else None
             if left is not None:
@@ -298,19 +380,22 @@ class Stepper:
                 if left.is_news(index, reason):
                     name = self._name(number, index)
                     logger.info("%s steps in torch's own way from now on: %s", name, reason)
-            self._groups.append(of_plan)
+            native_groups.append(of_plan)
             if of_torch:
-                self._left.append((number, of_torch))
+                left_groups.append((number, of_torch))
+        return native_groups, left_groups
 
     def _leave_what_is_refused(self, error: Exception) -> bool:
         """Leaves to torch what the native step refused; whether that makes another attempt."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return False  # what a graph captures is not to change by itself
+        optimizers = self._optimizers()
+        groups, _ = self._divide(optimizers)
         candidates = [
             (number, optimizer, index, group)
-            for number, optimizer in enumerate(self._optimizers())
+            for number, optimizer in enumerate(optimizers)
             if optimizer._left_to_torch is not None
-            for index, group in self._groups[number]
+            for index, group in groups[number]
             if not group.get("lazy")  # which torch would step otherwise
         ]
         found = False
@@ -353,47 +438,26 @@ class Stepper:
             )
 
     @_not_compiled
-    def _step_with_new_state(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale_by: Tensor | None
-    ) -> Any:
-        """Makes the state that is missing and steps; takes it back if the step is not taken."""
+    def _new_states(self) -> list[Any]:
+        """Makes the state that is missing; the step, if it is taken, puts it where it belongs."""
+        built, optimizers = self._ready(), self._optimizers()
         slots = [
             (optimizer, group, param)
-            for optimizer, groups in zip(self._optimizers(), self._groups, strict=True)
+            for optimizer, groups in zip(optimizers, built.groups, strict=True)
             for _, group in groups
             for param in group["params"]
         ]
-        first = self._plan.slots_without_state
         memory = StateMemory()
-        elsewhere = strays(self._optimizers())
-        made, moved, brought = [], [], set()
-        for index in first:
+        elsewhere = strays(optimizers)
+        made = []
+        for index in built.plan.slots_without_state:
             optimizer, group, param = slots[index]
             owner = elsewhere.get(param)
-            if owner is not None:
-                moved.append((owner.state, param))
-            if type(owner) is type(optimizer):
-                brought.add(index)
-                made.append((optimizer.state, param, owner.state[param]))
+            is_new = type(owner) is not type(optimizer)
+            if is_new:
+                entries = new_state(optimizer, group, param, memory)
             else:
-                made.append((optimizer.state, param, new_state(optimizer, group, param, memory)))
-        before = [dict(states[param]) if param in states else None for states, param, _ in made]
-        plan, outcome = self._plan, None
-        try:
-            for states, param, state in made:
-                states.setdefault(param, {}).update(state)
-            self._build([index for index in first if index not in brought])
-            outcome = self._run(grad_scale, found_inf, unscale_by)
-        finally:
-            if outcome != native.STEPPED:
-                if self._plan is not plan:
-                    self._drop_plan()
-                for (states, param, _), entries in zip(made, before, strict=True):
-                    if entries is None:
-                        states.pop(param, None)
-                    else:
-                        states[param].clear()
-                        states[param].update(entries)
-        for states, param in moved if outcome == native.STEPPED else ():
-            del states[param]
-        return outcome
+                entries = dict(owner.state[param])
+            left_behind = None if owner is None else owner.state
+            made.append(native.NewState(index, entries, is_new, left_behind))
+        return made

@@ -503,11 +503,11 @@ def test_a_first_step_that_fails_once_state_was_made_takes_it_back(
     optimizer = FusedAdam(params)
     build, builds = Stepper._build, []
 
-    def second_fails(self: Stepper, *args: Any, **kwargs: Any) -> None:
+    def second_fails(self: Stepper, *args: Any, **kwargs: Any) -> Any:
         builds.append(1)
         if len(builds) == 2:
             raise MemoryError
-        build(self, *args, **kwargs)
+        return build(self, *args, **kwargs)
 
     monkeypatch.setattr(Stepper, "_build", second_fails)
     before = snapshot(optimizer, params)

@@ -376,11 +376,11 @@ def test_a_parameter_that_becomes_native_again_does_so() -> None:
     optimizer = fuse(torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.1))
     optimizer.param_groups[0]["differentiable"] = True
     optimizer.step()
-    assert [len(groups) for groups in optimizer._stepper._groups] == [1]
+    assert [len(groups) for groups in optimizer._stepper._built.groups] == [1]
     optimizer.param_groups[0]["differentiable"] = False
     optimizer.param_groups = list(optimizer.param_groups)  # the next step looks at all again
     optimizer.step()
-    assert [len(groups) for groups in optimizer._stepper._groups] == [2]
+    assert [len(groups) for groups in optimizer._stepper._built.groups] == [2]
 
 
 @pytest.mark.parametrize("kind", BAD_PARAMETERS)
@@ -412,7 +412,6 @@ def test_a_failure_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Stepper, "_step_natively", fail)
     optimizer._stepper = Stepper([optimizer])
-    optimizer._stepper._groups = [list(enumerate(optimizer.param_groups))]
     with pytest.raises(RuntimeError, match="a launch failed"):
         optimizer.step()
     assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))

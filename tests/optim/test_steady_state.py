@@ -111,9 +111,9 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Stepper]:
     seen: list[Stepper] = []
     build = Stepper._build
 
-    def counting(self: Stepper, *args: Any, **kwargs: Any) -> None:
+    def counting(self: Stepper, *args: Any, **kwargs: Any) -> Any:
         seen.append(self)
-        build(self, *args, **kwargs)
+        return build(self, *args, **kwargs)
 
     monkeypatch.setattr(Stepper, "_build", counting)
     return seen

@@ -28,10 +28,11 @@ def after_new_state(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], N
     def install(function: Callable[[], None]) -> None:
         build, functions = Stepper._build, [function]
 
-        def build_and_run(self: Stepper, first: Any = ()) -> None:
-            build(self, first)
-            if len(first) > 0 and functions:
+        def build_and_run(self: Stepper, new_states: Any = ()) -> Any:
+            built = build(self, new_states)
+            if len(new_states) > 0 and functions:
                 functions.pop()()
+            return built
 
         monkeypatch.setattr(Stepper, "_build", build_and_run)
 
@@ -106,8 +107,8 @@ def test_groups_and_parameters_may_be_tuples(
 ) -> None:
     """As torch takes them; and they are no reason to build a plan for every step."""
     builds = []
-    build = Stepper._build
-    monkeypatch.setattr(Stepper, "_build", lambda *args: (builds.append(1), build(*args)))
+    keep = Stepper._keep
+    monkeypatch.setattr(Stepper, "_keep", lambda *args: (builds.append(1), keep(*args))[1])
     results = []
     for make in (FUSED.__getitem__(algorithm), partial(for_loop, algorithm)):
         params = parameters(3)

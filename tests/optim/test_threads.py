@@ -108,10 +108,10 @@ def _at_once(step: Callable[[], object], threads: int) -> None:
 def test_threads_that_take_the_first_step_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     build, built = Stepper._build, []
 
-    def slowly(self: Stepper, *args: object) -> None:
+    def slowly(self: Stepper, *args: object) -> object:
         time.sleep(0.02)
-        build(self, *args)
-        built.append(self._plan)
+        built.append(build(self, *args))
+        return built[-1]
 
     monkeypatch.setattr(Stepper, "_build", slowly)
     params = _params(2, 100)
