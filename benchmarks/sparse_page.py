@@ -22,7 +22,8 @@ A table of {ROWS:,} x {WIDTH} float32, of which {LOOKUPS:,} random rows are look
 each bag: the gradient of `torch.nn.EmbeddingBag(sparse=True)`, not coalesced, another one at each
 step. Medians of one `optimizer.step()`; a ratio is the median over rounds in which both were
 timed, in brackets the quartiles. *Cold*: 96 MB of other memory are touched between two steps.
-Written by `python -m benchmarks.sparse`.
+Where the load per core is above a quarter, other programs ran meanwhile, and two threads wait for
+each other: there, only the ratios say something. Written by `python -m benchmarks.sparse`.
 """
 
 
