@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,15 @@ _OWN_REFERENCES = 3  # at most, to a tensor: of its dict, a variable and the cal
 _CACHE_LINE = 64
 _PAGE = 4096
 _HUGE_PAGE = 2 * 1024 * 1024
+
+
+def _native() -> Any:
+    """The extension; None where it is not built, for then nothing steps natively."""
+    try:
+        from recap_fast._native import native  # late: the reference runs without it
+    except ImportError:
+        return None
+    return native
 
 
 def _large_block(size: int) -> mmap.mmap:
@@ -33,7 +43,7 @@ def _large_block(size: int) -> mmap.mmap:
     return block
 
 
-def _address(block: bytearray | mmap.mmap) -> int:
+def _address(block: mmap.mmap) -> int:
     return torch.frombuffer(block, dtype=torch.uint8).data_ptr()
 
 
@@ -66,10 +76,13 @@ class StateMemory:
     Each tensor has a storage of its own, of just its size, so that saving or sharing it concerns no
     other. Such a storage cannot be resized. A block is freed with the last tensor in it; its memory
     is zeroed first, so that nothing else of the process is ever in a state.
+
+    Without the extension, states are where torch puts them.
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[int | str, tuple[bytearray, int]] = {}  # and where its free room begins
+        self._native = _native()
+        self._blocks: dict[int | str, tuple[Any, int]] = {}  # and where its free room begins
         self._adopted = 0  # bytes
 
     def empty_like(self, param: Tensor, index: int) -> Tensor:
@@ -79,17 +92,17 @@ class StateMemory:
             param: a dense one; if it has gaps in memory, the strides are those torch would choose.
             index: which of the parameter's states it is.
         """
-        if not _is_plain(param):
+        if not _is_plain(param) or self._native is None:
             return torch.empty_like(param, memory_format=torch.preserve_format)
         size = param.numel() * param.element_size()
         begin_in_page = (index + 1) * _PAGE // 4
         if size <= _SMALL:
             alignment = _CACHE_LINE if size > 32 else 32 if size > 16 else 16
             block, begin = self._room(index, size, alignment, begin_in_page)
-        else:
-            block = _large_block(size + _PAGE)
-            wanted = (param.data_ptr() + begin_in_page) % _PAGE
-            begin = (wanted - _address(block)) % _PAGE // _CACHE_LINE * _CACHE_LINE
+            return block.tensor(begin, param.shape, _dense_strides(param), param.dtype)
+        block = _large_block(size + _PAGE)
+        wanted = (param.data_ptr() + begin_in_page) % _PAGE
+        begin = (wanted - _address(block)) % _PAGE // _CACHE_LINE * _CACHE_LINE
         state = torch.frombuffer(block, dtype=param.dtype, count=param.numel(), offset=begin)
         return state.as_strided_(param.shape, _dense_strides(param))
 
@@ -99,26 +112,26 @@ class StateMemory:
 
     def step_count(self, count: float, dtype: torch.dtype) -> Tensor:
         """Returns a step count: a 0-dim tensor on the CPU."""
+        if self._native is None:
+            return torch.full((), count, dtype=dtype, device="cpu")
         block, begin = self._room("step", dtype.itemsize, dtype.itemsize)
-        step = torch.frombuffer(block, dtype=dtype, count=1, offset=begin)
-        return step.as_strided_((), ()).fill_(count)
+        return block.tensor(begin, (), (), dtype).fill_(count)
 
     def _room(
         self, kind: int | str, size: int, alignment: int, begin: int = 0
-    ) -> tuple[bytearray, int]:
+    ) -> tuple[Any, int]:
         """A block for tensors of a kind with room for `size` bytes, and where in it they are.
 
         The first tensor of a block is `begin` bytes into a page.
         """
-        block, end = self._blocks.get(kind, (bytearray(), 0))
-        if not block:  # many optimizers have but one parameter
-            block = bytearray(size + alignment)
-            end = 0
-        used = end + -(_address(block) + end) % alignment
-        if used + size > len(block):
-            grown = min(max(2 * len(block), _FIRST_BLOCK), _LAST_BLOCK)
-            block = bytearray(max(grown, size) + _PAGE)
-            used = (begin - _address(block)) % _PAGE
+        block, end = self._blocks.get(kind, (None, 0))
+        if block is None:  # many optimizers have but one parameter
+            block = self._native.StateBlock(size + alignment)
+        used = end + -(block.address + end) % alignment
+        if used + size > block.size:
+            grown = min(max(2 * block.size, _FIRST_BLOCK), _LAST_BLOCK)
+            block = self._native.StateBlock(max(grown, size) + _PAGE)
+            used = (begin - block.address) % _PAGE
         self._blocks[kind] = block, used + size
         return block, used
 

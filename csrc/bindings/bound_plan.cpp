@@ -109,7 +109,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
     states_.push_back(snapshot_of(source.state));
   }
   take_step_counts();
-  for (const SlotTensors& slot : slots_) probes_.push_back(slot.probe());
+  watch_slots();
   step_.grads.resize(slots_.size());
   is_sparse_.assign(slots_.size(), 0);
   step_.values_of_slot.resize(slots_.size());
@@ -188,6 +188,31 @@ void BoundPlan::take_step_counts() {
   }
 }
 
+void BoundPlan::watch_slots() {
+  std::vector<std::shared_ptr<StateBlock>> blocks;
+  probes_.clear();
+  for (const SlotTensors& slot : slots_) probes_.push_back(slot.probe(blocks));
+  std::sort(blocks.begin(), blocks.end());
+  blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
+  blocks_.clear();
+  for (auto& block : blocks) {
+    const uint64_t released = block->released();
+    blocks_.push_back({std::move(block), released});
+  }
+}
+
+bool BoundPlan::blocks_unchanged() {
+  for (WatchedBlock& block : blocks_) {
+    const uint64_t released = block.memory->released();
+    if (released == block.released) continue;
+    for (const Probe& probe : probes_) {
+      if (!probe.same_blocks()) return false;
+    }
+    block.released = released;
+  }
+  return true;
+}
+
 bool BoundPlan::Owner::unchanged() const {
   static PyObject* const state_name = PyUnicode_InternFromString("state");
   static PyObject* const groups_name = PyUnicode_InternFromString("param_groups");
@@ -213,6 +238,7 @@ bool BoundPlan::groups_unchanged() {
 }
 
 bool BoundPlan::read_slots() {
+  if (!blocks_unchanged()) return false;
   copied_.clear();
   slots_without_state_.clear();
   forget_sparse();
@@ -384,10 +410,9 @@ void BoundPlan::call_others(const py::sequence& others) {
 // What a plan sees of the optimizers' states is looked at anew, before anything is written.
 void BoundPlan::put_new_states() {
   new_states_.put();
-  new_states_.each_put([this](size_t slot, const py::object& state) {
-    slots_[slot].move_state(state);
-    probes_[slot] = slots_[slot].probe();
-  });
+  new_states_.each_put(
+      [this](size_t slot, const py::object& state) { slots_[slot].move_state(state); });
+  watch_slots();
   for (DictSnapshot& state : states_) state = snapshot_of(state.dict());
 }
 
@@ -460,6 +485,7 @@ void BoundPlan::clear() {
   slots_.clear();
   new_states_ = {};
   probes_.clear();
+  blocks_.clear();
   captured_rates_.clear();
 }
 

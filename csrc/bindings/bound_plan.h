@@ -145,6 +145,12 @@ class BoundPlan {
     bool unchanged() const;
   };
 
+  // Memory of states, and what it had released when they were last looked at.
+  struct WatchedBlock {
+    std::shared_ptr<StateBlock> memory;
+    uint64_t released;
+  };
+
   struct Group {
     GroupReader reader;
     ListSnapshot params;
@@ -185,7 +191,9 @@ class BoundPlan {
   void check_devices() const;
   void make_parts(const std::vector<Slot>& slots);
   void take_step_counts();
+  void watch_slots();
 
+  bool blocks_unchanged();
   bool groups_unchanged();
   bool read_slots();  // false: a slot changed since the plan was built
   const Group& group_of(size_t slot) const;
@@ -213,6 +221,7 @@ class BoundPlan {
   NewStates new_states_;
   std::vector<SlotTensors> slots_;
   std::vector<Probe> probes_;  // of slots_
+  std::vector<WatchedBlock> blocks_;
   std::vector<Counter> counters_;
   std::vector<char> has_state_;
   std::vector<char> first_;  // the momentum buffer is new

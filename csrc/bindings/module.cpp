@@ -1,10 +1,12 @@
 // The extension module: plans for Python, and what this build contains.
+#include <torch/csrc/Dtype.h>
 #include <torch/version.h>
 
 #include "../cpu/engine.h"
 #include "bound_plan.h"
 #include "devices.h"
 #include "python.h"
+#include "state_block.h"
 
 namespace recap {
 namespace {
@@ -50,6 +52,23 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::string, std::string, py::dict, py::dict, std::vector<std::string>>(),
            py::arg("algorithm"), py::arg("name"), py::arg("group"), py::arg("state"),
            py::arg("names"));
+
+  py::class_<StateBlock, std::shared_ptr<StateBlock>>(m, "StateBlock")
+      .def(py::init<int64_t>(), py::arg("size"))
+      .def_property_readonly("size", &StateBlock::size)
+      .def_property_readonly(
+          "address",
+          [](const StateBlock& block) { return reinterpret_cast<uintptr_t>(block.address()); })
+      .def(
+          "tensor",
+          [](StateBlock& block, int64_t offset, const std::vector<int64_t>& shape,
+             const std::vector<int64_t>& strides, const py::handle& dtype) {
+            if (!THPDtype_Check(dtype.ptr())) throw py::type_error("dtype must be a torch.dtype");
+            const at::ScalarType type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+            return py::reinterpret_steal<py::object>(
+                THPVariable_Wrap(block.tensor(offset, shape, strides, type)));
+          },
+          py::arg("offset"), py::arg("shape"), py::arg("strides"), py::arg("dtype"));
 
   py::class_<NewState>(m, "NewState")
       .def(py::init<size_t, py::dict, bool, py::object>(), py::arg("slot"), py::arg("entries"),

@@ -19,6 +19,7 @@
 #include "local_tensor.h"
 #include "python.h"
 #include "snapshot.h"
+#include "state_block.h"
 
 namespace recap {
 
@@ -45,9 +46,11 @@ class alignas(64) Probe {
   // `shard` is the local one of a parameter that is a DTensor, else null. `entries` are the values
   // in the state dict that must stay; without a `state_dict`, `unchanged` sees none of them.
   // Without `takes_plain`, no gradient is plain. `alike`: states have the shape of the parameter.
-  // The caller keeps all objects alive.
+  // What has its memory of a StateBlock is watched by the block, which goes to `blocks`. The caller
+  // keeps all objects alive.
   Probe(PyObject* param, PyObject* shard, const std::vector<PyObject*>& states, PyObject* step,
-        PyObject* state_dict, const std::vector<PyObject*>& entries, bool takes_plain, bool alike)
+        PyObject* state_dict, const std::vector<PyObject*>& entries, bool takes_plain, bool alike,
+        std::vector<std::shared_ptr<StateBlock>>& blocks)
       : object_(param), alike_(alike), state_dict_(state_dict) {
     leaf_ = THPVariable_Unpack(param).unsafeGetTensorImpl();
     impl_ = shard ? THPVariable_Unpack(shard).unsafeGetTensorImpl() : leaf_;
@@ -63,8 +66,8 @@ class alignas(64) Probe {
     contiguous_ = impl_->is_contiguous();
     reads_plain_ = contiguous_ && takes_plain;
     flat_ = impl_->dim() <= 1;
-    for (PyObject* const state : states) watch_state(state);
-    if (step) watch_state(step);
+    for (PyObject* const state : states) watch_state(state, blocks);
+    if (step) watch_state(step, blocks);
     has_step_ = step != nullptr;
     PyObject *key, *value;
     Py_ssize_t position = 0;
@@ -96,7 +99,9 @@ class alignas(64) Probe {
     for (int k = 0; k < state_count_; ++k) {
       prefetch_object(states_[k].object);
       __builtin_prefetch(&states_[k].impl->unsafe_storage());
+      if (is_fixed(k)) continue;
       prefetch_geometry(states_[k].impl);
+      if (in_block(k)) continue;
       __builtin_prefetch(&states_[k].storage->_mutable_data_ptr_no_checks());
     }
   }
@@ -114,23 +119,21 @@ class alignas(64) Probe {
       return false;
     }
     for (int k = 0; k < state_count_; ++k) {
-      const State& state = states_[k];
-      if (THPVariable_Unpack(state.object).unsafeGetTensorImpl() != state.impl ||
-          state.impl->unsafe_storage().unsafeGetStorageImpl() != state.storage ||
-          !same_memory(state.impl, state.storage, state.data)) {
-        return false;
-      }
+      if (!states_[k].same_storage() || !(is_fixed(k) || same_geometry(k))) return false;
     }
-    const int tensors = state_count_ - has_step_;
-    for (int k = 0; alike_ && k < tensors; ++k) {
-      const c10::TensorImpl* const impl = states_[k].impl;
-      if (impl->numel() != size_) return false;
-      if (contiguous_ && (!impl->is_contiguous() || !(flat_ || same_sizes(impl, impl_)))) {
-        return false;
-      }
-    }
-    if (has_step_ && states_[tensors].impl->numel() != 1) return false;
     return !state_dict_ || items_version_.is_of(state_dict_) || items_unchanged();
+  }
+
+  // After a block has said that some of its memory was released: whether it was none of these.
+  bool same_blocks() const {
+    for (int k = 0; k < state_count_; ++k) {
+      const State& state = states_[k];
+      if (in_block(k) &&
+          !(state.same_storage() && same_memory(state.impl, state.storage, state.data))) {
+        return false;
+      }
+    }
+    return true;
   }
 
   const at::Tensor& grad() {
@@ -157,10 +160,33 @@ class alignas(64) Probe {
            spec_of(object_) == sharded_->spec;
   }
 
-  void watch_state(PyObject* state) {
+  void watch_state(PyObject* state, std::vector<std::shared_ptr<StateBlock>>& blocks) {
     c10::TensorImpl* const impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
     c10::StorageImpl* const storage = impl->unsafe_storage().unsafeGetStorageImpl();
+    auto block = impl->storage_offset() == 0 ? StateBlock::of(*storage) : nullptr;
+    if (block) {
+      in_block_ |= 1 << state_count_;
+      if (impl->numel() == 1 && !holds(storage, impl->itemsize() + 1)) fixed_ |= 1 << state_count_;
+      blocks.push_back(std::move(block));
+    }
     states_[state_count_++] = {state, impl, storage, at_offset(impl, storage->mutable_data())};
+  }
+
+  bool in_block(int state) const { return in_block_ >> state & 1; }
+
+  // Of the one element in a storage of its size there is nothing to see but the storage.
+  bool is_fixed(int state) const { return fixed_ >> state & 1; }
+
+  bool same_geometry(int k) const {
+    const c10::TensorImpl* const impl = states_[k].impl;
+    if (in_block(k) ? impl->storage_offset() != 0
+                    : !same_memory(impl, states_[k].storage, states_[k].data)) {
+      return false;
+    }
+    if (has_step_ && k == state_count_ - 1) return impl->numel() == 1;
+    return !alike_ ||
+           (impl->numel() == size_ &&
+            (!contiguous_ || (impl->is_contiguous() && (flat_ || same_sizes(impl, impl_)))));
   }
 
   // `value` is what must stay at this place of the state dict; null: whatever it is.
@@ -219,7 +245,7 @@ class alignas(64) Probe {
     if (!data || !holds(last_grad_storage_, offset + size_ * itemsize)) return nullptr;
     const char* const address = static_cast<const char*>(data) + offset;
     // Elements that are not at multiples of their size are copied first.
-    return reinterpret_cast<uintptr_t>(address) % itemsize == 0 ? address : nullptr;
+    return reinterpret_cast<uintptr_t>(address) & (itemsize - 1) ? nullptr : address;
   }
 
   static bool same_sizes(const c10::TensorImpl* a, const c10::TensorImpl* b) {
@@ -243,6 +269,11 @@ class alignas(64) Probe {
     const c10::TensorImpl* impl;
     c10::StorageImpl* storage;
     const void* data;
+
+    bool same_storage() const {
+      return THPVariable_Unpack(object).unsafeGetTensorImpl() == impl &&
+             impl->unsafe_storage().unsafeGetStorageImpl() == storage;
+    }
   };
 
   // Behind the head of a Python object is a tensor's pointer, or a dict's size and version: in one
@@ -295,6 +326,8 @@ class alignas(64) Probe {
   bool usual_ = true;
   bool flat_ = false;  // of one dimension or none
   bool has_step_ = false;
+  uint8_t in_block_ = 0;  // a bit for each state
+  uint8_t fixed_ = 0;     // as well
   int8_t state_count_ = 0;
   int8_t item_count_ = 0;
   int8_t state_of_item_[kMaxProbed];  // -1: whatever it is

@@ -364,7 +364,7 @@ Slot SlotTensors::slot() const {
   return slot;
 }
 
-Probe SlotTensors::probe() const {
+Probe SlotTensors::probe(std::vector<std::shared_ptr<StateBlock>>& blocks) const {
   if (inert_) return Probe(object_.ptr());
   std::vector<PyObject*> fixed, entries;
   for (const py::object& state : states_) fixed.push_back(state.ptr());
@@ -373,7 +373,7 @@ Probe SlotTensors::probe() const {
   const auto like_param = [this](const auto& geometry) { return geometry.first == sizes_; };
   const bool alike = std::all_of(state_geometry_.begin(), state_geometry_.end(), like_param);
   return Probe(object_.ptr(), shard_.ptr(), fixed, step_.ptr(), dict, entries,
-               !sparse_only_ && !dense_param_.defined(), alike);
+               !sparse_only_ && !dense_param_.defined(), alike, blocks);
 }
 
 bool SlotTensors::unchanged() const {

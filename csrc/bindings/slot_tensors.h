@@ -46,7 +46,8 @@ class SlotTensors {
 
   // The addresses for the plan, and the words that each step compares.
   Slot slot() const;
-  Probe probe() const;
+  // Adds the blocks that hold its states to `blocks`.
+  Probe probe(std::vector<std::shared_ptr<StateBlock>>& blocks) const;
 
   // Whether sizes, strides and the entries of the state are as they were: what a probe leaves open
   // for a slot that is not usual.
