@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from recap_fast import _native, build_info
+from recap_fast import _C, _native, build_info
 from recap_fast._native import use_instruction_set
 
 
@@ -35,6 +37,16 @@ def test_the_build_says_what_it_contains() -> None:
     assert set(info["instruction_sets"]) <= {"baseline", "avx2", "avx512"}
     assert info["torch_running"] == torch.__version__
     assert info["torch_built_against"].split(".")[:2] == torch.__version__.split(".")[:2]
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="there is no readelf")
+def test_the_extension_is_linked_by_no_path() -> None:
+    """Neither one of the machine that has built it nor the current folder is searched for torch."""
+    found = subprocess.run(
+        ["readelf", "--dynamic", "--wide", _C.__file__], check=True, capture_output=True, text=True
+    ).stdout
+    assert "Shared library: [libtorch_python.so]" in found
+    assert not re.search(r"R(UN)?PATH", found)
 
 
 def test_the_fastest_instruction_set_is_in_use() -> None:
