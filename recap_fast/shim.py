@@ -107,6 +107,9 @@ class RecapLRShim(LRScheduler):
             optimizer.follow_on_device(list(self.lr_dict.values()))
         # The base class would want each group's "initial_lr" with last_epoch; we need none.
         super().__init__(optimizer)
+        # From which another scheduler of torch would go on, in place of what groups are made with.
+        for group, schedule in self._groups_with_schedules():
+            group["initial_lr"] = group["lr"] if schedule is None else compute_lr(schedule, 0)
         if last_epoch != -1:
             self._move_to(last_epoch + 1)
 

@@ -117,9 +117,7 @@ class StateMemory:
         block, begin = self._room("step", dtype.itemsize, dtype.itemsize)
         return block.tensor(begin, (), (), dtype).fill_(count)
 
-    def _room(
-        self, kind: int | str, size: int, alignment: int, begin: int = 0
-    ) -> tuple[Any, int]:
+    def _room(self, kind: int | str, size: int, alignment: int, begin: int = 0) -> tuple[Any, int]:
         """A block for tensors of a kind with room for `size` bytes, and where in it they are.
 
         The first tensor of a block is `begin` bytes into a page.

@@ -141,6 +141,15 @@ def test_every_param_group_follows_its_schedule() -> None:
         train_step(optimizer, shim)
 
 
+@pytest.mark.parametrize("last_epoch", [-1, 2])
+def test_another_scheduler_goes_on_from_the_first_rate_of_each_group(last_epoch: int) -> None:
+    """torch's begin at `initial_lr`, which must not be what groups were made with."""
+    optimizer = two_towers_and_tables()
+    shim_for(optimizer, last_epoch=last_epoch)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    assert rates(optimizer) == expected_rates(0)
+
+
 def test_several_param_groups_in_a_dense_part_and_a_fused_part_between() -> None:
     weights = {"a.weight": nn.Parameter(torch.ones(1)), "b.weight": nn.Parameter(torch.ones(1))}
     two_groups = keyed.KeyedOptimizerWrapper(

@@ -173,15 +173,17 @@ class LiveKernel(CountedKernel):
         if (several.accumulates and several.counted) or self._all(used.frozen):
             with self.as_counted():
                 return self.look_up(used)
-        several.counted = True
         if several.accumulates or used.frozen:
-            return self.look_up(used)
+            output = self.look_up(used)
+            several.counted = True
+            return output
         self.placeholder_autograd_tensor.requires_grad_()  # which a frozen model's may not do
         given = used.weights
-        if given is not None:
-            used.weights = given.detach().requires_grad_(given.requires_grad)
+        if given is not None:  # in float32, as FBGEMM would have them, or they were no leaf there
+            used.weights = given.detach().float().requires_grad_(given.requires_grad)
         with torch.enable_grad():
             output = self.look_up(used)
+        several.counted = True
         used.weights, used.node, used.version = given, output.grad_fn, self.version
         return output.detach()
 
@@ -196,7 +198,8 @@ class LiveKernel(CountedKernel):
             # The node has kept the rate, and errs if the weights were written to.
             as_it_was = self.pass_rate() == used.rate and self.version == used.version
             if used.node is not None and as_it_was and not frozen:
-                return _gradient_of_weights_in(used.node(gradient), used.node, learns_weights)
+                found = _gradient_of_weights_in(used.node(gradient), used.node, learns_weights)
+                return None if found is None else found.to(used.weights.dtype)
         if used.varies or self.prefetch_pipeline:
             what = "batches of different sizes" if used.varies else "prefetching"
             raise RuntimeError(
@@ -213,14 +216,26 @@ class LiveKernel(CountedKernel):
             self._replay([replace(used, gradient=gradient, frozen=frozen)])
         return of_weights
 
+    def check_step(self) -> None:
+        """Raises if a step could not be taken, or would use a gradient that no step uses.
+
+        Raises:
+            RuntimeError: The message names the table.
+        """
+        if self.shown is not None:
+            self.shown.refuse_gradients()
+        if self.several_backwards.held:
+            self.look()
+
     def take_step(self) -> None:
         """Updates by the sum of the gradients that are held, if there are; a new step begins."""
-        self.several_backwards.begin_step()
-        held = self.several_backwards.take()
+        several = self.several_backwards
         self.pass_rate()
-        if held:
+        if several.held:
             frozen = self.look()
-            self._replay([replace(each, frozen=each.frozen | frozen) for each in held])
+            self._replay([replace(each, frozen=each.frozen | frozen) for each in several.held])
+        several.held = []
+        several.begin_step()
 
     def _replay(self, passes: Sequence[Pass]) -> None:
         """Makes one update of several passes, at the present rate; none is counted once more."""

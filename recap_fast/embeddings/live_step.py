@@ -27,9 +27,15 @@ class LiveStep:
         self._emb_module.take_step()
         return loss
 
+    def check_step(self) -> None:
+        """Raises if a step would leave something out, before it or another changes anything."""
+        self._emb_module.check_step()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops what is held."""
+        """Drops what is held, and gradients of the tables themselves."""
         self._emb_module.several_backwards.clear()
+        if self._emb_module.shown is not None:
+            self._emb_module.shown.drop_gradients()
         self._emb_module.pass_rate()
 
     def pass_rate(self) -> None:

@@ -75,11 +75,6 @@ class SeveralBackwards:
         self.held.clear()
         self._updates = 0
 
-    def take(self) -> list[Pass]:
-        """Returns what is held, and holds nothing any longer."""
-        held, self.held = self.held, []
-        return held
-
     def unscale(self, inverse: Tensor, found_inf: Tensor) -> None:
         """Multiplies all gradients that are held by a number, as a `GradScaler` does.
 

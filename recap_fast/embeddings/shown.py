@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -35,6 +36,7 @@ class ShownTable:
 
     def __init__(self, name: str, param: nn.Parameter, places: Iterable[int]) -> None:
         self.name = name
+        self.param = param  # not weak: torch does not swap what has a weak reference
         self.places = frozenset(places)
         self.kind = type(param)
         self.is_marked = hasattr(param, "_in_backward_optimizers")
@@ -91,6 +93,43 @@ class ShownTables:
                 frozen |= table.places
         return frozen
 
+    def refuse_gradients(self) -> None:
+        """Raises if a parameter has a gradient of its own, which nothing would use.
+
+        Raises:
+            RuntimeError: The message names the table.
+        """
+        for table, param in self._params():
+            if param.grad is not None and param.requires_grad:
+                raise RuntimeError(
+                    f"the fused table {table.name} has a gradient that no step uses, since FBGEMM "
+                    "updates it by the gradients of what is looked up: compute that part of the "
+                    "loss (a penalty on the weights, say) of the pooled output, or leave the table "
+                    "unfused"
+                )
+
+    def drop_gradients(self) -> None:
+        """Sets the gradients of the parameters to None."""
+        for _, param in self._params():
+            param.grad = None
+
+    def _params(self) -> Iterator[tuple[ShownTable, nn.Parameter]]:
+        holders = self._holders()
+        for key, table, *_ in self._tables if holders is not None else ():
+            holder = holders._modules.get(key)
+            param = None if holder is None else holder._parameters.get("weight")
+            if param is not None and param.is_leaf:
+                yield table, param
+
+
+def _keep_values(table: ShownTable) -> None:
+    """Gives the parameter that showed a table until now its values, if somebody has it still.
+
+    It may come back, as after `torch.func.functional_call`, or an evaluation with averaged weights.
+    """
+    if sys.getrefcount(table.param) > 2 and table.param.data_ptr() == table.address:
+        table.param.data = table.param.detach().as_subclass(Tensor).clone()
+
 
 def _bring_in(
     table: ShownTable, param: nn.Parameter | None, kernel: SplitTableBatchedEmbeddingBagsCodegen
@@ -127,6 +166,9 @@ def _bring_in(
             "fused tables cannot share weights; give it a copy of them"
         )
     with torch.inference_mode(False), torch.no_grad():
+        if param is not table.param:
+            _keep_values(table)
+            table.param = param
         kernel.flush()
         values = param.detach().as_subclass(Tensor)
         table.memory.copy_(values.clone() if own == new else values)

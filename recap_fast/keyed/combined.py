@@ -194,6 +194,7 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every dense parameter that has a gradient; returns what `closure` returned."""
         loss = evaluate(closure)
+        self.check_tables()
         if self.clip_grad_norm is not None:
             self._grad_norm = clip_grad_norm_(self._dense_params(), self.clip_grad_norm)
             if not math.isfinite(self._grad_norm):
@@ -205,6 +206,16 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
         for _, part in self._optims:
             part.step()
         return loss
+
+    def check_tables(self) -> None:
+        """Raises if the step of fused tables could not be taken, before anything is changed.
+
+        Raises:
+            RuntimeError: The message names the table.
+        """
+        for leaf in self.fused_leaves:
+            if hasattr(leaf, "check_step"):  # those of kernels that can be read
+                leaf.check_step()
 
     def _bring_state_along(self) -> None:
         """Moves the state of parameters that went to a group of another optimizer like theirs."""

@@ -185,6 +185,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         loss = evaluate(closure)
         if len(self._optims) != self._prepared:
             self._prepare()
+        self.check_tables()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         if grad_scale is not None or found_inf is not None:

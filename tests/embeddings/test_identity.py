@@ -268,3 +268,51 @@ def test_tables_are_freed_with_their_model() -> None:
         assert [kernel() for kernel in kernels] == [None] * len(kernels)
     finally:
         gc.enable()
+
+
+def test_a_parameter_that_comes_back_has_its_values() -> None:
+    """As after an evaluation with other weights."""
+    model = fused(CONFIG)
+    before, old = weights(model), weight(model, "b")
+    model.ebc.embedding_bags["b"].weight = nn.Parameter(torch.zeros_like(old))
+    with torch.no_grad():
+        evaluated = model(batch(0)).clone()
+    assert not evaluated[:, 16:24].any()  # those of b
+    model.ebc.embedding_bags["b"].weight = old
+    with torch.no_grad():
+        model(batch(0))
+    assert_same(weights(model), before)
+    assert_one_memory(model)
+
+
+def test_a_functional_call_leaves_the_tables_as_they_are() -> None:
+    model = fused(CONFIG)
+    before = weights(model)
+    other = nn.Parameter(NEW.clone())
+    with torch.no_grad():
+        torch.func.functional_call(model, {TABLE: other}, (batch(0),))
+    loss_of(model, batch(0), 0).backward()
+    model.fused_optimizer.step()
+    assert torch.equal(other, NEW)
+    expected = fused(CONFIG)
+    loss_of(expected, batch(0), 0).backward()
+    assert_same(weights(model), weights(expected))
+    assert not torch.equal(weights(model)["b"], before["b"])
+
+
+@pytest.mark.parametrize("build", [build_optimizer, reference.build_optimizer])
+def test_a_gradient_of_the_weights_themselves_is_refused(build: Callable[..., Any]) -> None:
+    """No step would use it."""
+    model = fused(CONFIG)
+    optimizer, _ = build(model, DENSE, CONFIG)
+    loss_of(model, batch(0), 0).backward()
+    weight(model, "b").square().sum().backward()
+    before = model.bias.detach().clone()
+    with pytest.raises(RuntimeError, match="the fused table b has a gradient that no step uses"):
+        optimizer.step()
+    assert torch.equal(model.bias, before)
+    optimizer.zero_grad()
+    assert weight(model, "b").grad is None
+    loss_of(model, batch(0), 0).backward()
+    optimizer.step()
+    assert not torch.equal(model.bias, before)

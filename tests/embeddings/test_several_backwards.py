@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recap_fast import build_optimizer, checkpoint, reference
 from recap_fast.embeddings import fuse_embeddings
@@ -377,3 +378,45 @@ def test_a_step_that_clipping_skips_leaves_tables_as_they_are() -> None:
     (model(batch(0)).sum() * torch.inf).backward()
     optimizer.step()
     assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("build", [build_optimizer, reference.build_optimizer])
+def test_a_step_that_is_refused_holds_the_gradients_still(build: Callable[..., Any]) -> None:
+    config = config_of(sgd={}, several_backwards="accumulate")
+    model, expected = fused(config), fused(config)
+    for each in (model, expected):
+        optimizer, _ = build(each, DENSE, config)
+        loss_of(each, batch(0), 0).backward()
+        if each is model:
+            before = model.bias.detach().clone()
+            model.ebc.double()
+            with pytest.raises(RuntimeError, match=r"the weight of the fused table \w is of"):
+                optimizer.step()
+            assert torch.equal(model.bias, before)
+            model.ebc.float()
+        optimizer.step()
+    assert_same(weights(model), weights(expected))
+    assert torch.equal(model.bias, expected.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mode", ["update", "accumulate"])
+def test_per_sample_weights_of_another_dtype_get_their_gradient(
+    dtype: torch.dtype, mode: str
+) -> None:
+    model = fused(config_of(sgd={}, several_backwards=mode), is_weighted=True)
+    features = batch(0, is_weighted=True)
+    found = []
+    for kind in (dtype, torch.float32):
+        given = features.weights().to(dtype).to(kind).requires_grad_()
+        twin = copy.deepcopy(model)
+        loss_of(twin, _with_weights(features, given), 0).backward()
+        assert given.grad.dtype == kind
+        found.append(given.grad.float())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)
+
+
+def _with_weights(features: KeyedJaggedTensor, given: torch.Tensor) -> KeyedJaggedTensor:
+    return KeyedJaggedTensor(
+        features.keys(), features.values(), weights=given, lengths=features.lengths()
+    )
