@@ -257,6 +257,7 @@ bool BoundPlan::read_slots() {
     if (!is_plain && grad.layout() != at::kStrided) {
       sparse_.read(static_cast<uint32_t>(slot), slots_[slot], group_of(slot).reader.hyper(), grad);
       is_sparse_[slot] = 1;
+      if (slots_[slot].copies_param()) copied_.push_back(static_cast<uint32_t>(slot));
     } else if (!is_plain) {
       bool needs_copy = false;
       address = slots_[slot].gradient(grad, needs_copy);

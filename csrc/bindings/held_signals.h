@@ -1,7 +1,8 @@
 // Signals that wait until a step has been taken whole.
 #pragma once
 
-#include <utility>
+#include <signal.h>
+
 #include <vector>
 
 #include "python.h"
@@ -21,7 +22,12 @@ class HeldSignals {
  private:
   void put_back();
 
-  std::vector<std::pair<int, py::object>> handlers_;
+  struct Handler {
+    int number;
+    py::object handler;
+    struct sigaction action;
+  };
+  std::vector<Handler> handlers_;
 };
 
 }  // namespace recap

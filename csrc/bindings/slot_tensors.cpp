@@ -66,24 +66,22 @@ int64_t bytes_needed(const at::Tensor& tensor) {
   return elements * static_cast<int64_t>(tensor.element_size());
 }
 
-// Whether its memory was given up, as sharded training does by storage().resize_(0).
-bool is_freed(const at::Tensor& tensor) {
-  const int64_t needed = bytes_needed(tensor);
-  return needed > 0 && static_cast<int64_t>(tensor.storage().nbytes()) < needed;
-}
-
 std::string memory_of(const at::Tensor& tensor) {
   return text(" has no memory: its storage was resized to ", tensor.storage().nbytes(),
               " bytes, and it needs ", bytes_needed(tensor),
               "; give it back before the step, or set the gradient to None");
 }
 
-// Whether elements lie at multiples of their size, as the processor's own types must.
+}  // namespace
+
+bool is_freed(const at::Tensor& tensor) {
+  const int64_t needed = bytes_needed(tensor);
+  return needed > 0 && static_cast<int64_t>(tensor.storage().nbytes()) < needed;
+}
+
 bool is_aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
 }
-
-}  // namespace
 
 std::vector<const char*> state_names(const Hyper& hyper) {
   switch (hyper.algorithm) {
@@ -462,7 +460,9 @@ void SlotTensors::copy_in() {
     if (dense_grad_.defined()) keep_for_current_stream(dense_grad_);
   }
   if (dense_param_.defined()) dense_param_.copy_(param().detach());
-  if (dense_grad_.defined()) dense_grad_.copy_(grad().detach());
+  if (!dense_grad_.defined()) return;
+  const at::Tensor gradient = grad().detach();  // a sparse one is not copied
+  if (gradient.layout() == at::kStrided) dense_grad_.copy_(gradient);
 }
 
 void SlotTensors::copy_out() {

@@ -18,6 +18,12 @@ namespace recap {
 // The state tensors of an algorithm as torch.optim names them, in the order of its update.
 std::vector<const char*> state_names(const Hyper& hyper);
 
+// Whether its memory was given up, as sharded training does by storage().resize_(0).
+bool is_freed(const at::Tensor& tensor);
+
+// Whether elements lie at multiples of their size, as the processor's own types must.
+bool is_aligned(const at::Tensor& tensor);
+
 class SlotTensors {
  public:
   // `state` is the mapping with the parameter's state, nearly always a dict; an empty one means
@@ -31,6 +37,8 @@ class SlotTensors {
   // Whether no engine can step the parameter, which without a gradient does no harm.
   bool is_inert() const { return inert_; }
   bool is_dtensor() const { return shard_.ptr() != nullptr; }
+  // Whether the engine steps a copy of it, in order, since its own memory is not.
+  bool copies_param() const { return dense_param_.defined(); }
   bool has_state() const { return has_state_; }
   const at::Tensor& step_count() const;  // undefined if it is not counted
 

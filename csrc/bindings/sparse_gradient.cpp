@@ -84,7 +84,10 @@ void SparseGradients::read(uint32_t slot, const SlotTensors& tensors, const Hype
   }
   check_options(tensors, hyper);
   const at::SparseTensorImpl& sparse = impl_of(grad);
-  const int64_t count = sparse.nnz();
+  if (is_freed(sparse.values()) || is_freed(sparse.indices())) {
+    refuse(tensors, " whose memory was freed; set it to None, or compute it again");
+  }
+  const int64_t count = param.numel() > 0 ? sparse.nnz() : 0;
   if (sparse.sparse_dim() != 1 && count > 0) {
     refuse(tensors, " with ", sparse.sparse_dim(),
            " sparse dimensions; the fused step takes gradients of whole rows, with one: "
@@ -100,7 +103,7 @@ void SparseGradients::read(uint32_t slot, const SlotTensors& tensors, const Hype
   Held& held = *held_[gradients_.size()];
   // Copies, of the size of the gradient, only where its own memory is not in order.
   const auto in_order = [](const at::Tensor& tensor) {
-    if (tensor.is_contiguous() && !is_lazy(tensor)) return tensor;
+    if (tensor.is_contiguous() && !is_lazy(tensor) && is_aligned(tensor)) return tensor;
     return at::empty(tensor.sizes(), at::TensorOptions(at::kCPU).dtype(tensor.dtype()))
         .copy_(tensor.detach());
   };

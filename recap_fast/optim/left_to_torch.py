@@ -167,7 +167,8 @@ def make_counts_torchs(optimizer: torch.optim.Optimizer, groups: Sequence[Group]
     `torch.optim.SparseAdam` counts in an int.
     """
     if isinstance(optimizer, torch.optim.SparseAdam):
-        for state in optimizer.state.values():
+        for param in (param for group in groups for param in group["params"]):
+            state = optimizer.state.get(param)
             if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
                 state["step"] = int(state["step"])
         return

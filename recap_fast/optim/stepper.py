@@ -390,7 +390,8 @@ class Stepper:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return False  # what a graph captures is not to change by itself
         optimizers = self._optimizers()
-        groups, _ = self._divide(optimizers)
+        # Of the plan that refused: to divide them again asks for what gradients they have now.
+        groups = self._divide(optimizers)[0] if self._built is None else self._built.groups
         candidates = [
             (number, optimizer, index, group)
             for number, optimizer in enumerate(optimizers)

@@ -8,6 +8,7 @@ one every time. The long tests have more scenes, and raise at every instruction,
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
 import warnings
@@ -324,6 +325,30 @@ def test_a_signal_during_what_is_stepped_together_waits_for_the_whole_step() -> 
     assert len(after) == 1
     assert not any(map(torch.equal, params, after[0]))
     assert [optimizer.state[param]["step"].item() for param in params] == [2, 2]
+
+
+def test_a_signal_that_waited_is_told_of_once() -> None:
+    """An event loop hears of it by its file, when it arrives."""
+    received, reader_and_writer = [], os.pipe()
+    for end in reader_and_writer:
+        os.set_blocking(end, False)
+    reader, writer = reader_and_writer
+    before = signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
+    wakeup = signal.set_wakeup_fd(writer)
+    try:
+        optimizer = FusedAdam(parameters(2), lr=0.1)
+        optimizer.step()
+        signal.raise_signal(signal.SIGUSR1)
+        optimizer._stepper.step(None, None, others=[lambda: signal.raise_signal(signal.SIGUSR1)])
+        sum(range(10))
+        assert signal.set_wakeup_fd(writer) == writer
+        assert os.read(reader, 100) == bytes([signal.SIGUSR1] * 2)
+        assert received == [1, 1]
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGUSR1, before)
+        for end in reader_and_writer:
+            os.close(end)
 
 
 def test_what_fails_together_with_a_step_leaves_it_untaken() -> None:

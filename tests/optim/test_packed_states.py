@@ -1,4 +1,4 @@
-"""Small states lie in blocks, which a step asks whether they do still: it notices what has moved."""
+"""Small states lie in blocks, which a step asks if they do still: it notices what has moved."""
 
 from __future__ import annotations
 

@@ -419,3 +419,66 @@ def test_fuse_takes_parameters_of_other_classes(caplog: pytest.LogCaptureFixture
     ]
     expected = 1 - 0.5 * summed(table.grad)[0]
     torch.testing.assert_close(table.detach().double(), expected, rtol=1e-6, atol=0)
+
+
+def one_row(param: Tensor, row: int = 1) -> Tensor:
+    values = torch.ones(1, *param.shape[1:], dtype=param.dtype)
+    return torch.sparse_coo_tensor(torch.tensor([[row]]), values, param.shape)
+
+
+def test_memory_that_no_engine_steps_in_place_is_stepped_all_the_same() -> None:
+    shifted = torch.frombuffer(memoryview(bytearray(88))[2:82], dtype=torch.float32).view(5, 4)
+    for start in (shifted, torch._neg_view(torch.ones(5, 4))):
+        param, expected = nn.Parameter(start), nn.Parameter(start.clone().resolve_neg())
+        optimizers = FusedSGD([param], lr=0.1), torch.optim.SGD([expected], lr=0.1)
+        for grad in (torch.ones(5, 4), one_row(expected), one_row(expected, 3)):
+            param.grad, expected.grad = grad, grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(param.detach().resolve_neg(), expected.detach())
+
+
+def test_tables_without_columns() -> None:
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((5, 0), (9, 3), (5, 0))]
+    for clip_grad_norm in (None, 10.0):
+        for param in params:
+            param.grad = one_row(param)
+        FusedSGD(params, lr=0.1, clip_grad_norm=clip_grad_norm).step()
+    assert params[1][1].tolist() == pytest.approx([0.8] * 3)
+
+
+def test_freed_values_are_refused() -> None:
+    param = nn.Parameter(torch.ones(5, 4))
+    param.grad = one_row(param)
+    param.grad._values().untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="whose memory was freed"):
+        FusedSGD([param], lr=0.1).step()
+    assert (param == 1).all()
+
+
+def test_a_gradient_that_is_not_native_comes_after_native_steps() -> None:
+    seen = []
+    for make in (fuse, lambda optimizer: optimizer):
+        param = nn.Parameter(torch.zeros(5, 2))
+        optimizer = make(torch.optim.SGD([param], lr=0.1, momentum=0.9))
+        for grad in (torch.ones(5, 2), one_row(param), torch.ones(5, 2)):
+            param.grad = grad
+            optimizer.step()
+        seen.append(param.detach())
+    torch.testing.assert_close(*seen)
+
+
+def test_sparse_adam_with_a_group_left_to_torch() -> None:
+    seen = []
+    for make in (fuse, lambda optimizer: optimizer):
+        params = [nn.Parameter(torch.ones(5, 4)), nn.Parameter(torch.ones(4, 5).t())]
+        groups = [{"params": [param]} for param in params]
+        optimizer = make(torch.optim.SparseAdam(groups, lr=0.1))
+        for row in (1, 2, 1):
+            for param in params:
+                param.grad = one_row(param, row)
+            optimizer.step()
+        seen.append([param.detach() for param in params])
+        assert [int(optimizer.state[param]["step"]) for param in params] == [3, 3]
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs)
