@@ -76,7 +76,8 @@ std::string memory_of(const at::Tensor& tensor) {
 
 bool is_freed(const at::Tensor& tensor) {
   const int64_t needed = bytes_needed(tensor);
-  return needed > 0 && static_cast<int64_t>(tensor.storage().nbytes()) < needed;
+  const c10::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
+  return needed > 0 && static_cast<int64_t>(storage.nbytes()) < needed;
 }
 
 bool is_aligned(const at::Tensor& tensor) {

@@ -48,7 +48,7 @@ def trained(
     for index, bag in enumerate(collection.embedding_bags.values()):
         nn.init.uniform_(bag.weight, -2, 2, generator=torch.Generator().manual_seed(index))
     arguments = {**kernel_arguments(config), "learning_rate": 0.5}
-    kernel = TableKernel(tuple(arguments.items()), "")
+    kernel = TableKernel(tuple(arguments.items()), "", "update")
     fused = FusedTableCollection(collection, {config.name: kernel for config in tables}, CPU)
     for step in range(3):
         batch = features(step)
