@@ -196,10 +196,12 @@ def test_task_named_like_another_group_has_its_own_rate_and_algorithm(
     assert next(iter(optimizer.optimizers[0][1].params)) == f"ranker._towers.{task}.weight"
 
 
-def test_rate_of_a_group_before_its_schedule_is_a_sentinel(build_optimizer: Builder) -> None:
+def test_the_sentinel_is_not_where_other_schedulers_begin(build_optimizer: Builder) -> None:
     assert build.DEFAULT_LR == 24601.0
     optimizer, _ = build_optimizer(EmbeddingRanker(), multi_task_config(), EMBEDDING_RATE)
-    assert [group["initial_lr"] for group in optimizer.param_groups] == [build.DEFAULT_LR] * 4
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [
+        group["lr"] for group in optimizer.param_groups
+    ]
 
 
 # Algorithms

@@ -156,7 +156,8 @@ def test_fbgemm_has_what_we_have() -> None:
     assert OPTIMIZERS.keys() | {"rowwise_rmsprop_ar"} == {
         name
         for name in TableOptimizerConfig.model_fields
-        if name not in ("learning_rate", "gradient_clipping", "stochastic_rounding")
+        if name
+        not in ("learning_rate", "gradient_clipping", "stochastic_rounding", "several_backwards")
     }
 
 
