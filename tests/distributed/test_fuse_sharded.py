@@ -25,7 +25,8 @@ def train(algorithm, fuses):
             fuse(optimizer)
             assert isinstance(optimizer, FusedOptimizer)
         if fuses and step == 4:
-            assert [len(groups) for groups in optimizer._stepper._built.groups] == [1]  # none is torch's
+            groups = optimizer._stepper._built.groups
+            assert [len(native) for native in groups] == [1]  # none is torch's
             unfuse(optimizer)
         optimizer.zero_grad()
         inputs = torch.randn(16, 5, generator=torch.Generator().manual_seed(step)).to(device())
