@@ -61,6 +61,11 @@ class FusedRowwiseAdagrad(FusedOptimizer, Optimizer):
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
     ) -> None:
+        if capturable:
+            raise ValueError(
+                "capturable=True: row-wise Adagrad has no CUDA kernel; leave it False, or fuse the "
+                "table on FBGEMM (recap_fast.embeddings.fuse_embeddings)"
+            )
         self._take_options(
             None,
             None,
@@ -79,8 +84,6 @@ class FusedRowwiseAdagrad(FusedOptimizer, Optimizer):
         }
         _check(defaults)
         super().__init__(params, defaults)
-        if capturable:
-            self._mark_capturable()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; ``sum`` keeps its dtype, where torch would round it to the parameter's.

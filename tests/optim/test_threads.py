@@ -171,12 +171,13 @@ def test_another_thread_may_drop_sparse_gradients() -> None:
     table = nn.Parameter(torch.zeros(rows, 64))
     optimizer = FusedSGD([table], lr=1.0)
     indices = torch.arange(lookups) % (lookups // 2)
-    over = threading.Event()
+    begin, dropped = threading.Semaphore(0), threading.Semaphore(0)
 
     def drop() -> None:
-        while not over.is_set():
+        for _ in range(8):
+            begin.acquire()
             table.grad = None
-            time.sleep(1e-4)
+            dropped.release()
 
     thread = threading.Thread(target=drop)
     thread.start()
@@ -184,10 +185,11 @@ def test_another_thread_may_drop_sparse_gradients() -> None:
     for _ in range(8):
         # No Python object may own it: torch gives up the GIL as it drops such, in mid-assignment.
         nn.functional.embedding(indices, table, sparse=True).sum().backward()
+        begin.release()
         before = table[0, 0].item()
         optimizer.step()
+        dropped.acquire()  # nor may a backward pass add to what is being dropped
         taken += table[0, 0].item() != before
-    over.set()
     thread.join()
     assert (table[: lookups // 2] == -2.0 * taken).all()  # each step whole or not at all
     assert not table[lookups // 2 :].any()
