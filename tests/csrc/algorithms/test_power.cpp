@@ -78,9 +78,17 @@ TEST(powers_that_are_known) {
 TEST(an_exponent_is_rounded_down_and_never_negative) {
   CHECK_EQ(recap::power(0.9, 3.99), recap::power(0.9, 3));
   for (const double exponent :
-       {-1.0, 0.5, -0.0, -1e300, 1e300, std::numeric_limits<double>::quiet_NaN(),
-        std::numeric_limits<double>::infinity()}) {
+       {-1.0, 0.5, -0.0, -1e300, std::numeric_limits<double>::quiet_NaN(),
+        -std::numeric_limits<double>::infinity()}) {
     CHECK_EQ(recap::power(0.9, exponent), 1.0, "to the power of ", exponent);
+  }
+}
+
+TEST(an_exponent_that_no_integer_holds_leaves_nothing_of_a_base_below_one) {
+  for (const double exponent : {0x1p63, 0x1p64, 1e300, std::numeric_limits<double>::infinity()}) {
+    CHECK_EQ(recap::power(1 - 0x1p-53, exponent), 0.0, "to the power of ", exponent);
+    CHECK_EQ(recap::power(0.0, exponent), 0.0, "to the power of ", exponent);
+    CHECK_EQ(recap::power(1.0, exponent), 1.0, "to the power of ", exponent);
   }
 }
 
