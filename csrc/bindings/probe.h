@@ -236,7 +236,8 @@ class alignas(64) Probe {
         !impl->is_contiguous() || impl->numel() != size_) {
       return nullptr;
     }
-    if (!same_sizes(impl, impl_)) return nullptr;
+    // As many elements in one dimension are the same size.
+    if (flat_ ? impl->dim() != impl_->dim() : !same_sizes(impl, impl_)) return nullptr;
     last_grad_ = impl;
     last_grad_storage_ = impl->unsafe_storage().unsafeGetStorageImpl();
     const auto itemsize = static_cast<int64_t>(dtype_.itemsize());
@@ -271,6 +272,7 @@ class alignas(64) Probe {
     const void* data;
 
     bool same_storage() const {
+      // In this order: the tensor that the object had may be gone.
       return THPVariable_Unpack(object).unsafeGetTensorImpl() == impl &&
              impl->unsafe_storage().unsafeGetStorageImpl() == storage;
     }

@@ -7,7 +7,6 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <cmath>
 #include <sstream>
 
 #include "devices.h"
@@ -326,10 +325,6 @@ void SlotTensors::watch_entries(const Hyper& hyper) {
     py::object value = item_of(state_, key);
     entries_.emplace_back(std::move(key), std::move(value));
   }
-}
-
-bool SlotTensors::is_step_count(double count) {
-  return count >= 0.0 && std::isfinite(count) && count == std::floor(count);
 }
 
 std::string SlotTensors::wrong_step_count(double count) const {

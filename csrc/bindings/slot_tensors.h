@@ -2,6 +2,7 @@
 // before an engine may touch their memory.
 #pragma once
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -43,7 +44,12 @@ class SlotTensors {
   const at::Tensor& step_count() const;  // undefined if it is not counted
 
   // Whether a step count is one, and what an error says of one that is not.
-  static bool is_step_count(double count);
+  static bool is_step_count(double count) {
+    // From 2^52 on, all numbers are whole.
+    return count >= 0x1p52
+               ? count <= std::numeric_limits<double>::max()
+               : count >= 0.0 && static_cast<double>(static_cast<int64_t>(count)) == count;
+  }
   std::string wrong_step_count(double count) const;
 
   // Makes `counter` the step count, in the mapping too.

@@ -16,24 +16,27 @@ Ahead Ahead::none() {
 }
 
 bool Ahead::next_tile() {
-  const auto is_left_out = [this](uint32_t slot) {
-    return !step_.grads[slot] || plan_.slots[slot].row_size;
-  };
-  while (tile_ < end_ && is_left_out(plan_.tiles[tile_].slot)) {
-    tile_ += tiles_left(plan_.slots[plan_.tiles[tile_].slot], plan_.tiles[tile_]);
+  while (tile_ < end_) {
+    const Tile& tile = plan_.tiles[tile_];
+    const Slot& slot = plan_.slots[tile.slot];
+    const void* const grad = step_.grads[tile.slot];
+    if (!grad || slot.row_size) {
+      tile_ += tiles_left(slot, tile);
+      continue;
+    }
+    ++tile_;
+    const int64_t item_size = dtype_size(slot.dtype), offset = tile.begin * item_size;
+    left_ = tile.size * item_size;
+    grad_ = static_cast<const char*>(grad) + offset;
+    int count = 0;
+    written_[count++] = static_cast<const char*>(slot.param) + offset;
+    for (const void* state : slot.state) {
+      if (state) written_[count++] = static_cast<const char*>(state) + offset;
+    }
+    written_count_ = count;
+    return true;
   }
-  if (tile_ >= end_) return false;
-  const Tile& tile = plan_.tiles[tile_++];
-  const Slot& slot = plan_.slots[tile.slot];
-  const int64_t offset = tile.begin * dtype_size(slot.dtype);
-  left_ = tile.size * dtype_size(slot.dtype);
-  grad_ = static_cast<const char*>(step_.grads[tile.slot]) + offset;
-  written_count_ = 0;
-  written_[written_count_++] = static_cast<const char*>(slot.param) + offset;
-  for (const void* state : slot.state) {
-    if (state) written_[written_count_++] = static_cast<const char*>(state) + offset;
-  }
-  return true;
+  return false;
 }
 
 }  // namespace recap::cpu
