@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ logger = logging.getLogger("recap_fast")
 
 Group = dict[str, Any]
 _REFUSALS = (RuntimeError, TypeError, ValueError, KeyError)
+# Another thread may load a state dict between building a plan and stepping it, and do so again.
+_MAX_ATTEMPTS = 10
 
 # For what a step seldom does: `torch.compile` would trace the Python in it, tensor by tensor, and
 # compile graphs that run once. (`torch.compiler.disable` would import the compiler here already.)
@@ -186,19 +189,32 @@ class Stepper:
                 outcome = native.STALE
             elif self._built is not built:  # another thread's, which others may be stepping
                 outcome = self._run(self._built, *arguments)
-            if outcome == native.STALE:
-                outcome = self._run(self._keep(self._build()), *arguments)
-            if outcome == native.NEEDS_STATE:
-                built = self._build(self._new_states())
-                outcome = self._run(built, *arguments)
-                if outcome == native.STEPPED:
-                    self._keep(built)
+            attempts = 0
+            while outcome not in (native.STEPPED, native.SKIPPED) and attempts < _MAX_ATTEMPTS:
+                attempts += 1
+                if outcome == native.STALE:
+                    outcome = self._run(self._keep(self._build()), *arguments)
+                if outcome == native.NEEDS_STATE:
+                    outcome = self._run_with_new_states(arguments)
         if outcome not in (native.STEPPED, native.SKIPPED):
             raise RuntimeError("the param groups changed while they were being stepped")
         norm = self.grad_norm
         if outcome == native.SKIPPED and isinstance(norm, float) and not math.isfinite(norm):
             logger.warning("the norm of the gradients is %s: no parameter was updated", norm)
         return outcome
+
+    def _run_with_new_states(self, arguments: tuple[Any, ...]) -> int:
+        """A step by another plan, with the state that the present one misses."""
+        states = [optimizer.state for optimizer in self._optimizers()]
+        built = self._build(self._new_states())
+        now = [optimizer.state for optimizer in self._optimizers()]
+        if not all(map(operator.is_, states, now)):
+            return native.STALE  # or what was made would replace what another thread has loaded
+        outcome = self._run(built, *arguments)
+        if outcome == native.STEPPED:
+            self._keep(built)
+        # New groups need state too, of which the plan before knows nothing.
+        return native.STALE if outcome == native.NEEDS_STATE else outcome
 
     def _ready(self) -> _Built:
         """The plan, built if there is none."""

@@ -53,14 +53,21 @@ def test_a_step_skipped_after_all_makes_no_state(after_new_state: Any) -> None:
     assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], params[0].grad)
 
 
-def test_groups_that_change_under_a_first_step_are_refused(after_new_state: Any) -> None:
+@pytest.mark.parametrize("when", ["_new_states", "_build"])
+def test_groups_added_under_a_first_step_are_stepped_too(
+    monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
     params = parameters(3)
     optimizer = FusedAdam(params[:2])
-    after_new_state(lambda: optimizer.add_param_group({"params": params[2:]}))
-    before = snapshot(optimizer, params)
-    with pytest.raises(RuntimeError, match="changed while they were being stepped"):
-        optimizer.step()
-    assert_unchanged(before, optimizer, params)
+    original = getattr(Stepper, when)
+
+    def and_add(self: Stepper, *args: Any) -> Any:
+        made = original(self, *args)
+        if len(optimizer.param_groups) == 1:
+            optimizer.add_param_group({"params": params[2:]})
+        return made
+
+    monkeypatch.setattr(Stepper, when, and_add)
     optimizer.step()
     assert [optimizer.state[param]["step"].item() for param in params] == [1, 1, 1]
 

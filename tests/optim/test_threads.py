@@ -120,6 +120,109 @@ def test_threads_that_take_the_first_step_share_a_plan(monkeypatch: pytest.Monke
     assert all((param == -4).all() for param in params)
 
 
+@pytest.mark.parametrize("elements", [100, LARGE // 4])
+def test_threads_may_step_different_optimizers(elements: int) -> None:
+    torch.set_num_threads(2)
+    params = [_params(2, elements) for _ in range(3)]
+    tables = [nn.Parameter(torch.zeros(elements // 50, 50)) for _ in range(3)]
+    for table in tables:
+        nn.functional.embedding(torch.arange(len(table)), table, sparse=True).sum().backward()
+    optimizers = [FusedAdam([*own, table]) for own, table in zip(params, tables, strict=True)]
+    waiting = iter(optimizers[:2])
+
+    def step() -> None:
+        optimizer = next(waiting)
+        for _ in range(5):
+            optimizer.step()
+
+    _at_once(step, 2)
+    for _ in range(5):
+        optimizers[2].step()
+    for own, table in zip(params[:2], tables[:2], strict=True):
+        assert all(torch.equal(bits(p), bits(params[2][0])) for p in own)
+        assert torch.equal(bits(table), bits(tables[2]))
+
+
+def _adam(steps: int) -> FusedAdam:
+    optimizer = FusedAdam(_params(2, 100), lr=0.1)
+    for _ in range(steps):
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("when", "begun"), [("_build", False), ("_build", True), ("_new_states", False)]
+)
+def test_a_state_dict_loaded_as_a_plan_is_built_is_stepped(
+    monkeypatch: pytest.MonkeyPatch, when: str, begun: bool
+) -> None:
+    """As another thread might: between the reading of the states and the step."""
+    saved = _adam(3).state_dict()
+    optimizer, expected = _adam(begun), _adam(begun)
+    original, loads = getattr(Stepper, when), iter(range(4))
+
+    def interrupted(self: Stepper, *args: object) -> object:
+        made = original(self, *args)
+        if next(loads, None) is not None:
+            optimizer.load_state_dict(saved)
+        return made
+
+    monkeypatch.setattr(Stepper, when, interrupted)
+    if begun:  # or there would be nothing to build
+        optimizer.load_state_dict(saved)
+    optimizer.step()
+    monkeypatch.undo()
+    expected.load_state_dict(saved)
+    expected.step()
+    for own, other in zip(optimizer.state, expected.state, strict=True):
+        assert optimizer.state[own]["step"].item() == 4
+        assert torch.equal(bits(own), bits(other))
+
+
+def test_a_step_ends_though_state_dicts_are_loaded_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    optimizer = _adam(1)
+    params, saved = list(optimizer.state), optimizer.state_dict()
+    before = [param.detach().clone() for param in params]
+    build = Stepper._build
+
+    def interrupted(self: Stepper, *args: object) -> object:
+        built = build(self, *args)
+        optimizer.load_state_dict(saved)
+        return built
+
+    monkeypatch.setattr(Stepper, "_build", interrupted)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match="changed while they were being stepped"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_another_thread_may_load_state_dicts() -> None:
+    optimizer, donor = _adam(1), _adam(1)
+    steps, failed = 300, []
+
+    def load() -> None:
+        while thread.is_alive():
+            optimizer.load_state_dict(donor.state_dict())
+
+    def step() -> None:
+        try:
+            for _ in range(steps):
+                optimizer.step()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    load()
+    thread.join()
+    assert not failed
+    for param in optimizer.state:  # about `lr` in each step
+        assert ((param < 0) & (param > -0.11 * (steps + 1))).all()
+
+
 def test_threads_take_turns_in_what_is_left_to_torch() -> None:
     params = _params(2, 100)
     sparse = nn.Parameter(torch.zeros(4, 3))
