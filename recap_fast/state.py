@@ -77,7 +77,8 @@ def new_state(
         moments = {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names)}
         return {"step": memory.step_count(0, _step_dtype()), **moments}
     if isinstance(optimizer, torch.optim.Adagrad):
-        start = group["initial_accumulator_value"]
+        # The constructor's, as in torch, whatever the group says: of state made there and here.
+        start = optimizer.defaults["initial_accumulator_value"]
         step = memory.step_count(0, _step_dtype())
         return {"step": step, "sum": memory.full_like(param, start, 0)}
     if getattr(optimizer, "algorithm", None) == "rowwise_adagrad":

@@ -86,14 +86,13 @@ struct Adam {
 
     // The lerp rounds once. It is not for a square that overflows before it is weighted, nor for a
     // v that has overflowed and stays infinite, as in torch, both of which show in the distance;
-    // nor for a weight at which it would keep v's rounding. At a lesser weight v keeps a factor
-    // that is not zero, so that an infinite v needs no care.
+    // nor for a weight at which it would keep v's rounding. An infinite v that keeps a factor of
+    // zero becomes NaN, as in torch.
     T& v = state[1];
     const T distance = fma(g, g, -v);
     const bool slow = h.square < T(0.5);
     const bool lerps = slow && magnitude(distance) < infinity<T>();
-    const T kept = slow || v < infinity<T>() ? h.square_kept * v : v;
-    v = lerps ? fma(h.square, distance, v) : fma(h.square * g, g, kept);
+    v = lerps ? fma(h.square, distance, v) : fma(h.square * g, g, h.square_kept * v);
 
     T second = v;
     if constexpr (kAmsgrad) {

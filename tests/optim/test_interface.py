@@ -441,6 +441,20 @@ def test_adagrad_gets_the_state_of_an_added_group(device: torch.device) -> None:
     torch.testing.assert_close(optimizer.state[params[1]]["sum"], expected)
 
 
+def test_adagrad_starts_over_from_the_initial_value_of_the_constructor(
+    device: torch.device,
+) -> None:
+    """As torch's starts in its constructor, and from 2.13 on later too, whatever the group says."""
+    params = parameters(1, device=device)
+    group = {"params": params, "initial_accumulator_value": 0.5}
+    optimizer = FusedAdagrad([group], initial_accumulator_value=0.25)
+    for _ in range(2):
+        optimizer.step()
+        expected = 0.25 + params[0].grad ** 2
+        torch.testing.assert_close(optimizer.state[params[0]]["sum"], expected)
+        optimizer.state.clear()
+
+
 def _replace_in_list(group: dict[str, Any], new: nn.Parameter) -> None:
     group["params"][1] = new
 
