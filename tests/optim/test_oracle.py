@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.optim.helpers import DTYPES, FUSED, LAYOUTS, for_loop, laid_out, numbers, parameter
+from tests.optim.rounding import assert_rounded, double, magnitudes
 
 # The engine's tile has 8192 elements and its 16-bit block 512: below, at and beyond both.
 SHAPES = [
@@ -112,74 +113,8 @@ def _gradient(param: Tensor, layout: str, seed: int) -> Tensor:
     return laid_out(numbers(param.shape, seed, param.dtype, param.device), layout)
 
 
-# --- what a step may round -----------------------------------------------------------------------
-
-
-def _magnitudes(
-    algorithm: str, group: dict[str, Any], before: dict[str, Tensor], after: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The sizes of the terms that a step adds up: those of each state entry, and of the update.
-
-    `before` and `after` are float64: parameter, gradient and state. A rounding error is relative to
-    these sizes, not to sums in which terms of opposite sign cancel.
-    """
-    l2 = 0.0 if group.get("decoupled_weight_decay") else group["weight_decay"]
-    lr = float(group["lr"])
-    grad = before["grad"].abs() + l2 * before["param"].abs()
-    if algorithm in ("adam", "adamw"):
-        beta1, beta2 = group["betas"]
-        step = after["step"].item()
-        mean = beta1 * before["exp_avg"].abs() + (1 - beta1) * grad
-        square = beta2 * before["exp_avg_sq"] + (1 - beta2) * grad**2
-        largest = after["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        root = (largest / (1 - beta2**step)).sqrt() + group["eps"]
-        sizes = {"exp_avg": mean, "exp_avg_sq": square}
-        if group["amsgrad"]:
-            sizes["max_exp_avg_sq"] = torch.maximum(square, before["max_exp_avg_sq"])
-        return sizes, lr / (1 - beta1**step) * mean / root
-    if algorithm == "adagrad":
-        rate = lr / (1 + (after["step"].item() - 1) * group["lr_decay"])
-        return {"sum": before["sum"] + grad**2}, rate * grad / (after["sum"].sqrt() + group["eps"])
-    if group["momentum"] == 0:
-        return {}, lr * grad
-    old = before.get("momentum_buffer")
-    buffer = grad if old is None else group["momentum"] * old.abs() + grad
-    update = grad + group["momentum"] * buffer if group["nesterov"] else buffer
-    return {"momentum_buffer": buffer}, lr * update
-
-
-# Operations that round on the way to one result, their operands' roundings included. The longest
-# way is Adam's: scaled gradient, two averages, root, correction, sum, quotient, product.
-ROUNDINGS = 12
-
-
-def _assert_rounded(name: str, actual: Tensor, truth: Tensor, size: Tensor, param: Tensor) -> None:
-    """`actual` is `truth`, rounded to its dtype, plus rounding errors of the arithmetic.
-
-    Args:
-        size: how large the terms are that were added up to it.
-        param: the terms that are rounded once more (a parameter that decays), or zeros.
-    """
-    stored = torch.finfo(actual.dtype)
-    is_double = actual.dtype == torch.float64
-    arithmetic = torch.finfo(torch.float64 if is_double else torch.float32)
-    # In float64 the truth has been rounded too.
-    unit = stored.eps * truth.abs().clamp_min(stored.smallest_normal)
-    tolerance = unit * (1.0 if is_double else 0.5) + arithmetic.eps * (ROUNDINGS * size + param)
-    error = (actual.double() - truth).abs()
-    infinite = actual == truth.to(actual.dtype)  # beyond the largest float16
-    assert bool((infinite | (error <= tolerance)).all()), (
-        f"{name} ({actual.dtype}): error {error.max():.3e}, tolerance {tolerance.min():.3e} and up"
-    )
-
-
-def _double(tensor: Tensor) -> Tensor:
-    """A copy in float64."""
-    return tensor.detach().to(torch.float64, copy=True)
-
-
 def _values(param: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
-    return {"param": _double(param), **{key: _double(value) for key, value in state.items()}}
+    return {"param": double(param), **{key: double(value) for key, value in state.items()}}
 
 
 class Checked:
@@ -192,7 +127,7 @@ class Checked:
             parameter(case.shape, index, case.dtype, device, case.layout)
             for index, case in enumerate(self.cases)
         ]
-        self.truths = [nn.Parameter(_double(param)) for param in self.params]
+        self.truths = [nn.Parameter(double(param)) for param in self.params]
         self.ours = FUSED[algorithm](self._param_groups(groups, self.params))
         self.truth = for_loop(algorithm, self._param_groups(groups, self.truths))
 
@@ -227,7 +162,7 @@ class Checked:
             param.grad = truth.grad = None
             if case.has_grad[number]:
                 param.grad = _gradient(param, case.grad_layout, 100 * number + index)
-                truth.grad = _double(param.grad)
+                truth.grad = double(param.grad)
 
     def _start_truth_from_ours(self) -> None:
         for param, truth in zip(self.params, self.truths, strict=True):
@@ -263,19 +198,18 @@ class Checked:
             }
             if self.algorithm == "sgd":
                 del before["momentum_buffer"]
-        before["grad"] = _double(before["grad"])
-        sizes, update = _magnitudes(self.algorithm, group, before, after)
+        before["grad"] = double(before["grad"])
+        sizes, update = magnitudes(self.algorithm, group, before, after)
         for key, value in state.items():
             assert value.device == param.device or key == "step"
             if key == "step":
                 assert value.item() == true_state[key].item(), f"step of {index}"
                 continue
             assert value.dtype == param.dtype and value.shape == param.shape
-            none = torch.zeros_like(after[key])
-            _assert_rounded(f"{key} of {index}", value, after[key], sizes[key], none)
+            assert_rounded(f"{key} of {index}", value, after[key], sizes[key], 0.0)
         decays = bool(group.get("decoupled_weight_decay")) and group["weight_decay"] != 0
-        again = before["param"].abs() * (1.0 if decays else 0.0)
-        _assert_rounded(f"parameter {index}", param.data, after["param"], update, again)
+        again = before["param"].abs() if decays else 0.0
+        assert_rounded(f"parameter {index}", param.data, after["param"], update, again)
 
 
 @pytest.mark.parametrize("algorithm", FUSED)
