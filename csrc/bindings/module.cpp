@@ -37,9 +37,20 @@ void make_collectable(PyHeapTypeObject* heap_type) {
   };
 }
 
+// On purpose: a step reads dicts, lists and tensors that are the user's, in the order of its
+// checks, and what keeps another thread from changing them meanwhile is the GIL. A Python without
+// one switches it on when it imports the module, and says so.
+py::mod_gil_not_used uses_gil() {
+#if PYBIND11_VERSION_HEX >= 0x03010000
+  return py::mod_gil_used();
+#else
+  return py::mod_gil_not_used(false);
+#endif
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, m, uses_gil()) {
   m.doc() = "The native side of recap_fast: bound plans and the engines that run them.";
 
   // Plain numbers: to compare members of an enum takes longer than to step a parameter.
