@@ -51,14 +51,16 @@ bench-compare: $(VENV)/built
 matrix:
 	$(PYTHON) -m tools.matrix --cache $(CACHE) $(MATRIX) $(PAIRS)
 
-# The C++ core, without Python: memory and undefined behaviour, then races of the threaded engine.
-sanitize: $(VENV)/installed
+# The C++ core, without Python: memory and undefined behaviour, then races of the threaded engine; and races in
+# the extension, by its tests with threads.
+sanitize: $(VENV)/built
 	cmake -S tests/csrc -B build/sanitize -DRECAP_SANITIZE=address,undefined
 	cmake --build build/sanitize --parallel
 	ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 	cmake -S tests/csrc -B build/sanitize-thread -DRECAP_SANITIZE=thread
-	cmake --build build/sanitize-thread --parallel --target test_threads test_grad_norm
-	ctest --test-dir build/sanitize-thread -R "cpu/test_(threads|grad_norm)" --output-on-failure --no-tests=error
+	cmake --build build/sanitize-thread --parallel --target test_threads test_grad_norm test_rows test_sparse
+	ctest --test-dir build/sanitize-thread -R "cpu/test_(threads|grad_norm|rows|sparse)" --output-on-failure --no-tests=error
+	$(BIN)/python -m tests.under_sanitizers thread tests/optim/test_threads.py
 
 # Without torch's libraries, which it finds where it is installed; with the CUDA engine if there is nvcc.
 wheel: $(VENV)/installed

@@ -20,7 +20,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "tests" / "csrc"
 BUILD = ROOT / "build" / "csrc"
-SANITIZED = ROOT / "build" / "sanitize"  # that of `make sanitize`
+# Those of `make sanitize`, by their sanitizers.
+SANITIZED = {
+    "address,undefined": ROOT / "build" / "sanitize",
+    "thread": ROOT / "build" / "sanitize-thread",
+}
 
 sys.path.insert(0, str(SOURCES / "cuda"))
 import check_ptx  # noqa: E402
@@ -50,7 +54,6 @@ def _with_extension() -> list[str]:
     from torch.utils import cpp_extension
 
     variables = {
-        "CMAKE_BUILD_TYPE": "Release",
         "PYBIND11_FINDPYTHON": "ON",
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -74,15 +77,18 @@ def _run_cmake(folder: Path, options: list[str], targets: Sequence[str]) -> None
         run("cmake", "--build", str(folder), "--parallel", jobs, "--target", *targets)
 
 
-def build(*targets: str) -> Path:
+def build(*targets: str, sanitizers: str = "") -> Path:
     """Builds the targets and returns the folder."""
-    _run_cmake(BUILD, _with_extension(), targets)
-    return BUILD
+    kind = f"-DRECAP_SANITIZE={sanitizers}" if sanitizers else "-DCMAKE_BUILD_TYPE=Release"
+    folder = SANITIZED[sanitizers] if sanitizers else BUILD
+    _run_cmake(folder, [kind, *_with_extension()], targets)
+    return folder
 
 
-def build_extension(name: str) -> Path:
+def build_extension(name: str, sanitizers: str = "") -> Path:
     """Builds one of ``tests/csrc/bindings`` and returns its path."""
-    (extension,) = (build(name) / "bindings" / name).glob("_C*.so")
+    folder = build(name, sanitizers=sanitizers)
+    (extension,) = (folder / "bindings" / name).glob("_C*.so")
     return extension
 
 
@@ -106,8 +112,7 @@ def build_sanitized(*targets: str) -> Path:
     """As `build`, with the sanitizers of addresses and of undefined behaviour."""
     if not _has_sanitizers():
         pytest.skip("the C++ compiler has no sanitizers: is libasan or libubsan missing?")
-    _run_cmake(SANITIZED, ["-DRECAP_SANITIZE=address,undefined"], targets)
-    return SANITIZED
+    return build(*targets, sanitizers="address,undefined")
 
 
 def run_ctest(folder: Path, name: str) -> None:
