@@ -40,8 +40,12 @@ def copy_in_double(param: nn.Parameter) -> nn.Parameter:
 
 
 def holds_exactly(truth: Tensor, tensor: Tensor) -> bool:
-    """Whether `truth`, of float64, has the bits of `tensor` in float64."""
-    return torch.equal(tensor.data.double().view(torch.int64), truth.data.view(torch.int64))
+    """Whether `truth`, of float64, has the bits of `tensor` in float64, or is NaN as it is."""
+    mine, other = tensor.data.double(), truth.data
+    if mine.shape != other.shape:
+        return False
+    same = mine.view(torch.int64) == other.view(torch.int64)
+    return bool(same.all()) or bool((same | (mine.isnan() & other.isnan())).all())
 
 
 def strides(tensor: Tensor) -> list[int]:
