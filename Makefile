@@ -51,12 +51,14 @@ bench-compare: $(VENV)/built
 matrix:
 	$(PYTHON) -m tools.matrix --cache $(CACHE) $(MATRIX) $(PAIRS)
 
-# The C++ core, without Python: memory and undefined behaviour, then races of the threaded engine; and races in
-# the extension, by its tests with threads.
+# Memory and undefined behaviour, then races: the C++ core by its own tests, and the extension by those of the
+# step.
+SANITIZED := memory_between_steps packed_states sparse rows threads interrupts
 sanitize: $(VENV)/built
 	cmake -S tests/csrc -B build/sanitize -DRECAP_SANITIZE=address,undefined
 	cmake --build build/sanitize --parallel
 	ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+	$(BIN)/python -m tests.under_sanitizers address,undefined $(SANITIZED:%=tests/optim/test_%.py)
 	cmake -S tests/csrc -B build/sanitize-thread -DRECAP_SANITIZE=thread
 	cmake --build build/sanitize-thread --parallel --target test_threads test_grad_norm test_rows test_sparse
 	ctest --test-dir build/sanitize-thread -R "cpu/test_(threads|grad_norm|rows|sparse)" --output-on-failure --no-tests=error

@@ -1,5 +1,6 @@
 """Runs tests with the extension and the core in it built with sanitizers, as `make sanitize` does.
 
+    python -m tests.under_sanitizers address,undefined tests/optim/test_sparse.py ...
     python -m tests.under_sanitizers thread tests/optim/test_threads.py
 
 Python and torch are as ever: what they do is seen where they call malloc, memcpy or a lock.
@@ -14,7 +15,10 @@ import sys
 from tests.native_build import ROOT, SOURCES, build_extension
 
 SUPPRESSIONS = SOURCES / "bindings" / "tsan_suppressions.txt"
-LIBRARIES = {"thread": ("libtsan.so",)}
+LIBRARIES = {
+    "address,undefined": ("libasan.so", "libubsan.so", "libstdc++.so.6"),
+    "thread": ("libtsan.so",),
+}
 
 
 def _path_of(library: str) -> str:
@@ -27,6 +31,9 @@ def main(sanitizers: str, *arguments: str) -> int:
     variables = {
         "RECAP_FAST_TEST_EXTENSION": str(extension),
         "LD_PRELOAD": " ".join(map(_path_of, LIBRARIES[sanitizers])),
+        # Python keeps much until its end, so that nothing can be said of leaks.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
         # Of what torch locks and unlocks, it sees one without the other.
         "TSAN_OPTIONS": f"report_mutex_bugs=0:suppressions={SUPPRESSIONS}",
     }
