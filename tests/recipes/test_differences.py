@@ -262,6 +262,28 @@ def test_state_has_a_fixed_size() -> None:
     assert torch.equal(optimizer.state[param]["sum"], param.grad.square())
 
 
+@shows("State has its parameter's strides")
+@pytest.mark.parametrize(
+    ("algorithm", "name", "options", "torchs"),
+    [("adam", "exp_avg", {}, (3, 1)), ("sgd", "momentum_buffer", {"momentum": 0.5}, (1, 2))],
+    ids=["adam", "sgd"],
+)
+def test_state_has_the_strides_of_its_parameter(
+    algorithm: str, name: str, options: dict[str, Any], torchs: tuple[int, int]
+) -> None:
+    trained = []
+    for make, expected in ((FUSED[algorithm], (1, 2)), (TORCH[algorithm], torchs)):
+        param = nn.Parameter(numbers((2, 3), 0, torch.float32))
+        param.grad = numbers((3, 2), 1, torch.float32).t()
+        optimizer = make([param], lr=0.5, **options)
+        optimizer.step()
+        param.data = param.detach().t().contiguous().t()
+        optimizer.step()
+        assert optimizer.state[param][name].stride() == expected
+        trained.append(param.detach())
+    torch.testing.assert_close(*trained)
+
+
 @shows("`_init_group`")
 def test_init_group() -> None:
     for base, called in ((torch.optim.SGD, True), (FusedSGD, False)):
