@@ -7,6 +7,7 @@ parameters that share memory, and what the constructors and `_init_group` of tor
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from tests.optim.fuzz_round import Round
 
 
-def _can_make_state_late() -> bool:
+@functools.cache
+def _adagrad_makes_state() -> bool:
     """Whether torch's Adagrad makes state in a step, as that of 2.11 does not."""
     param = torch.nn.Parameter(torch.ones(1))
     optimizer = for_loop("adagrad", [param])
@@ -50,11 +52,8 @@ def _can_make_state_late() -> bool:
     return True
 
 
-_ADAGRAD_MAKES_STATE = _can_make_state_late()
-
-
 def _makes_state(round: Round) -> bool:
-    return round.algorithm != "adagrad" or _ADAGRAD_MAKES_STATE
+    return round.algorithm != "adagrad" or _adagrad_makes_state()
 
 
 # --- options -------------------------------------------------------------------------------------
