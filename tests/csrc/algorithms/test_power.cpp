@@ -77,9 +77,8 @@ TEST(powers_that_are_known) {
 
 TEST(an_exponent_is_rounded_down_and_never_negative) {
   CHECK_EQ(recap::power(0.9, 3.99), recap::power(0.9, 3));
-  for (const double exponent :
-       {-1.0, 0.5, -0.0, -1e300, std::numeric_limits<double>::quiet_NaN(),
-        -std::numeric_limits<double>::infinity()}) {
+  for (const double exponent : {-1.0, 0.5, -0.0, -1e300, std::numeric_limits<double>::quiet_NaN(),
+                                -std::numeric_limits<double>::infinity()}) {
     CHECK_EQ(recap::power(0.9, exponent), 1.0, "to the power of ", exponent);
   }
 }
