@@ -23,6 +23,7 @@ namespace {
 
 // How many slots ahead a step reads, to hide the latency of memory that backward has evicted.
 constexpr size_t kPrefetch = 8;
+constexpr size_t kPrefetchGroups = 2;  // likewise
 
 // Up to so many bytes of parameters a step on the CPU keeps the GIL. It takes about a millisecond,
 // less than Python itself keeps a thread waiting, and to hold gradients would cost some percent.
@@ -64,7 +65,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
   for (const py::object& optimizer : optimizers) {
     const py::object param_groups = optimizer.attr("param_groups");
     owners_.push_back({py::weakref(optimizer), optimizer.attr("state"), param_groups,
-                       ListSnapshot(param_groups)});
+                       ListSnapshot(param_groups), optimizer.ptr()});
   }
   for (const GroupSource& source : groups) device_values_ |= is_capturable(source.group);
   refuse_capture(groups);
@@ -213,10 +214,25 @@ bool BoundPlan::blocks_unchanged() {
   return true;
 }
 
+namespace {
+
+// None if it is gone.
+py::object referent(const py::weakref& reference) {
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* object = nullptr;
+  if (PyWeakref_GetRef(reference.ptr(), &object) < 0) throw py::error_already_set();
+  return object ? py::reinterpret_steal<py::object>(object) : py::none();
+#else
+  return py::reinterpret_borrow<py::object>(PyWeakref_GetObject(reference.ptr()));
+#endif
+}
+
+}  // namespace
+
 bool BoundPlan::Owner::unchanged() const {
   static PyObject* const state_name = PyUnicode_InternFromString("state");
   static PyObject* const groups_name = PyUnicode_InternFromString("param_groups");
-  const auto self = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(optimizer.ptr()));
+  const py::object self = referent(optimizer);
   const auto own_state =
       py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), state_name));
   const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), groups_name));
@@ -224,12 +240,26 @@ bool BoundPlan::Owner::unchanged() const {
   return own_state.is(state) && now.is(param_groups) && groups.unchanged();
 }
 
+void BoundPlan::Owner::prefetch() const {
+  prefetch_object(optimizer.ptr());
+  __builtin_prefetch(object);
+  __builtin_prefetch(reinterpret_cast<const char*>(object) - 32);  // the way to its attributes
+  groups.prefetch();
+}
+
 bool BoundPlan::groups_unchanged() {
-  for (const Owner& owner : owners_) {
-    if (!owner.unchanged()) return false;
+  for (size_t i = 0; i < owners_.size(); ++i) {
+    if (i + kPrefetchGroups < owners_.size()) owners_[i + kPrefetchGroups].prefetch();
+    if (!owners_[i].unchanged()) return false;
   }
-  for (Group& group : groups_) {
-    if (!group.reader.refresh() || !group.params.unchanged()) return false;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    if (i + kPrefetchGroups < groups_.size()) {
+      const Group& next = groups_[i + kPrefetchGroups];
+      next.reader.prefetch();
+      next.params.prefetch();
+    }
+    if (i + 1 < groups_.size()) groups_[i + 1].reader.prefetch_items();
+    if (!groups_[i].reader.refresh() || !groups_[i].params.unchanged()) return false;
   }
   for (DictSnapshot& state : states_) {
     if (!state.unchanged()) return false;
@@ -332,6 +362,7 @@ void BoundPlan::fill_values(double grad_scale, double clip) {
     entries_.clear();
     const size_t base = step_.values.size();
     for (size_t slot = group.begin; slot < group.end; ++slot) {
+      prefetch_counts(slot);
       if (!has_gradient(slot)) continue;
       const Entry entry = {counters_[slot].add(1.0), first_[slot] != 0, is_sparse_[slot] != 0};
       // Nearly always the only one, and the last.
@@ -354,6 +385,16 @@ void BoundPlan::fill_values(double grad_scale, double clip) {
       step_.values_of_slot[slot] = static_cast<uint32_t>(base + index - 1);
       probes_[slot].bump_version();
     }
+  }
+}
+
+// Of the steps and of the versions: each in memory of its own, which the reading of so many slots
+// has evicted.
+void BoundPlan::prefetch_counts(size_t slot) const {
+  if (slot + 2 * kPrefetch < probes_.size()) probes_[slot + 2 * kPrefetch].prefetch_leaf();
+  if (slot + kPrefetch < probes_.size()) {
+    probes_[slot + kPrefetch].prefetch_version();
+    __builtin_prefetch(counters_[slot + kPrefetch].data, 1);
   }
 }
 

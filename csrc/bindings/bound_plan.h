@@ -141,8 +141,10 @@ class BoundPlan {
     py::object state;
     py::object param_groups;  // a list, or a tuple that a user put there
     ListSnapshot groups;
+    PyObject* object;  // a hint for `prefetch` alone
 
     bool unchanged() const;
+    void prefetch() const;
   };
 
   // Memory of states, and what it had released when they were last looked at.
@@ -205,6 +207,7 @@ class BoundPlan {
   bool check_capture() const;  // whether this step is captured; raises if a part of it would not be
   double clip(double grad_scale, bool found_inf);
   void fill_values(double grad_scale, double clip);
+  void prefetch_counts(size_t slot) const;
   void undo_step_counts(size_t end);  // of the slots before that
   void call_others(const py::sequence& others);
   void put_new_states();

@@ -109,7 +109,7 @@ GroupReader::Field GroupReader::field_of(const std::string& key) const {
   return is_known ? found->second : Field::none;
 }
 
-double GroupReader::number(py::handle value, const std::string& key) const {
+double GroupReader::number(py::handle value, const char* key) const {
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
   if (THPVariable_Check(value.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
@@ -127,14 +127,14 @@ double GroupReader::number(py::handle value, const std::string& key) const {
 }
 
 // In the range of torch's constructors: beyond it, bias corrections divide by zero or worse.
-double GroupReader::decay_rate(py::handle value, const std::string& key) const {
+double GroupReader::decay_rate(py::handle value, const char* key) const {
   const double rate = number(value, key);
   if (rate >= 0.0 && rate < 1.0) return rate;
   throw py::value_error(name_ + ": '" + key + "' is " + std::string(py::str(py::float_(rate))) +
                         "; it must be at least 0 and less than 1");
 }
 
-bool GroupReader::flag(py::handle value, const std::string& key) const {
+bool GroupReader::flag(py::handle value, const char* key) const {
   const int truth = PyObject_IsTrue(value.ptr());
   if (truth < 0) {
     PyErr_Clear();
@@ -143,7 +143,7 @@ bool GroupReader::flag(py::handle value, const std::string& key) const {
   return truth != 0;
 }
 
-void GroupReader::read_lr(py::handle value, const std::string& key) {
+void GroupReader::read_lr(py::handle value, const char* key) {
   at::Tensor on_device;
   if (device_values_ && THPVariable_Check(value.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
@@ -168,7 +168,6 @@ void GroupReader::read_lr(py::handle value, const std::string& key) {
 
 void GroupReader::read(const Item& item) {
   if (!is_hyperparameter(item.field)) return;
-  const auto key = item.key.cast<std::string>();
   const py::handle value = item.value;
   AdamHyper& adam = hyper_.adam;
   AdagradHyper& adagrad = hyper_.adagrad;
@@ -180,15 +179,15 @@ void GroupReader::read(const Item& item) {
   switch (item.field) {
     case Field::none:
     case Field::params: break;
-    case Field::lr: read_lr(value, key); break;
+    case Field::lr: read_lr(value, "lr"); break;
     case Field::weight_decay:
       (is_adam      ? adam.weight_decay
        : is_adagrad ? adagrad.weight_decay
        : is_rowwise ? rowwise.weight_decay
-                    : sgd.weight_decay) = number(value, key);
+                    : sgd.weight_decay) = number(value, "weight_decay");
       break;
     case Field::eps:
-      (is_adam ? adam.eps : is_adagrad ? adagrad.eps : rowwise.eps) = number(value, key);
+      (is_adam ? adam.eps : is_adagrad ? adagrad.eps : rowwise.eps) = number(value, "eps");
       break;
     case Field::betas: {
       if (!PySequence_Check(value.ptr()) || PySequence_Size(value.ptr()) != 2) {
@@ -199,19 +198,20 @@ void GroupReader::read(const Item& item) {
       adam.beta2 = decay_rate(py::object(betas[1]), "betas[1]");
       break;
     }
-    case Field::amsgrad: adam.amsgrad = flag(value, key); break;
+    case Field::amsgrad: adam.amsgrad = flag(value, "amsgrad"); break;
     case Field::decoupled_weight_decay:
-      (is_adam ? adam.decoupled_weight_decay : rowwise.decoupled_weight_decay) = flag(value, key);
+      (is_adam ? adam.decoupled_weight_decay : rowwise.decoupled_weight_decay) =
+          flag(value, "decoupled_weight_decay");
       break;
-    case Field::lazy: adam.lazy = flag(value, key); break;
-    case Field::lr_decay: adagrad.lr_decay = number(value, key); break;
-    case Field::momentum: sgd.momentum = number(value, key); break;
-    case Field::dampening: sgd.dampening = number(value, key); break;
-    case Field::nesterov: sgd.nesterov = flag(value, key); break;
-    case Field::maximize: hyper_.maximize = flag(value, key); break;
-    case Field::capturable: capturable_ = flag(value, key); break;
+    case Field::lazy: adam.lazy = flag(value, "lazy"); break;
+    case Field::lr_decay: adagrad.lr_decay = number(value, "lr_decay"); break;
+    case Field::momentum: sgd.momentum = number(value, "momentum"); break;
+    case Field::dampening: sgd.dampening = number(value, "dampening"); break;
+    case Field::nesterov: sgd.nesterov = flag(value, "nesterov"); break;
+    case Field::maximize: hyper_.maximize = flag(value, "maximize"); break;
+    case Field::capturable: capturable_ = flag(value, "capturable"); break;
     case Field::differentiable:
-      if (flag(value, key)) {
+      if (flag(value, "differentiable")) {
         throw py::value_error(
             name_ +
             ": differentiable=True is not supported by the fused step; use the torch.optim class");
@@ -222,9 +222,12 @@ void GroupReader::read(const Item& item) {
 
 bool GroupReader::refresh() {
   PyObject* group = group_.ptr();
+  if (version_.is_of(group)) return fits_plan();
+  const DictVersion version(group);
   if (static_cast<size_t>(PyDict_GET_SIZE(group)) != items_.size()) return false;
   Py_ssize_t position = 0;
   PyObject *key, *value;
+  bool any_in_place = false;
   for (Item& item : items_) {
     if (!PyDict_Next(group, &position, &key, &value) || key != item.key.ptr()) return false;
     if (value == item.value.ptr() && !item.in_place) continue;
@@ -232,9 +235,17 @@ bool GroupReader::refresh() {
     Item now = {item.key, py::reinterpret_borrow<py::object>(value), item.field,
                 is_hyperparameter(item.field) && can_change_in_place(value)};
     read(now);  // may raise: only what was read becomes known
+    any_in_place |= now.in_place;
     item = std::move(now);
   }
-  // Against what the plan was made with: an earlier call may have read a switch and then raised.
+  // With the version of before: reading a value may have run Python. What may change in place is
+  // read at every step.
+  if (!any_in_place) version_ = version;
+  return fits_plan();
+}
+
+// Against what the plan was made with: an earlier call may have read a switch and then raised.
+bool GroupReader::fits_plan() const {
   return shape_then_ == shape() && was_capturable_ == capturable_;
 }
 

@@ -6,6 +6,7 @@
 
 #include "../plan/step.h"
 #include "python.h"
+#include "snapshot.h"
 
 namespace recap {
 
@@ -19,6 +20,13 @@ class GroupReader {
   // Brings `hyper()` up to date. Returns false if what changed needs another plan: which states the
   // algorithm keeps, whether it goes by rows, or which keys the group has.
   bool refresh();
+
+  // Ask for the memory that `refresh` reads: first the one, then the other.
+  void prefetch() const {
+    prefetch_object(group_.ptr());
+    __builtin_prefetch(items_.data());
+  }
+  void prefetch_items() const { recap::prefetch_items(group_.ptr()); }
 
   const std::string& name() const { return name_; }
   const Hyper& hyper() const { return hyper_; }  // its lr is NaN if it is in device memory
@@ -68,13 +76,14 @@ class GroupReader {
 
   Field field_of(const std::string& key) const;
   void read(const Item& item);
-  double number(py::handle value, const std::string& key) const;
-  double decay_rate(py::handle value, const std::string& key) const;
-  bool flag(py::handle value, const std::string& key) const;
-  void read_lr(py::handle value, const std::string& key);
+  double number(py::handle value, const char* key) const;
+  double decay_rate(py::handle value, const char* key) const;
+  bool flag(py::handle value, const char* key) const;
+  void read_lr(py::handle value, const char* key);
   // What the options that need another plan are set to: those of which a state depends or what a
   // tile is.
   int shape() const;
+  bool fits_plan() const;
 
   Algorithm algorithm_;
   py::dict group_;
@@ -83,6 +92,7 @@ class GroupReader {
   bool capturable_ = false;
   at::Tensor device_lr_;
   std::vector<Item> items_;
+  DictVersion version_;
   Hyper hyper_;
   int shape_then_ = 0;           // `shape` of the plan
   bool was_capturable_ = false;  // `capturable` of the plan

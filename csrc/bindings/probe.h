@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -88,16 +89,26 @@ class alignas(64) Probe {
     if (sharded_) impl_->bump_version();
   }
 
+  // For `bump_version`: first the pointer, then what it writes to.
+  void prefetch_leaf() const { __builtin_prefetch(&leaf_->version_counter()); }
+  void prefetch_version() const {
+    const c10::VariableVersion& version = leaf_->version_counter();
+    static_assert(sizeof(version) == sizeof(void*));
+    const void* counter;
+    std::memcpy(&counter, &version, sizeof(counter));
+    __builtin_prefetch(counter, 1);
+  }
+
   void prefetch() const {
     prefetch_object(object_);
-    prefetch_all(leaf_);
+    prefetch_tensor(leaf_);
     if (storage_) __builtin_prefetch(&storage_->_mutable_data_ptr_no_checks());
     if (meta_) __builtin_prefetch(&static_cast<const torch::autograd::AutogradMeta*>(meta_)->grad_);
-    prefetch_all(last_grad_);
+    if (last_grad_) prefetch_tensor(last_grad_);
     if (last_grad_) __builtin_prefetch(&last_grad_storage_->_mutable_data_ptr_no_checks());
     prefetch_object(state_dict_);
     for (int k = 0; k < state_count_; ++k) {
-      prefetch_object(states_[k].object);
+      if (!in_header(k)) prefetch_object(states_[k].object);
       __builtin_prefetch(&states_[k].impl->unsafe_storage());
       if (is_fixed(k)) continue;
       prefetch_geometry(states_[k].impl);
@@ -119,7 +130,8 @@ class alignas(64) Probe {
       return false;
     }
     for (int k = 0; k < state_count_; ++k) {
-      if (!states_[k].same_storage() || !(is_fixed(k) || same_geometry(k))) return false;
+      if (!states_[k].same_storage(in_header(k))) return false;
+      if (!is_fixed(k) && !same_geometry(k)) return false;
     }
     return !state_dict_ || items_version_.is_of(state_dict_) || items_unchanged();
   }
@@ -128,8 +140,8 @@ class alignas(64) Probe {
   bool same_blocks() const {
     for (int k = 0; k < state_count_; ++k) {
       const State& state = states_[k];
-      if (in_block(k) &&
-          !(state.same_storage() && same_memory(state.impl, state.storage, state.data))) {
+      if (in_block(k) && !(state.same_storage(in_header(k)) &&
+                           same_memory(state.impl, state.storage, state.data))) {
         return false;
       }
     }
@@ -166,11 +178,15 @@ class alignas(64) Probe {
     auto block = impl->storage_offset() == 0 ? StateBlock::of(*storage) : nullptr;
     if (block) {
       in_block_ |= 1 << state_count_;
+      if (StateBlock::made(*impl)) in_header_ |= 1 << state_count_;
       if (impl->numel() == 1 && !holds(storage, impl->itemsize() + 1)) fixed_ |= 1 << state_count_;
       blocks.push_back(std::move(block));
     }
     states_[state_count_++] = {state, impl, storage, at_offset(impl, storage->mutable_data())};
   }
+
+  // Its header stays readable whatever became of the tensor.
+  bool in_header(int state) const { return in_header_ >> state & 1; }
 
   bool in_block(int state) const { return in_block_ >> state & 1; }
 
@@ -271,22 +287,28 @@ class alignas(64) Probe {
     c10::StorageImpl* storage;
     const void* data;
 
-    bool same_storage() const {
+    bool same_storage(bool in_header) const {
       // In this order: the tensor that the object had may be gone.
-      return THPVariable_Unpack(object).unsafeGetTensorImpl() == impl &&
+      return (in_header ? impl->pyobj_slot()->load_pyobj() == object
+                        : THPVariable_Unpack(object).unsafeGetTensorImpl() == impl) &&
              impl->unsafe_storage().unsafeGetStorageImpl() == storage;
     }
   };
-
-  // Behind the head of a Python object is a tensor's pointer, or a dict's size and version: in one
-  // cache line, in which the head need not be.
-  static void prefetch_object(const PyObject* object) { __builtin_prefetch(object + 1); }
 
   template <typename T>
   static void prefetch_all(const T* object) {
     const char* bytes = reinterpret_cast<const char*>(object);
     for (size_t offset = 0; offset < sizeof(T); offset += 64) __builtin_prefetch(bytes + offset);
     __builtin_prefetch(bytes + sizeof(T) - 1);
+  }
+
+  // Of one dimension or none, the sizes in the middle are not looked at.
+  void prefetch_tensor(const c10::TensorImpl* impl) const {
+    if (!flat_) return prefetch_all(impl);
+    __builtin_prefetch(&impl->unsafe_storage());
+    __builtin_prefetch(impl->pyobj_slot() + 1);
+    prefetch_geometry(impl);
+    __builtin_prefetch(reinterpret_cast<const char*>(impl) + sizeof(*impl) - 1);
   }
 
   // Where a tensor has its offset and number of elements: towards the end.
@@ -328,8 +350,9 @@ class alignas(64) Probe {
   bool usual_ = true;
   bool flat_ = false;  // of one dimension or none
   bool has_step_ = false;
-  uint8_t in_block_ = 0;  // a bit for each state
-  uint8_t fixed_ = 0;     // as well
+  uint8_t in_block_ = 0;   // a bit for each state
+  uint8_t fixed_ = 0;      // as well
+  uint8_t in_header_ = 0;  // as well
   int8_t state_count_ = 0;
   int8_t item_count_ = 0;
   int8_t state_of_item_[kMaxProbed];  // -1: whatever it is

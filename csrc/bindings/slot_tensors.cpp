@@ -123,7 +123,13 @@ SlotTensors::SlotTensors(std::string name, py::object object, py::object state, 
   } else if (!param().is_non_overlapping_and_dense() || is_lazy(param()) || !is_aligned(param())) {
     dense_param_ = dense_like(param());
   }
-  take_state(hyper);
+  try {
+    take_state(hyper);
+  } catch (const std::runtime_error&) {  // its own, by name: others' errors are of other classes
+    if (has_gradient()) throw;
+    make_inert();  // no step looks at the state of a parameter without a gradient, in torch too
+    return;
+  }
   watch_entries(hyper);
 }
 
@@ -248,7 +254,6 @@ void SlotTensors::take_state(const Hyper& hyper) {
                                     " on ", param().device(), "; they must agree"));
     }
     if (is_freed(state)) {
-      if (!has_gradient()) return make_inert();
       throw std::runtime_error(
           text("the state '", key, "' of parameter ", name_, memory_of(state)));
     }
@@ -278,7 +283,6 @@ void SlotTensors::take_state(const Hyper& hyper) {
                                     "; it must be one real number"));
     }
     if (is_freed(step)) {
-      if (!has_gradient()) return make_inert();
       throw std::runtime_error(text("the state 'step' of parameter ", name_, memory_of(step)));
     }
     if (step.device().is_cpu()) {

@@ -30,14 +30,22 @@ class StateBlock : public std::enable_shared_from_this<StateBlock> {
   // The block that a storage has its memory of; null if it is from elsewhere.
   static std::shared_ptr<StateBlock> of(c10::StorageImpl& storage);
 
+  // Whether a tensor is one that `tensor` made. Its own memory then stays readable for as long as
+  // the block lives, also when the tensor itself is gone.
+  static bool made(const c10::TensorImpl& tensor);
+
  private:
   static void release(void* context);
+  void* header(size_t size);  // memory for one, of a multiple of a cache line
 
   struct Free {
     void operator()(void* memory) const;
   };
   std::unique_ptr<void, Free> memory_;
   int64_t size_;
+  std::vector<std::unique_ptr<void, Free>> headers_;
+  char* next_header_ = nullptr;  // in the last of them
+  size_t header_space_ = 0;      // left there
   std::atomic<uint64_t> released_{0};
 };
 

@@ -182,16 +182,18 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             RuntimeError, TypeError, ValueError, KeyError: naming the parameter or param group that
                 cannot be stepped; no parameter of the native call has been changed.
         """
-        loss = evaluate(closure)
+        loss = None if closure is None else evaluate(closure)
         if len(self._optims) != self._prepared:
             self._prepare()
-        self.check_tables()
+        fused_leaves = self._look_inside().fused_leaves
+        if fused_leaves:
+            self.check_tables()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         if grad_scale is not None or found_inf is not None:
             self._check_scaling(grad_scale)
         if self._stepper is not None:
-            others = [part.step for part in self._together]
+            others = [part.step for part in self._together] if self._together else ()
             if (
                 any(self._inner_hooks)
                 or _global_optimizer_pre_hooks
@@ -202,7 +204,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                 self._stepper.step(grad_scale, found_inf, self.unscale_grads, others)
             if not self._schedulers_know:
                 self._tell_schedulers()
-        if step_is_skipped(self.fused_leaves, grad_scale, found_inf, self.grad_norm):
+        if fused_leaves and step_is_skipped(fused_leaves, grad_scale, found_inf, self.grad_norm):
             self.sync_fused_learning_rates()
         else:
             for part in self._after:

@@ -772,6 +772,35 @@ def test_amsgrad_switched_on_later_is_refused_by_name(device: torch.device) -> N
         optimizer.step()
 
 
+# What is wrong with the state of a parameter, and the error that says so.
+WRONG_STATES = {
+    "missing": (lambda state: state.pop("exp_avg"), KeyError),
+    "no tensor": (lambda state: state.update(exp_avg=1.0), TypeError),
+    "another dtype": (lambda state: state.update(exp_avg=state["exp_avg"].double()), RuntimeError),
+    "a negative count": (lambda state: state["step"].fill_(-1), ValueError),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+def test_only_a_parameter_with_a_gradient_needs_a_right_state(
+    wrong: str, device: torch.device
+) -> None:
+    spoil, error = WRONG_STATES[wrong]
+    params = parameters(2, device=device)
+    optimizer = FusedAdam([("first", params[0]), ("second", params[1])])
+    optimizer.step()
+    spoil(optimizer.state[params[0]])
+    grad, params[0].grad = params[0].grad, None
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert params[0].equal(before[0]) and not params[1].equal(before[1])
+    params[0].grad = grad
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(error, match="parameter first"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
 # --- step, zero_grad, hooks, schedulers ----------------------------------------------------------
 
 
