@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -26,6 +27,10 @@ _BUILDS: Final = _ROOT / "build" / "compare"
 _SMALL_C: Final = Workload("C / 10", "one tensor of 5 M elements", (((5_000_000,),),))
 _SHORT: Final = ("B", "D", "E", "F", "C / 10")
 _ALL: Final = ("A", "B", "C", "D", "E", "F", "RECAP", "DEMO")
+
+# Where a process happens to have its tensors makes its steps of small ones faster or slower than
+# another's of the same code, by some ten percent.
+_PROCESSES: Final = 5
 
 # For as long, threads of the side that has just stepped spin before they sleep.
 _PAUSE_SECONDS: Final = 0.02
@@ -82,6 +87,7 @@ def compare(
     algorithms: Sequence[str] = ("adam",),
     threads: Sequence[int] = (1, 2),
     caches: Sequence[Cache] = ("cold", "warm"),
+    processes: int = _PROCESSES,
     budget_seconds: float = 3.0,
     least_rounds: int = 10,
 ) -> Iterator[Comparison]:
@@ -91,24 +97,36 @@ def compare(
         base, tree: folders that hold the package recap_fast.
         chosen: what to step.
         algorithms, threads, caches: each combination is timed.
-        budget_seconds: how long each combination is timed.
-        least_rounds: how many rounds each combination has whatever the time.
+        processes: each side has so many, one after the other.
+        budget_seconds: how long each combination is timed, by all processes together.
+        least_rounds: how many rounds each combination has in each process whatever the time.
     """
     for count in threads:
-        with Side(base, count) as base_side, Side(tree, count) as tree_side:
-            for workload in chosen:
-                for algorithm in algorithms:
+        all_timings: dict[str, Timings] = {}
+        differences: dict[str, float] = {}
+        for _ in range(processes):
+            with Side(base, count) as base_side, Side(tree, count) as tree_side:
+                for workload, algorithm in itertools.product(chosen, algorithms):
                     for side in (base_side, tree_side):
                         side.load(workload.groups, algorithm)
                     for cache in caches:
-                        timings = _rounds(base_side, tree_side, cache, budget_seconds, least_rounds)
-                        yield Comparison(
-                            f"{workload.name}, {algorithm}, {plural(count, 'thread')}, {cache}",
-                            timings.time("base"),
-                            timings.time("tree"),
-                            timings.ratio("tree", "base"),
-                            _difference(base_side, tree_side),
-                        )
+                        label = f"{workload.name}, {algorithm}, {plural(count, 'thread')}, {cache}"
+                        timings = all_timings.setdefault(label, Timings({"base": [], "tree": []}))
+                        budget = budget_seconds / processes
+                        for name, times in _rounds(
+                            base_side, tree_side, cache, budget, least_rounds
+                        ).microseconds.items():
+                            timings.microseconds[name] += times
+                        difference = _difference(base_side, tree_side)
+                        differences[label] = max(difference, differences.get(label, 0.0))
+        for label, timings in all_timings.items():
+            yield Comparison(
+                label,
+                timings.time("base"),
+                timings.time("tree"),
+                timings.ratio("tree", "base"),
+                differences[label],
+            )
 
 
 def render(comparisons: Iterable[Comparison], base: str) -> str:
@@ -131,8 +149,8 @@ def render(comparisons: Iterable[Comparison], base: str) -> str:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
-        description="Builds recap_fast of BASE and steps it and the work tree's in turn, each in a "
-        "process of its own. Prints times, and the median ratio with quartiles.",
+        description="Builds recap_fast of BASE and steps it and the work tree's in turn, each in "
+        "processes of its own. Prints times, and the median ratio with quartiles.",
     )
     parser.add_argument("base", nargs="?", default="HEAD", metavar="BASE", help="default: HEAD")
     parser.add_argument(

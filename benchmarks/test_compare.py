@@ -41,14 +41,16 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _compare(base: Path, tree: Path) -> list[compare.Comparison]:
+def _compare(base: Path, tree: Path, processes: int = 1) -> list[compare.Comparison]:
     return list(
-        compare.compare(base, tree, [_SMALL], threads=[1], budget_seconds=0, least_rounds=2)
+        compare.compare(
+            base, tree, [_SMALL], threads=[1], processes=processes, budget_seconds=0, least_rounds=2
+        )
     )
 
 
 def test_equal_sides_have_the_same_bits(same: Path) -> None:
-    comparisons = _compare(_PACKAGE.parent, same)
+    comparisons = _compare(_PACKAGE.parent, same, processes=2)
     assert [c.label for c in comparisons] == [
         "small, adam, 1 thread, cold",
         "small, adam, 1 thread, warm",
