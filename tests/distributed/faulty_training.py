@@ -15,6 +15,7 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,18 +47,30 @@ def train_with_fault(
     fault: tuple[str, int, int] | None, *arguments: str
 ) -> tuple[dict[str, torch.Tensor], str]:
     """The same in a process that has joined the others; returns the state dict and the output."""
-    make_small()
-    if fault is not None:
-        kind, rank, step = fault
-        if rank == torch.distributed.get_rank():
-            break_down(kind, step)
     final: dict[str, torch.Tensor] = {}
-    before_the_test(final.update)
-    sys.argv = ["train_distributed.py", *ARGUMENTS, *arguments]
-    example = runpy.run_path(str(EXAMPLE))
-    with contextlib.redirect_stdout(io.StringIO()) as output:
+    with as_before(), contextlib.redirect_stdout(io.StringIO()) as output:
+        make_small()
+        if fault is not None:
+            kind, rank, step = fault
+            if rank == torch.distributed.get_rank():
+                break_down(kind, step)
+        before_the_test(final.update)
+        sys.argv = ["train_distributed.py", *ARGUMENTS, *arguments]
+        example = runpy.run_path(str(EXAMPLE))
         example["train"](example["parse"](), device())
     return final, output.getvalue()
+
+
+@contextlib.contextmanager
+def as_before() -> Iterator[None]:
+    """Takes back what the functions below replace."""
+    places = ((data, "load"), (model, "build_model"), (Dataset, "batches"), (train, "evaluate"))
+    before = [(owner, name, getattr(owner, name)) for owner, name in (*places, (sys, "argv"))]
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def make_small() -> None:

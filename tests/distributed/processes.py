@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import gc
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import sys
@@ -11,8 +14,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +84,9 @@ def run(
 ) -> list:
     """Calls ``function(*args)`` on each rank, with one thread; returns the results by rank.
 
+    The processes live on for the next function, unless one of them failed: what a function
+    replaces in a module, it has to put back.
+
     Args:
         world_size: how many processes.
         function: importable by name; finds its rank with `torch.distributed.get_rank`.
@@ -92,52 +99,98 @@ def run(
     """
     if backend == "nccl" and torch.cuda.device_count() < world_size:
         pytest.skip(f"nccl needs {world_size} CUDA devices")
-    starter = context(backend)
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            starter.Process(target=_main, args=(rank, world_size, backend, folder, function, args))
-            for rank in range(world_size)
-        ]
-        for process in processes:
+    deadline = time.monotonic() + timeout
+    group = _groups.pop((world_size, backend), None) or _Group(world_size, backend)
+    try:
+        results = group.call(function, args, deadline)
+    except BaseException:
+        group.end()
+        raise
+    _groups[world_size, backend] = group
+    return results
+
+
+class _Group:
+    """Processes that call one function after another.
+
+    Pickled here: a pipe itself would send tensors as memory that both ends share.
+    """
+
+    def __init__(self, world_size: int, backend: str) -> None:
+        starter = context(backend)
+        self._folder = tempfile.TemporaryDirectory()
+        self._store = f"{self._folder.name}/store"
+        self._pipes, self._processes = [], []
+        for rank in range(world_size):
+            near, far = starter.Pipe()
+            process = starter.Process(
+                target=_serve, args=(rank, world_size, backend, self._store, far), daemon=True
+            )
             process.start()
-        _wait(processes, time.monotonic() + timeout)
-        failures, results = [], []
-        for rank, process in enumerate(processes):
-            outcome = Path(folder, f"outcome{rank}")
-            if process.exitcode != 0 or not outcome.exists():
-                said = Path(folder, f"failure{rank}")
-                failures.append(
-                    f"rank {rank} ended with {process.exitcode}:\n"
-                    + (said.read_text() if said.exists() else "without a word")
-                )
-            else:
-                results.append(pickle.loads(outcome.read_bytes()))
+            far.close()
+            self._pipes.append(near)
+            self._processes.append(process)
+
+    def call(self, function: Callable[..., Any], args: tuple, deadline: float) -> list:
+        for pipe in self._pipes:
+            pipe.send_bytes(pickle.dumps((function, args)))
+        replies: dict[int, Any] = {}
+        waiting = dict(enumerate(self._pipes))
+        while waiting and time.monotonic() < deadline:
+            seconds = max(0.0, deadline - time.monotonic())
+            ready = multiprocessing.connection.wait(list(waiting.values()), seconds)
+            for rank, pipe in list(waiting.items()):
+                if pipe not in ready:
+                    continue
+                del waiting[rank]
+                try:
+                    replies[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    self._processes[rank].join(timeout=5)
+                    code = self._processes[rank].exitcode
+                    replies[rank] = _Failed(f"ended with {code} without a word")
+                if isinstance(replies[rank], _Failed):  # the others get a moment
+                    deadline = min(deadline, time.monotonic() + 5)
+        replies |= dict.fromkeys(waiting, _Failed("did not end in time"))
+        failures = [
+            f"rank {rank}: {reply.text}"
+            for rank, reply in sorted(replies.items())
+            if isinstance(reply, _Failed)
+        ]
         if failures:
             raise RuntimeError("\n".join(failures))
-        return results
+        return [replies[rank] for rank in range(len(self._pipes))]
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
 
 
-def _wait(processes: list, deadline: float) -> None:
-    """Until all have ended; once one fails, the others get a moment before they are killed."""
-    while any(process.is_alive() for process in processes):
-        if any(process.exitcode not in (None, 0) for process in processes):
-            deadline = min(deadline, time.monotonic() + 5)
-        if time.monotonic() > deadline:
-            for process in processes:
-                process.kill()
-        for process in processes:
-            process.join(timeout=0.02)
+_groups: dict[tuple[int, str], _Group] = {}  # those that wait for a function
 
 
-def _main(
-    rank: int, world_size: int, backend: str, folder: str, function: Callable, args: tuple
-) -> None:
+@atexit.register
+def _end_all() -> None:
+    for group in _groups.values():
+        group.end()
+
+
+@dataclass
+class _Failed:
+    text: str
+
+
+def _serve(rank: int, world_size: int, backend: str, store: str, pipe: Connection) -> None:
     try:
-        join(rank, world_size, backend, f"{folder}/store")
-        result = function(*args)
-        Path(folder, f"outcome{rank}").write_bytes(pickle.dumps(result))
-        dist.barrier()  # or a peer's connection is closed while it still works
-        dist.destroy_process_group()
+        join(rank, world_size, backend, store)
+        while True:
+            function, args = pickle.loads(pipe.recv_bytes())
+            torch.manual_seed(0)
+            pipe.send_bytes(pickle.dumps(function(*args)))
+            del function, args
+            gc.collect()
     except BaseException:
-        Path(folder, f"failure{rank}").write_text(traceback.format_exc())
+        pipe.send_bytes(pickle.dumps(_Failed(traceback.format_exc())))
         sys.exit(1)
