@@ -102,30 +102,26 @@ def compare(
         least_rounds: how many rounds each combination has in each process whatever the time.
     """
     for count in threads:
-        all_timings: dict[str, Timings] = {}
-        differences: dict[str, float] = {}
+        of_all: dict[str, list[tuple[Timings, float]]] = {}
         for _ in range(processes):
             with Side(base, count) as base_side, Side(tree, count) as tree_side:
                 for workload, algorithm in itertools.product(chosen, algorithms):
                     for side in (base_side, tree_side):
                         side.load(workload.groups, algorithm)
                     for cache in caches:
-                        label = f"{workload.name}, {algorithm}, {plural(count, 'thread')}, {cache}"
-                        timings = all_timings.setdefault(label, Timings({"base": [], "tree": []}))
                         budget = budget_seconds / processes
-                        for name, times in _rounds(
-                            base_side, tree_side, cache, budget, least_rounds
-                        ).microseconds.items():
-                            timings.microseconds[name] += times
-                        difference = _difference(base_side, tree_side)
-                        differences[label] = max(difference, differences.get(label, 0.0))
-        for label, timings in all_timings.items():
+                        timings = _rounds(base_side, tree_side, cache, budget, least_rounds)
+                        label = f"{workload.name}, {algorithm}, {plural(count, 'thread')}, {cache}"
+                        of_one = (timings, _difference(base_side, tree_side))
+                        of_all.setdefault(label, []).append(of_one)
+        for label, found in of_all.items():
+            timings = Timings.joined([timings for timings, _ in found])
             yield Comparison(
                 label,
                 timings.time("base"),
                 timings.time("tree"),
                 timings.ratio("tree", "base"),
-                differences[label],
+                max(difference for _, difference in found),
             )
 
 

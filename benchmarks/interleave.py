@@ -47,6 +47,16 @@ class Timings:
 
     microseconds: dict[str, list[float | None]]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Timings]) -> Timings:
+        """The rounds of all `parts`, which are of the same peers."""
+        return cls(
+            {
+                peer: [t for part in parts for t in part.microseconds[peer]]
+                for peer in parts[0].microseconds
+            }
+        )
+
     def time(self, peer: str) -> Quartiles:
         return quartiles([t for t in self.microseconds[peer] if t is not None])
 

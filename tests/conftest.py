@@ -51,6 +51,14 @@ def table_backend(backend: str) -> str:
     return backend
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _processes_end_well() -> Generator[None]:
+    """Ends the processes of all process groups; an error if one does not end as it should."""
+    yield
+    if processes := sys.modules.get("tests.distributed.processes"):
+        processes.end_all()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(
     collector: pytest.Collector,

@@ -214,25 +214,10 @@ bool BoundPlan::blocks_unchanged() {
   return true;
 }
 
-namespace {
-
-// None if it is gone.
-py::object referent(const py::weakref& reference) {
-#if PY_VERSION_HEX >= 0x030D0000
-  PyObject* object = nullptr;
-  if (PyWeakref_GetRef(reference.ptr(), &object) < 0) throw py::error_already_set();
-  return object ? py::reinterpret_steal<py::object>(object) : py::none();
-#else
-  return py::reinterpret_borrow<py::object>(PyWeakref_GetObject(reference.ptr()));
-#endif
-}
-
-}  // namespace
-
 bool BoundPlan::Owner::unchanged() const {
   static PyObject* const state_name = PyUnicode_InternFromString("state");
   static PyObject* const groups_name = PyUnicode_InternFromString("param_groups");
-  const py::object self = referent(optimizer);
+  const auto self = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(optimizer.ptr()));
   const auto own_state =
       py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), state_name));
   const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), groups_name));

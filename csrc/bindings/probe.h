@@ -102,10 +102,12 @@ class alignas(64) Probe {
   void prefetch() const {
     prefetch_object(object_);
     prefetch_tensor(leaf_);
-    if (storage_) __builtin_prefetch(&storage_->_mutable_data_ptr_no_checks());
+    if (storage_) prefetch_storage(storage_);
     if (meta_) __builtin_prefetch(&static_cast<const torch::autograd::AutogradMeta*>(meta_)->grad_);
-    if (last_grad_) prefetch_tensor(last_grad_);
-    if (last_grad_) __builtin_prefetch(&last_grad_storage_->_mutable_data_ptr_no_checks());
+    if (last_grad_) {
+      prefetch_tensor(last_grad_);
+      prefetch_storage(last_grad_storage_);
+    }
     prefetch_object(state_dict_);
     for (int k = 0; k < state_count_; ++k) {
       if (!in_header(k)) prefetch_object(states_[k].object);
@@ -113,7 +115,7 @@ class alignas(64) Probe {
       if (is_fixed(k)) continue;
       prefetch_geometry(states_[k].impl);
       if (in_block(k)) continue;
-      __builtin_prefetch(&states_[k].storage->_mutable_data_ptr_no_checks());
+      prefetch_storage(states_[k].storage);
     }
   }
 
@@ -121,7 +123,7 @@ class alignas(64) Probe {
   // with as many elements in the same order; of tensors that are not contiguous,
   // SlotTensors::unchanged sees the order.
   bool unchanged() {
-    if (THPVariable_Unpack(object_).unsafeGetTensorImpl() != leaf_) return false;
+    if (is_swapped()) return false;
     if (inert_) return !gradient_of(leaf_).defined();
     if (sharded_ && !shard_unchanged()) return false;
     if (impl_->dtype() != dtype_ || impl_->numel() != size_ ||
@@ -166,6 +168,9 @@ class alignas(64) Probe {
   }
 
  private:
+  // Another tensor is in the parameter's object; that of the plan may be gone.
+  bool is_swapped() const { return THPVariable_Unpack(object_).unsafeGetTensorImpl() != leaf_; }
+
   bool shard_unchanged() const {
     return local_shard(object_) == sharded_->shard &&
            THPVariable_Unpack(sharded_->shard).unsafeGetTensorImpl() == impl_ &&
@@ -252,8 +257,8 @@ class alignas(64) Probe {
         !impl->is_contiguous() || impl->numel() != size_) {
       return nullptr;
     }
-    // As many elements in one dimension are the same size.
-    if (flat_ ? impl->dim() != impl_->dim() : !same_sizes(impl, impl_)) return nullptr;
+    // Of one dimension, as many elements are the same ones in the same order.
+    if (!flat_ && !same_sizes(impl, impl_)) return nullptr;
     last_grad_ = impl;
     last_grad_storage_ = impl->unsafe_storage().unsafeGetStorageImpl();
     const auto itemsize = static_cast<int64_t>(dtype_.itemsize());
@@ -295,20 +300,25 @@ class alignas(64) Probe {
     }
   };
 
-  template <typename T>
-  static void prefetch_all(const T* object) {
-    const char* bytes = reinterpret_cast<const char*>(object);
-    for (size_t offset = 0; offset < sizeof(T); offset += 64) __builtin_prefetch(bytes + offset);
-    __builtin_prefetch(bytes + sizeof(T) - 1);
-  }
-
   // Of one dimension or none, the sizes in the middle are not looked at.
   void prefetch_tensor(const c10::TensorImpl* impl) const {
-    if (!flat_) return prefetch_all(impl);
-    __builtin_prefetch(&impl->unsafe_storage());
-    __builtin_prefetch(impl->pyobj_slot() + 1);
-    prefetch_geometry(impl);
-    __builtin_prefetch(reinterpret_cast<const char*>(impl) + sizeof(*impl) - 1);
+    const char* const bytes = reinterpret_cast<const char*>(impl);
+    if (flat_) {
+      __builtin_prefetch(&impl->unsafe_storage());
+      prefetch_geometry(impl);
+    } else {
+      for (size_t offset = 0; offset < sizeof(*impl); offset += 64) {
+        __builtin_prefetch(bytes + offset);
+      }
+    }
+    __builtin_prefetch(bytes + sizeof(*impl) - 1);
+  }
+
+  // The pointer to its memory, with the deleter, and behind these its size.
+  static void prefetch_storage(c10::StorageImpl* storage) {
+    const c10::DataPtr* const memory = &storage->_mutable_data_ptr_no_checks();
+    __builtin_prefetch(memory);
+    __builtin_prefetch(memory + 1);
   }
 
   // Where a tensor has its offset and number of elements: towards the end.

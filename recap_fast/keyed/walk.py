@@ -72,7 +72,7 @@ class Inside:
             _give_hooks(wrapper)
         # Without itself, which would be a cycle.
         self._nested = [e for e in inside[1:] if isinstance(e, keyed.CombinedOptimizer)]
-        self._count = sum(len(each._optims) for each in (optimizer, *self._nested))
+        self._count = self._count_now(optimizer)
         self.leaves = list(leaves(optimizer))
         self.fused_leaves = [leaf for leaf in self.leaves if isinstance(leaf, FusedOptimizer)]
         if self.fused_leaves:
@@ -84,10 +84,13 @@ class Inside:
 
     def is_current(self, optimizer: keyed.CombinedOptimizer) -> bool:
         """Whether none was added to the optimizer, or taken away, since."""
-        count = len(optimizer._optims)
+        return self._count == self._count_now(optimizer)
+
+    def _count_now(self, optimizer: keyed.CombinedOptimizer) -> int:
+        count = len(optimizer.optimizers)
         for nested in self._nested:
-            count += len(nested._optims)
-        return count == self._count
+            count += len(nested.optimizers)
+        return count
 
 
 def is_dense(optimizer: Optimizer) -> bool:

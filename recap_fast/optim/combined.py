@@ -182,10 +182,10 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             RuntimeError, TypeError, ValueError, KeyError: naming the parameter or param group that
                 cannot be stepped; no parameter of the native call has been changed.
         """
-        loss = None if closure is None else evaluate(closure)
+        loss = evaluate(closure)
         if len(self._optims) != self._prepared:
             self._prepare()
-        fused_leaves = self._look_inside().fused_leaves
+        fused_leaves = self.fused_leaves if self._others else []
         if fused_leaves:
             self.check_tables()
         grad_scale = getattr(self, "grad_scale", None)

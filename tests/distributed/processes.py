@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import datetime
 import gc
 import multiprocessing
@@ -104,10 +103,20 @@ def run(
     try:
         results = group.call(function, args, deadline)
     except BaseException:
-        group.end()
+        group.kill()
         raise
     _groups[world_size, backend] = group
     return results
+
+
+def end_all() -> None:
+    """Ends the processes that wait for another function.
+
+    Raises:
+        RuntimeError: one of them did not end, or not well.
+    """
+    while _groups:
+        _groups.popitem()[1].end()
 
 
 class _Group:
@@ -134,34 +143,46 @@ class _Group:
     def call(self, function: Callable[..., Any], args: tuple, deadline: float) -> list:
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps((function, args)))
-        replies: dict[int, Any] = {}
-        waiting = dict(enumerate(self._pipes))
-        while waiting and time.monotonic() < deadline:
-            seconds = max(0.0, deadline - time.monotonic())
-            ready = multiprocessing.connection.wait(list(waiting.values()), seconds)
-            for rank, pipe in list(waiting.items()):
-                if pipe not in ready:
-                    continue
-                del waiting[rank]
-                try:
-                    replies[rank] = pickle.loads(pipe.recv_bytes())
-                except EOFError:
-                    self._processes[rank].join(timeout=5)
-                    code = self._processes[rank].exitcode
-                    replies[rank] = _Failed(f"ended with {code} without a word")
+        replies: dict[int, Any] = dict.fromkeys(range(len(self._pipes)), _Failed("did not end"))
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while waiting:
+            left = max(0.0, deadline - time.monotonic())
+            ready = multiprocessing.connection.wait(list(waiting), left)
+            if not ready:
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                replies[rank] = self._reply(rank)
                 if isinstance(replies[rank], _Failed):  # the others get a moment
                     deadline = min(deadline, time.monotonic() + 5)
-        replies |= dict.fromkeys(waiting, _Failed("did not end in time"))
         failures = [
             f"rank {rank}: {reply.text}"
-            for rank, reply in sorted(replies.items())
+            for rank, reply in replies.items()
             if isinstance(reply, _Failed)
         ]
         if failures:
             raise RuntimeError("\n".join(failures))
-        return [replies[rank] for rank in range(len(self._pipes))]
+        return list(replies.values())
+
+    def _reply(self, rank: int) -> Any:
+        try:
+            return pickle.loads(self._pipes[rank].recv_bytes())
+        except EOFError:
+            self._processes[rank].join(timeout=5)
+            return _Failed(f"ended with {self._processes[rank].exitcode} without a word")
 
     def end(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        deadline = time.monotonic() + 60
+        for process in self._processes:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
+        exit_codes = [process.exitcode for process in self._processes]
+        self.kill()
+        if any(code != 0 for code in exit_codes):
+            raise RuntimeError(f"processes ended with {exit_codes}; None: they did not end")
+
+    def kill(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
@@ -169,12 +190,6 @@ class _Group:
 
 
 _groups: dict[tuple[int, str], _Group] = {}  # those that wait for a function
-
-
-@atexit.register
-def _end_all() -> None:
-    for group in _groups.values():
-        group.end()
 
 
 @dataclass
@@ -185,12 +200,21 @@ class _Failed:
 def _serve(rank: int, world_size: int, backend: str, store: str, pipe: Connection) -> None:
     try:
         join(rank, world_size, backend, store)
-        while True:
-            function, args = pickle.loads(pipe.recv_bytes())
+        while request := _next(pipe):
+            function, args = pickle.loads(request)
             torch.manual_seed(0)
             pipe.send_bytes(pickle.dumps(function(*args)))
             del function, args
             gc.collect()
+        dist.barrier()  # or a peer's connection is closed while it still works
+        dist.destroy_process_group()
     except BaseException:
         pipe.send_bytes(pickle.dumps(_Failed(traceback.format_exc())))
         sys.exit(1)
+
+
+def _next(pipe: Connection) -> bytes | None:
+    try:
+        return pipe.recv_bytes()
+    except EOFError:
+        return None
