@@ -79,6 +79,10 @@ $(VENV)/installed: requirements/build.txt requirements/torchrec-cpu.txt
 	$(PIP) --no-deps "$(TORCHREC)" "$(FBGEMM)"
 	touch $@
 
+# To try and to test, the CUDA engine is compiled for the GPU that there is, or else for one of the newest;
+# `make wheel` and pip compile it for all.
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '7\.5|([89]|1[0-9])\.[0-9]' | sort -u)
+$(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= $(or $(GPUS),12.0)
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/cuda/*.cmake) $(CSRC)
 	$(PIP) --no-build-isolation -e ".[demo,test,lint]"
 	touch $@

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -26,11 +28,11 @@ def test_the_engine_on_an_emulated_machine_under_sanitizers() -> None:
     run_ctest(build_sanitized("test_cuda_engine"), "cuda/test_cuda_engine")
 
 
-# What depends on the engine; the rest would only repeat what the CPU engine has shown.
+# What depends on the engine; the rest would only repeat what the CPU engine has shown. That the bits of
+# all updates are right, test_cuda_engine has shown in C++: these look at what binds them to torch.
 EMULATED_TESTS = (
     "test_amp.py",
     "test_amp_refused.py",
-    "test_bits.py",
     "test_clipping.py",
     "test_combined.py",
     "test_device_values.py",
@@ -38,16 +40,24 @@ EMULATED_TESTS = (
     "test_errors.py",
     "test_interface.py",
     "test_interop.py",
-    "test_oracle.py",
     "test_stepper.py",
     "test_user_entries.py",
 )
+# Every update again, through Python.
+EMULATED_BITS = ("test_bits.py", "test_oracle.py")
 
 
 @needs_compiler
-def test_the_optimizers_with_an_emulated_engine() -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(EMULATED_TESTS, id="what binds them"),
+        pytest.param(EMULATED_BITS, id="bits", marks=pytest.mark.long),
+    ],
+)
+def test_the_optimizers_with_an_emulated_engine(names: tuple[str, ...]) -> None:
     """The same tests as for the CPU engine, in a process where CPU tensors are a CUDA device's."""
-    files = [f"tests/optim/{name}" for name in EMULATED_TESTS]
+    files = [f"tests/optim/{name}" for name in names]
     run_tests_with(build_extension("emulated"), "-m", "not cpu_engine", *files, OMP_NUM_THREADS="1")
 
 
@@ -55,20 +65,33 @@ def test_the_optimizers_with_an_emulated_engine() -> None:
 OLDEST_AND_NEWEST = (check_ptx.ARCHITECTURES[0], check_ptx.ARCHITECTURES[-1])
 
 
-class Compiled:
-    """All that the tests look at, compiled side by side: nvcc takes 6 to 8 seconds for each."""
+def _newest_by_default(architectures: Iterable[str]) -> list[Any]:
+    newest = check_ptx.ARCHITECTURES[-1]
+    return [
+        each if each == newest else pytest.param(each, marks=pytest.mark.long)
+        for each in architectures
+    ]
 
-    def __init__(self) -> None:
+
+class Compiled:
+    """What tests look at, compiled side by side: nvcc takes 6 to 8 seconds for each.
+
+    Args:
+        architectures: those of the tests that run.
+    """
+
+    def __init__(self, architectures: Iterable[str]) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self._compiled = {
                 (kernel, architecture): pool.submit(check_ptx.compile_for, kernel, architecture)
                 for kernel in check_ptx.KERNELS
-                for architecture in check_ptx.ARCHITECTURES
+                for architecture in architectures
             }
             self._marked = {
                 (kernel, architecture): pool.submit(check_ptx.read_marked_ptx, kernel, architecture)
                 for kernel in check_ptx.KERNELS
-                for architecture in OLDEST_AND_NEWEST
+                for architecture in architectures
+                if architecture in OLDEST_AND_NEWEST
             }
 
     def reports(self, kernel: str, architecture: str) -> list[check_ptx.Report]:
@@ -82,8 +105,10 @@ class Compiled:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Compiled:
-    return Compiled()
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    runs = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = {run.params.get("architecture") for run in runs if run}
+    return Compiled([each for each in check_ptx.ARCHITECTURES if each in wanted])
 
 
 @pytest.fixture(params=check_ptx.KERNELS)
@@ -91,7 +116,7 @@ def kernel(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=check_ptx.ARCHITECTURES)
+@pytest.fixture(params=_newest_by_default(check_ptx.ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -148,7 +173,7 @@ def test_a_ticket_is_taken_behind_a_fence(kernel: str, ptx: str) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", OLDEST_AND_NEWEST)
+@pytest.mark.parametrize("architecture", _newest_by_default(OLDEST_AND_NEWEST))
 def test_only_the_source_asks_for_fma(compiled: Compiled, kernel: str, architecture: str) -> None:
     found = check_ptx.fmas(compiled.marked_ptx(kernel, architecture))
     assert len(found) > 500

@@ -235,14 +235,7 @@ def assert_equal(
                     assert float((own - other).abs().max()) <= bound, (rank, name)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_killed_training_ends_as_if_undisturbed(
-    tmp_path: Path, world_size: int, table_backend: str
-) -> None:
-    check(tmp_path, world_size, table_backend, kills=3, seed=world_size)
-
-
-@pytest.mark.long
+@pytest.mark.long  # deaths at every operation on a file are in test_interrupted.py
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_training_killed_twenty_times_ends_as_if_undisturbed(
     tmp_path: Path, world_size: int, table_backend: str
