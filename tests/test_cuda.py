@@ -28,8 +28,8 @@ def test_the_engine_on_an_emulated_machine_under_sanitizers() -> None:
     run_ctest(build_sanitized("test_cuda_engine"), "cuda/test_cuda_engine")
 
 
-# What depends on the engine; the rest would only repeat what the CPU engine has shown. That the bits of
-# all updates are right, test_cuda_engine has shown in C++: these look at what binds them to torch.
+# What depends on the engine; the rest would only repeat what the CPU engine has shown. That the
+# bits of all updates are right, test_cuda_engine has shown in C++: these look at what binds them.
 EMULATED_TESTS = (
     "test_amp.py",
     "test_amp_refused.py",

@@ -63,7 +63,8 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def _assert_built(read: Callable[[str], str], names: list[str]) -> None:
-    assert {f"recap_fast/{EXTENSION}", f"recap_fast/{RECORD}"} <= set(names)
+    files = (EXTENSION, RECORD, "py.typed")  # the last: type checkers read the annotations
+    assert {f"recap_fast/{name}" for name in files} <= set(names)
     assert read(f"recap_fast/{EXTENSION}") == "built\n"
     assert read(f"recap_fast/{RECORD}") == f'TORCH_VERSION = "{torch.__version__}"\n'
 
