@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <set>
@@ -28,6 +29,16 @@ constexpr size_t kPrefetchGroups = 2;  // likewise
 // Up to so many bytes of parameters a step on the CPU keeps the GIL. It takes about a millisecond,
 // less than Python itself keeps a thread waiting, and to hold gradients would cost some percent.
 constexpr int64_t kShortStep = 4 * 1024 * 1024;
+
+// A step count may be a view of any bytes, at whatever address.
+template <typename T>
+double add_at(void* memory, double difference) {
+  T count;
+  std::memcpy(&count, memory, sizeof(count));
+  count += static_cast<T>(difference);
+  std::memcpy(memory, &count, sizeof(count));
+  return count;
+}
 
 // What is neither true nor false, the group's reader refuses by name.
 bool is_capturable(const py::dict& group) {
@@ -304,8 +315,7 @@ void BoundPlan::forget_sparse() {
 
 double BoundPlan::Counter::add(double difference) const {
   if (!data) return 1.0;
-  return is_double ? *static_cast<double*>(data) += difference
-                   : *static_cast<float*>(data) += static_cast<float>(difference);
+  return is_double ? add_at<double>(data, difference) : add_at<float>(data, difference);
 }
 
 void BoundPlan::set_clipping(double max_norm, std::vector<uint32_t> part_of_slot, size_t parts,

@@ -27,8 +27,7 @@ namespace recap::cuda {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 3;  // allows 80 registers; at 4 blocks and 64, they spill
 
-// --- access
-// ---------------------------------------------------------------------------------------
+// --- access ----------------------------------------------------------------------------
 
 // What one thread holds of a chunk: 16 bytes of each array. Elements are cut out of whole registers
 // when they are used; an array of 16-bit elements would take a register for each.
@@ -148,8 +147,7 @@ struct Part {
   }
 };
 
-// --- update
-// ---------------------------------------------------------------------------------------
+// --- update ----------------------------------------------------------------------------
 
 template <typename Algorithm, typename T>
 struct Arrays {
@@ -292,8 +290,7 @@ RECAP_DEVICE void update_tile_of_any_dtype(const TileEntry& tile, Update update,
   }
 }
 
-// --- parameter
-// ------------------------------------------------------------------------------------
+// --- parameter -------------------------------------------------------------------------
 
 // A table of the kernel's parameter, which is in the constant bank: `__grid_constant__` lets it be
 // indexed without a copy per thread.

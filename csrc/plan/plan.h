@@ -14,7 +14,13 @@ enum class Dtype : uint8_t { float32, float64, bfloat16, float16 };
 constexpr int kDtypes = 4;
 
 constexpr int64_t dtype_size(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+  switch (dtype) {
+    case Dtype::float64: return 8;
+    case Dtype::float32: return 4;
+    case Dtype::bfloat16:
+    case Dtype::float16: return 2;
+  }
+  return 0;
 }
 
 // One parameter tensor with its state tensors: dense memory, visited in memory order.
