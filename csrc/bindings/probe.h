@@ -22,6 +22,10 @@
 #include "snapshot.h"
 #include "state_block.h"
 
+// What is prefetched may be gone: of it, only the address of a member is taken, and nothing read.
+// To a sanitizer, that alone is a use of it.
+#define RECAP_MAY_BE_GONE [[gnu::no_sanitize_address, gnu::no_sanitize_undefined]]
+
 namespace recap {
 
 constexpr int kMaxProbed = kMaxStates + 1;  // the states and the step count
@@ -90,7 +94,7 @@ class alignas(64) Probe {
   }
 
   // For `bump_version`: first the pointer, then what it writes to.
-  void prefetch_leaf() const { __builtin_prefetch(&leaf_->version_counter()); }
+  RECAP_MAY_BE_GONE void prefetch_leaf() const { __builtin_prefetch(&leaf_->version_counter()); }
   void prefetch_version() const {
     const c10::VariableVersion& version = leaf_->version_counter();
     static_assert(sizeof(version) == sizeof(void*));
@@ -99,7 +103,7 @@ class alignas(64) Probe {
     __builtin_prefetch(counter, 1);
   }
 
-  void prefetch() const {
+  RECAP_MAY_BE_GONE void prefetch() const {
     prefetch_object(object_);
     prefetch_tensor(leaf_);
     if (storage_) prefetch_storage(storage_);
@@ -292,8 +296,8 @@ class alignas(64) Probe {
     c10::StorageImpl* storage;
     const void* data;
 
-    bool same_storage(bool in_header) const {
-      // In this order: the tensor that the object had may be gone.
+    // The tensor that the object had may be gone; what a block has made stays readable then.
+    [[gnu::no_sanitize_undefined]] bool same_storage(bool in_header) const {
       return (in_header ? impl->pyobj_slot()->load_pyobj() == object
                         : THPVariable_Unpack(object).unsafeGetTensorImpl() == impl) &&
              impl->unsafe_storage().unsafeGetStorageImpl() == storage;
@@ -301,7 +305,7 @@ class alignas(64) Probe {
   };
 
   // Of one dimension or none, the sizes in the middle are not looked at.
-  void prefetch_tensor(const c10::TensorImpl* impl) const {
+  RECAP_MAY_BE_GONE void prefetch_tensor(const c10::TensorImpl* impl) const {
     const char* const bytes = reinterpret_cast<const char*>(impl);
     if (flat_) {
       __builtin_prefetch(&impl->unsafe_storage());
@@ -315,14 +319,14 @@ class alignas(64) Probe {
   }
 
   // The pointer to its memory, with the deleter, and behind these its size.
-  static void prefetch_storage(c10::StorageImpl* storage) {
+  RECAP_MAY_BE_GONE static void prefetch_storage(c10::StorageImpl* storage) {
     const c10::DataPtr* const memory = &storage->_mutable_data_ptr_no_checks();
     __builtin_prefetch(memory);
     __builtin_prefetch(memory + 1);
   }
 
   // Where a tensor has its offset and number of elements: towards the end.
-  static void prefetch_geometry(const c10::TensorImpl* impl) {
+  RECAP_MAY_BE_GONE static void prefetch_geometry(const c10::TensorImpl* impl) {
     __builtin_prefetch(reinterpret_cast<const char*>(impl) + sizeof(*impl) - 32);
   }
 

@@ -35,6 +35,13 @@ Hyper sgd(double momentum, double weight_decay, bool nesterov) {
   return hyper;
 }
 
+Hyper rowwise_adagrad(double weight_decay, bool decoupled) {
+  Hyper hyper;
+  hyper.algorithm = Algorithm::rowwise_adagrad;
+  hyper.rowwise_adagrad = {0.1, 1e-8, weight_decay, decoupled};
+  return hyper;
+}
+
 void check_update(const Hyper& hyper, Update expected, const char* name) {
   const Update found = recap::make_values(hyper, 1, false, 1).update;
   CHECK_EQ(static_cast<int>(found), static_cast<int>(expected), "for ", name);
@@ -83,13 +90,17 @@ TEST(updates_with_a_momentum_or_a_maximum_have_their_states) {
 // The factor of every algorithm for these hyperparameters.
 std::vector<double> grad_factors(bool maximize, double grad_scale, double clip = 1.0) {
   std::vector<double> factors;
-  for (Hyper hyper : {adam(0, false, false), adagrad(0), sgd(0, 0, false)}) {
+  for (Hyper hyper :
+       {adam(0, false, false), adagrad(0), sgd(0, 0, false), rowwise_adagrad(0, false)}) {
     hyper.maximize = maximize;
     const Values values = recap::make_values(hyper, 1, false, grad_scale, clip);
     switch (hyper.algorithm) {
       case Algorithm::adam: factors.push_back(values.float64.adam.grad_factor); break;
       case Algorithm::adagrad: factors.push_back(values.float64.adagrad.grad_factor); break;
       case Algorithm::sgd: factors.push_back(values.float64.sgd.grad_factor); break;
+      case Algorithm::rowwise_adagrad:
+        factors.push_back(values.float64.rowwise_adagrad.grad_factor);
+        break;
     }
   }
   return factors;
@@ -175,13 +186,18 @@ std::vector<double> all_values(const Hyper& hyper, const Values& values) {
       append(members<double>(values.float64.sgd));
       append(members<float>(values.float32.sgd));
       break;
+    case Algorithm::rowwise_adagrad:
+      append(members<double>(values.float64.rowwise_adagrad));
+      append(members<float>(values.float32.rowwise_adagrad));
+      break;
   }
   return all;
 }
 
 TEST(a_values_maker_remembers_the_right_powers) {
   recap::ValuesMaker maker;
-  std::vector<Hyper> hypers = {adagrad(0.1), sgd(0.9, 0, true), adam(0.1, true, false)};
+  std::vector<Hyper> hypers = {adagrad(0.1), sgd(0.9, 0, true), adam(0.1, true, false),
+                               rowwise_adagrad(0.1, true)};
   for (int i = 0; i < 20; ++i) {  // more powers than it remembers
     hypers.push_back(adam(0, false, false));
     hypers.back().adam.beta1 = i % 7 / 8.0;
@@ -207,6 +223,9 @@ TEST(float_values_are_the_double_ones_rounded) {
   check_rounding<recap::AdagradValues>(b.in<float>().adagrad, b.in<double>().adagrad);
   const Values c = recap::make_values(sgd(0.9, 0.1, true), 3, false, 7);
   check_rounding<recap::SgdValues>(c.in<float>().sgd, c.in<double>().sgd);
+  const Values d = recap::make_values(rowwise_adagrad(0.1, true), 3, false, 7);
+  check_rounding<recap::RowwiseAdagradValues>(d.in<float>().rowwise_adagrad,
+                                              d.in<double>().rowwise_adagrad);
 }
 
 }  // namespace
