@@ -94,7 +94,7 @@ class alignas(64) Probe {
   }
 
   // For `bump_version`: first the pointer, then what it writes to.
-  RECAP_MAY_BE_GONE void prefetch_leaf() const { __builtin_prefetch(&leaf_->version_counter()); }
+  void prefetch_leaf() const { __builtin_prefetch(&leaf_->version_counter()); }
   void prefetch_version() const {
     const c10::VariableVersion& version = leaf_->version_counter();
     static_assert(sizeof(version) == sizeof(void*));

@@ -185,6 +185,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         loss = evaluate(closure)
         if len(self._optims) != self._prepared:
             self._prepare()
+        # Where all steps are native there are no tables, and to look costs five calls each step.
         fused_leaves = self.fused_leaves if self._others else []
         if fused_leaves:
             self.check_tables()
