@@ -76,7 +76,8 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
   for (const py::object& optimizer : optimizers) {
     const py::object param_groups = optimizer.attr("param_groups");
     owners_.push_back({py::weakref(optimizer), optimizer.attr("state"), param_groups,
-                       ListSnapshot(param_groups), optimizer.ptr()});
+                       ListSnapshot(param_groups), optimizer.attr("_optimizer_step_pre_hooks"),
+                       optimizer.attr("_optimizer_step_post_hooks"), optimizer.ptr()});
   }
   for (const GroupSource& source : groups) device_values_ |= is_capturable(source.group);
   refuse_capture(groups);
@@ -499,6 +500,14 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
   remember_gradients();
   if (!new_states_.empty()) new_states_.finish();
   return Outcome::stepped;
+}
+
+bool BoundPlan::step_plainly() {
+  for (const Owner& owner : owners_) {
+    if (!owner.pre_hooks.empty() || !owner.post_hooks.empty()) return false;
+  }
+  const py::none nothing;
+  return step(nothing, nothing, nothing, py::tuple()) == Outcome::stepped;
 }
 
 void BoundPlan::sort_lookups() {

@@ -55,6 +55,10 @@ class BoundPlan {
   Outcome step(const py::object& grad_scale, const py::object& found_inf,
                const py::object& unscale_by, const py::sequence& others);
 
+  // A step in which nobody else has a part; false if it was not taken, and `step` is to be called:
+  // also if an optimizer has hooks, which are called around it.
+  bool step_plainly();
+
   // Whether one of the `others` raised the error of the last step.
   bool failed_elsewhere() const { return failed_elsewhere_; }
 
@@ -65,6 +69,8 @@ class BoundPlan {
       visit(owner.optimizer);
       visit(owner.state);
       visit(owner.param_groups);
+      visit(owner.pre_hooks);
+      visit(owner.post_hooks);
       owner.groups.each_reference(visit);
     }
     for (const Group& group : groups_) {
@@ -141,6 +147,7 @@ class BoundPlan {
     py::object state;
     py::object param_groups;  // a list, or a tuple that a user put there
     ListSnapshot groups;
+    py::dict pre_hooks, post_hooks;
     PyObject* object;  // a hint for `prefetch` alone
 
     bool unchanged() const;

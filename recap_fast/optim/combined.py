@@ -136,7 +136,8 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
         )
         self._warned_of_scaled_tables = False
-        self._schedulers_know = False
+        # Until then there is more to a step than the native call, and always if that is not all.
+        self._steps_plainly = False
         self._prepared = count  # last: what is interrupted before is done again
 
     def init_state(
@@ -182,15 +183,23 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             RuntimeError, TypeError, ValueError, KeyError: naming the parameter or param group that
                 cannot be stepped; no parameter of the native call has been changed.
         """
-        loss = evaluate(closure)
+        loss = None if closure is None else evaluate(closure)
         if len(self._optims) != self._prepared:
             self._prepare()
-        # Where all steps are native there are no tables, and to look costs five calls each step.
-        fused_leaves = self.fused_leaves if self._others else []
-        if fused_leaves:
-            self.check_tables()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
+        if (
+            self._steps_plainly
+            and grad_scale is None
+            and found_inf is None
+            and not _global_optimizer_pre_hooks
+            and not _global_optimizer_post_hooks
+            and self._stepper.step_plainly()
+        ):
+            return loss
+        fused_leaves = self.fused_leaves
+        if fused_leaves:
+            self.check_tables()
         if grad_scale is not None or found_inf is not None:
             self._check_scaling(grad_scale)
         if self._stepper is not None:
@@ -203,7 +212,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                 self._step_with_hooks(grad_scale, found_inf, others)
             else:
                 self._stepper.step(grad_scale, found_inf, self.unscale_grads, others)
-            if not self._schedulers_know:
+            if not self._steps_plainly:
                 self._tell_schedulers()
         if fused_leaves and step_is_skipped(fused_leaves, grad_scale, found_inf, self.grad_norm):
             self.sync_fused_learning_rates()
@@ -296,7 +305,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         """
         for optimizer in self._native:
             optimizer._opt_called = True
-        self._schedulers_know = True
+        self._steps_plainly = not self._others
 
     def _step_with_hooks(
         self,

@@ -111,6 +111,11 @@ class Stepper:
     def _left(self) -> list[tuple[int, list[Group]]]:
         return [] if self._built is None else self._built.left
 
+    def step_plainly(self) -> bool:
+        """Takes a step that is one native call and nothing else; False if it is more than that."""
+        plan = self._simple_plan
+        return plan is not None and plan.step_plainly()
+
     def step(
         self,
         grad_scale: Tensor | None,
@@ -131,14 +136,7 @@ class Stepper:
             Exception: naming the parameter or param group that cannot be stepped. Parameters,
                 states and step counts are then as they were.
         """
-        plan = self._simple_plan
-        if (
-            plan is not None
-            and grad_scale is None
-            and found_inf is None
-            and not others
-            and plan.step(None, None, None) == native.STEPPED
-        ):
+        if grad_scale is None and found_inf is None and not others and self.step_plainly():
             return
         unscale_by = grad_scale if unscale_grads else None
         if self._may_leave:
