@@ -50,7 +50,7 @@ def _build(workload: Workload) -> peers.Peer:
 def _native_call(peer: peers.Peer) -> Callable[[], Any]:
     """The one call into C++ that a step of `peer` makes."""
     plan = _stepper(peer)._plan
-    return lambda: plan.step(None, None)
+    return plan.step_plainly
 
 
 def _stepper(peer: peers.Peer) -> Any:
