@@ -32,8 +32,7 @@ PyObject* step_plainly(PyObject* self, PyObject*) {
 void add_step_plainly(const py::handle& type) {
   static PyMethodDef method = {"step_plainly", step_plainly, METH_NOARGS, nullptr};
   auto* const owner = reinterpret_cast<PyTypeObject*>(type.ptr());
-  type.attr(method.ml_name) =
-      py::reinterpret_steal<py::object>(PyDescr_NewMethod(owner, &method));
+  type.attr(method.ml_name) = py::reinterpret_steal<py::object>(PyDescr_NewMethod(owner, &method));
 }
 
 // Has the garbage collector see what a plan owns: an optimizer owns its plan, and what the plan

@@ -188,29 +188,20 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             self._prepare()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        if (
-            self._steps_plainly
-            and grad_scale is None
-            and found_inf is None
-            and not _global_optimizer_pre_hooks
-            and not _global_optimizer_post_hooks
-            and self._stepper.step_plainly()
-        ):
+        scaled = grad_scale is not None or found_inf is not None
+        hooked = bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+        if self._steps_plainly and not scaled and not hooked and self._stepper.step_plainly():
             return loss
         fused_leaves = self.fused_leaves
         if fused_leaves:
             self.check_tables()
-        if grad_scale is not None or found_inf is not None:
+        if scaled:
             self._check_scaling(grad_scale)
         if self._stepper is not None:
             others = [part.step for part in self._together] if self._together else ()
-            if (
-                any(self._inner_hooks)
-                or _global_optimizer_pre_hooks
-                or _global_optimizer_post_hooks
-            ):
+            if hooked or any(self._inner_hooks):
                 self._step_with_hooks(grad_scale, found_inf, others)
-            else:
+            elif scaled or others or not self._stepper.step_plainly():
                 self._stepper.step(grad_scale, found_inf, self.unscale_grads, others)
             if not self._steps_plainly:
                 self._tell_schedulers()

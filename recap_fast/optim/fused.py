@@ -208,7 +208,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         loss = None if closure is None else evaluate(closure)
         if self._stepper is None:
             self._stepper = Stepper([self], max_norm=self._clip_grad_norm)
-        self._stepper.step(
-            getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self.unscale_grads
-        )
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        scaled = grad_scale is not None or found_inf is not None
+        if scaled or not self._stepper.step_plainly():
+            self._stepper.step(grad_scale, found_inf, self.unscale_grads)
         return loss

@@ -112,7 +112,10 @@ class Stepper:
         return [] if self._built is None else self._built.left
 
     def step_plainly(self) -> bool:
-        """Takes a step that is one native call and nothing else; False if it is more than that."""
+        """Takes a step that is one native call and nothing else: with no hooks, scaling or others.
+
+        False if it is more, and was not taken.
+        """
         plan = self._simple_plan
         return plan is not None and plan.step_plainly()
 
@@ -136,8 +139,6 @@ class Stepper:
             Exception: naming the parameter or param group that cannot be stepped. Parameters,
                 states and step counts are then as they were.
         """
-        if grad_scale is None and found_inf is None and not others and self.step_plainly():
-            return
         unscale_by = grad_scale if unscale_grads else None
         if self._may_leave:
             with self._building:  # which may change what is left to torch
