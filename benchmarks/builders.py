@@ -69,13 +69,13 @@ def _keyed(combined: Callable[[list[Any]], Any], inner: type, groups: Groups) ->
 
 def _ours(groups: Groups, algorithm: str) -> Stepping:
     # Not at the top of this file: it needs torchrec, which the other peers do without.
-    from recap_fast.optim.combined import FusedCombinedOptimizer
+    from recap_fast import FusedCombinedOptimizer
 
     return _keyed(FusedCombinedOptimizer, _OURS[algorithm], groups)
 
 
 def _ours_clipping(groups: Groups, algorithm: str) -> Stepping:
-    from recap_fast.optim.combined import FusedCombinedOptimizer
+    from recap_fast import FusedCombinedOptimizer
 
     combined = functools.partial(FusedCombinedOptimizer, clip_grad_norm=MAX_NORM)
     return _keyed(combined, _OURS[algorithm], groups)

@@ -112,7 +112,7 @@ def demo() -> Workload:
     """
     from recap_fast.demo.model import build_model, optimizer_configs
     from recap_fast.embeddings import find_fused_optimizer, fuse_embeddings
-    from recap_fast.grouping import group_parameters
+    from recap_fast.groups.assign import group_parameters
 
     dense_config, embedding_config = optimizer_configs(total_steps=100)
     model = fuse_embeddings(build_model(seed=0), embedding_config)

@@ -33,18 +33,18 @@ if TYPE_CHECKING:
         load_optimizer_config,
     )
     from recap_fast.fusing import fuse, unfuse
+    from recap_fast.keyed.fused import FusedCombinedOptimizer
     from recap_fast.optim import FusedRowwiseAdagrad
-    from recap_fast.optim.combined import FusedCombinedOptimizer
-    from recap_fast.shim import RecapLRShim
+    from recap_fast.scheduler import RecapLRShim
 
 __version__ = "0.1.0"
 
 _HOME = {
     "EmbeddingOptimizerConfig": "recap_fast.config",
-    "FusedCombinedOptimizer": "recap_fast.optim.combined",
+    "FusedCombinedOptimizer": "recap_fast.keyed.fused",
     "FusedRowwiseAdagrad": "recap_fast.optim",
     "OptimizerConfig": "recap_fast.config",
-    "RecapLRShim": "recap_fast.shim",
+    "RecapLRShim": "recap_fast.scheduler",
     "RecapOptimizerConfig": "recap_fast.config",
     "build_info": "recap_fast._native",
     "build_optimizer": "recap_fast.build",

@@ -15,11 +15,11 @@ from recap_fast.clipping import check_norm_is_global
 from recap_fast.config import as_embedding_config, as_optimizer_config
 from recap_fast.config.convert import kind_of
 from recap_fast.embeddings import find_fused_optimizer
-from recap_fast.embeddings.built import check_built_kernels, check_mean_pooling
-from recap_fast.grouping import group_parameters
+from recap_fast.embeddings.check_kernels import check_built_kernels, check_mean_pooling
+from recap_fast.groups.assign import group_parameters
 from recap_fast.keyed import is_dense
-from recap_fast.schedules import DEFAULT_LR
-from recap_fast.shim import RecapLRShim
+from recap_fast.scheduler import RecapLRShim
+from recap_fast.schedules.compute import DEFAULT_LR
 
 if TYPE_CHECKING:
     from torchrec.optim import keyed

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from recap_fast.assembly import OptimizerClasses, assemble
 from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
+from recap_fast.keyed.fused import FusedCombinedOptimizer
 from recap_fast.optim import (
     FusedAdagrad,
     FusedAdam,
@@ -18,9 +19,8 @@ from recap_fast.optim import (
     FusedRowwiseAdagrad,
     FusedSGD,
 )
-from recap_fast.optim.combined import FusedCombinedOptimizer
-from recap_fast.schedules import DEFAULT_LR
-from recap_fast.shim import RecapLRShim
+from recap_fast.scheduler import RecapLRShim
+from recap_fast.schedules.compute import DEFAULT_LR
 from recap_fast.table_optimizers import LazyAdamW, RowwiseAdagrad
 
 __all__ = ["DEFAULT_LR", "build_optimizer"]
@@ -45,7 +45,7 @@ def build_optimizer(
     Args:
         model: The model, wrapped or not (DDP, torch.compile, torchrec's model parallel). If it has
             a `fused_optimizer` (see `recap_fast.embeddings`), that becomes part of the optimizer.
-        optimizer_config: Algorithms and learning rates; `recap_fast.grouping.group_parameters`
+        optimizer_config: Algorithms and learning rates; `recap_fast.groups.assign.group_parameters`
             tells which parameters each rate is for. A mapping, a dataclass or a pydantic model with
             the same fields is taken too, such as the recap recommender's own configuration.
         emb_optimizer_config: The learning rates of the embedding tables, and what is different for

@@ -21,8 +21,8 @@ from recap_fast.optim import (
     FusedSGD,
     FusedSparseAdam,
 )
+from recap_fast.optim.hooks import steps_as_its_class, unhooked
 from recap_fast.optim.left_to_torch import LeftToTorch, make_counts_torchs
-from recap_fast.optim.observed import steps_as_its_class, unhooked
 
 logger = logging.getLogger("recap_fast")
 
@@ -358,7 +358,7 @@ def _clips_what_is_not_native(optimizer: Any) -> bool:
 
 
 def _combine(optimizer: Any) -> None:
-    from recap_fast.optim.combined import FusedCombinedOptimizer
+    from recap_fast.keyed.fused import FusedCombinedOptimizer
 
     before = dict(optimizer.__dict__)
     for _, part in optimizer.optimizers:
@@ -379,7 +379,7 @@ def _combine(optimizer: Any) -> None:
 
 
 def _is_fused_combined(optimizer: Optimizer) -> bool:
-    module = sys.modules.get("recap_fast.optim.combined")
+    module = sys.modules.get("recap_fast.keyed.fused")
     return module is not None and type(optimizer) is module.FusedCombinedOptimizer
 
 

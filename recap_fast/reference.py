@@ -16,7 +16,7 @@ from torch import nn
 from recap_fast.assembly import OptimizerClasses, assemble
 from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
 from recap_fast.keyed import CombinedOptimizer
-from recap_fast.shim import RecapLRShim
+from recap_fast.scheduler import RecapLRShim
 from recap_fast.table_optimizers import LazyAdamW, RowwiseAdagrad
 
 __all__ = ["LazyAdamW", "RowwiseAdagrad", "build_optimizer"]
@@ -44,7 +44,7 @@ def build_optimizer(
     Arguments, results and errors are those of `recap_fast.build_optimizer`, but that clipping
     rewrites the gradients:
 
-    1. `recap_fast.grouping.group_parameters` sorts the parameters into groups;
+    1. `recap_fast.groups.assign.group_parameters` sorts the parameters into groups;
     2. each group gets an optimizer of the configured algorithm;
     3. a `CombinedOptimizer` holds these and the model's fused optimizer, if it has one;
     4. a `RecapLRShim` sets the rate of every param group, at step 0 and after each step.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recap_fast.state import new_state
-from recap_fast.state_memory import StateMemory
+from recap_fast.state.memory import StateMemory
+from recap_fast.state.new import new_state
 
 _Dict = dict[str, Any]
 

@@ -34,7 +34,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     """The process groups that a test of several processes runs on: one body for CPUs and GPUs.
 
     On gloo only is what is for CPUs (`recap-fast demo`), or has a process group of one process for
-    the sake of a wrapper or of file names (tests/test_build.py, tests/test_grouping.py).
+    the sake of a wrapper or of file names (tests/test_build.py, tests/groups/test_assign.py).
     """
     if request.param == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("nccl needs a CUDA device per process, and fbgemm-gpu with CUDA for tables")
@@ -55,7 +55,7 @@ def table_backend(backend: str) -> str:
 def _processes_end_well() -> Generator[None]:
     """Ends the processes of all process groups; an error if one does not end as it should."""
     yield
-    if processes := sys.modules.get("tests.distributed.processes"):
+    if processes := sys.modules.get("tests.support.processes"):
         processes.end_all()
 
 

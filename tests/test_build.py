@@ -33,10 +33,10 @@ from recap_fast.config import (
     SgdConfig,
 )
 from recap_fast.embeddings import fuse_embeddings
+from recap_fast.keyed.fused import CombinedOptimizer, FusedCombinedOptimizer
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
-from recap_fast.optim.combined import CombinedOptimizer, FusedCombinedOptimizer
-from recap_fast.shim import RecapLRShim
-from tests.models import (
+from recap_fast.scheduler import RecapLRShim
+from tests.support.models import (
     EMBEDDING_RATE,
     LIKED,
     REPLIED,

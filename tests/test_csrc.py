@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native_build import SOURCES, build, needs_compiler, run, run_ctest
+from tests.support.native_build import SOURCES, build, needs_compiler, run, run_ctest
 
 TESTS = sorted(
     str(path.relative_to(SOURCES).with_suffix(""))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.native_build import (
+from tests.support.native_build import (
     build_extension,
     build_sanitized,
     check_ptx,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recap_fast._native import native
-from tests.native_build import (
+from tests.support.native_build import (
     ROOT,
     build_extension,
     check_ptx,

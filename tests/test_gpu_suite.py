@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.gpu.test_gpu_sanitizer import complaints
-from tests.native_build import ROOT, build_extension, needs_compiler
+from tests.support.native_build import ROOT, build_extension, needs_compiler
 
 SESSION = ROOT / "benchmarks" / "gpu_session.sh"
 

@@ -13,8 +13,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recap_fast import build_optimizer
-from tests.distributed.processes import device, run
-from tests.models import Ranker, multi_task_config
+from tests.support.models import Ranker, multi_task_config
+from tests.support.processes import device, run
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guide.md"
 EMBEDDINGS = GUIDE.read_text().partition("## Embeddings")[2].partition("\n## ")[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native_build import ROOT
+from tests.support.native_build import ROOT
 from tools.matrix import page, pairs, results
 from tools.matrix.__main__ import PAGE, RESULTS, main
 from tools.matrix.commands import Places, commands

@@ -1,4 +1,4 @@
-"""The recap recommender's program with one import swapped (see `tests.original_program`)."""
+"""The recap recommender's program with one import swapped: `tests.support.original_program`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 import recap_fast
 from recap_fast import reference
-from tests.original_configs import CLASSES
-from tests.original_program import STEPS, ModelAndLoss, original, read, run
+from tests.support.original_configs import CLASSES
+from tests.support.original_program import STEPS, ModelAndLoss, original, read, run
 
 SWAPPED = {"recap_fast": recap_fast, "recap_fast.reference": reference}
 

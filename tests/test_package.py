@@ -19,7 +19,7 @@ import pytest
 import setuptools
 import torch
 
-from tests.native_build import ROOT
+from tests.support.native_build import ROOT
 
 EXTENSION = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 RECORD = "_torch_version.py"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recap_fast.torchrec_releases import PAIRS, REQUIREMENTS, how_to_install
-from tests.native_build import ROOT
+from tests.support.native_build import ROOT
 
 _ALL = """
 import importlib, sys

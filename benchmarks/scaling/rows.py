@@ -13,10 +13,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
-from recap_fast.embeddings.kernels import OPTIMIZERS
+from recap_fast.embeddings.algorithms import TABLE_ALGORITHMS
 
 ALGORITHMS: Final = {
-    name: OPTIMIZERS[name]
+    name: TABLE_ALGORITHMS[name].optimizer
     for name in ("sgd", "rowwise_adagrad", "partial_rowwise_adam", "adagrad", "adam")
 }
 DTYPES: Final = {"float32": SparseType.FP32, "float16": SparseType.FP16}

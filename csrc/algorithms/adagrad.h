@@ -4,7 +4,7 @@
 // those of torch.optim.Adagrad for dense gradients.
 #pragma once
 
-#include "arithmetic.h"
+#include "../numerics/arithmetic.h"
 
 namespace recap {
 

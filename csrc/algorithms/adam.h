@@ -11,8 +11,8 @@
 //  * the bias correction multiplies by a reciprocal inside an fma instead of dividing.
 #pragma once
 
-#include "arithmetic.h"
-#include "power.h"
+#include "../numerics/arithmetic.h"
+#include "../numerics/power.h"
 
 namespace recap {
 

@@ -7,7 +7,7 @@
 // Models" (ISCA 2022).
 #pragma once
 
-#include "arithmetic.h"
+#include "../numerics/arithmetic.h"
 
 namespace recap {
 

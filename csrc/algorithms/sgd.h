@@ -4,7 +4,7 @@
 // form of Sutskever et al. (ICML 2013).
 #pragma once
 
-#include "arithmetic.h"
+#include "../numerics/arithmetic.h"
 
 namespace recap {
 

@@ -116,7 +116,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
     has_host_values_ |= !slot.is_inert() && !is_stepped_on_device(slot);
   }
   make_parts(slots);
-  gives_up_gil_ |= bytes > kShortStep || has_cuda_parts();
+  gives_up_gil_ |= bytes > kShortStep || has_device_plans();
   for (const GroupSource& source : groups) {
     if (!seen_states.insert(source.state.ptr()).second) continue;
     states_.push_back(snapshot_of(source.state));
@@ -138,7 +138,7 @@ void BoundPlan::refuse_capture(const std::vector<GroupSource>& groups) {
       if (engine_for(device) == EngineKind::cuda) devices.insert(device);
     }
   }
-  for (const at::Device device : devices) CudaPart::refuse_capture(device);
+  for (const at::Device device : devices) DevicePlan::refuse_capture(device);
 }
 
 // Each engine has all slots, so that one index serves everywhere, but those of others without size.
@@ -158,7 +158,7 @@ void BoundPlan::make_parts(const std::vector<Slot>& slots) {
     for (size_t i = 0; i < own.size(); ++i) {
       if (slots_[i].is_inert() || slots_[i].param().device() != device) own[i].size = 0;
     }
-    cuda_parts_.emplace_back(device, own);
+    device_plans_.emplace_back(device, own);
   }
   stepped_last_.assign(slots_.size(), 0);
   scheduled_rates_.assign(groups_.size(), nullptr);
@@ -168,7 +168,7 @@ void BoundPlan::make_parts(const std::vector<Slot>& slots) {
     device_step_.group_of_slot.resize(group.end, index);
     device_step_.groups.emplace_back();
   }
-  for (CudaPart& part : cuda_parts_) part.take_step_counts(slots_, first_);
+  for (DevicePlan& part : device_plans_) part.take_step_counts(slots_, first_);
 }
 
 // Slots over the same memory would be updated twice, or by two threads at once. That concerns those
@@ -462,7 +462,7 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
   holds_ = gives_up_gil_ || has_others;
   if (is_cleared_ || !groups_unchanged() || !read_slots()) return Outcome::stale;
   check_captured_rates();
-  const bool captures = !cuda_parts_.empty() && check_capture();
+  const bool captures = !device_plans_.empty() && check_capture();
   const bool on_host = has_host_values_ && !captures;
   const double scale = on_host ? scalar(grad_scale, "grad_scale", 1.0) : 1.0;
   const bool skip = on_host && scalar(found_inf, "found_inf", 0.0) != 0.0;
@@ -484,7 +484,7 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
   try {
     if (has_others) call_others(others);
     if (!new_states_.empty()) put_new_states();
-    run_cuda_parts(grad_scale, found_inf);
+    run_device_plans(grad_scale, found_inf);
   } catch (...) {
     undo_step_counts(slots_.size());
     new_states_.take_back();

@@ -12,7 +12,7 @@
 #include "../cpu/grad_norm.h"
 #include "../plan/plan.h"
 #include "../plan/step.h"
-#include "cuda_part.h"
+#include "device_plan.h"
 #include "group_reader.h"
 #include "new_state.h"
 #include "python.h"
@@ -87,7 +87,7 @@ class BoundPlan {
   void clear();
 
   // With device values: `groups` have their learning rates, one after the other, in `rates`, which
-  // every step moves on by `schedules`; see CudaPart::set_schedules.
+  // every step moves on by `schedules`; see DevicePlan::set_schedules.
   void set_schedules(const std::vector<size_t>& groups, const at::Tensor& schedules,
                      const at::Tensor& rates, const at::Tensor& epoch);
 
@@ -105,7 +105,7 @@ class BoundPlan {
   // on the device of the first slot. Empty if a step would build another plan first.
   std::vector<at::Tensor> sums_of_squares(const std::vector<uint32_t>& part_of_slot, size_t parts);
 
-  bool has_cuda_parts() const { return !cuda_parts_.empty(); }
+  bool has_device_plans() const { return !device_plans_.empty(); }
 
   // Whether a CUDA graph has captured a step: it reads the memory of this plan ever after.
   bool is_captured() const { return !captured_rates_.empty(); }
@@ -220,7 +220,7 @@ class BoundPlan {
   void put_new_states();
   static const float* on_device(const py::object& number, const char* name, at::Device device,
                                 at::Tensor& kept);
-  void run_cuda_parts(const py::object& grad_scale, const py::object& found_inf);
+  void run_device_plans(const py::object& grad_scale, const py::object& found_inf);
   std::vector<ScaledGradient> gradients_read();
   void remember_gradients();
   std::vector<Rate> rates() const;
@@ -241,7 +241,7 @@ class BoundPlan {
   std::vector<std::pair<size_t, size_t>> shared_memory_;  // slots that must not step together
   bool device_values_;
   Plan cpu_plan_;
-  std::vector<CudaPart> cuda_parts_;
+  std::vector<DevicePlan> device_plans_;
   Step step_;
   SparseGradients sparse_;
   std::vector<char> is_sparse_;  // has such a gradient in this step

@@ -49,9 +49,9 @@ const float* BoundPlan::on_device(const py::object& number, const char* name, at
   return kept.const_data_ptr<float>();
 }
 
-void BoundPlan::run_cuda_parts(const py::object& grad_scale, const py::object& found_inf) {
+void BoundPlan::run_device_plans(const py::object& grad_scale, const py::object& found_inf) {
   if (!device_values_) {
-    for (CudaPart& part : cuda_parts_) part.run(step_);
+    for (DevicePlan& part : device_plans_) part.run(step_);
     return;
   }
   device_step_.grads = step_.grads;
@@ -66,7 +66,7 @@ void BoundPlan::run_cuda_parts(const py::object& grad_scale, const py::object& f
       group.lr_is_double = lr.scalar_type() == at::kDouble;
     }
   }
-  for (CudaPart& part : cuda_parts_) {
+  for (DevicePlan& part : device_plans_) {
     at::Tensor scale, inf;
     device_step_.grad_scale = on_device(grad_scale, "grad_scale", part.device(), scale);
     device_step_.found_inf = on_device(found_inf, "found_inf", part.device(), inf);
@@ -81,7 +81,7 @@ void BoundPlan::set_schedules(const std::vector<size_t>& groups, const at::Tenso
   for (size_t i = 0; i < groups.size(); ++i) {
     scheduled_rates_.at(groups[i]) = rates.const_data_ptr<double>() + i;
   }
-  for (CudaPart& part : cuda_parts_) {
+  for (DevicePlan& part : device_plans_) {
     if (part.device() == rates.device()) part.set_schedules(schedules, rates, epoch);
   }
 }
@@ -126,12 +126,12 @@ std::vector<at::Tensor> BoundPlan::sums_of_squares(const std::vector<uint32_t>& 
 bool BoundPlan::wants_device_values(const py::object& scalar) const {
   return !device_values_ && THPVariable_Check(scalar.ptr()) &&
          engine_for(THPVariable_Unpack(scalar.ptr()).device()) == EngineKind::cuda &&
-         !cuda_parts_.empty();
+         !device_plans_.empty();
 }
 
 bool BoundPlan::check_capture() const {
   std::vector<at::Device> captured;
-  for (const CudaPart& part : cuda_parts_) {
+  for (const DevicePlan& part : device_plans_) {
     if (is_capturing(part.device())) captured.push_back(part.device());
   }
   if (captured.empty()) return false;
@@ -162,7 +162,7 @@ bool BoundPlan::check_capture() const {
           "requires_grad_(False) and take a step first");
     }
   }
-  for (const CudaPart& part : cuda_parts_) {
+  for (const DevicePlan& part : device_plans_) {
     if (part.rates() && !is_captured(part.device())) refuse("the learning rates", part.device());
   }
   return true;

@@ -123,7 +123,7 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
       .def("set_clipping", &BoundPlan::set_clipping, py::arg("max_norm"), py::arg("part_of_slot"),
            py::arg("parts"), py::arg("total"))
       .def_property_readonly("grad_norm", &BoundPlan::grad_norm)
-      .def_property_readonly("has_cuda_parts", &BoundPlan::has_cuda_parts)
+      .def_property_readonly("has_device_plans", &BoundPlan::has_device_plans)
       .def(
           "sums_of_squares",
           [](BoundPlan& plan, const std::vector<uint32_t>& part_of_slot, size_t parts) {

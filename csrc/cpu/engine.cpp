@@ -35,7 +35,7 @@ void* advance(void* address, int64_t bytes) {
 }
 
 void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const Tile& tile,
-              const void* grad, Ahead& ahead) {
+              const void* grad, Prefetch& prefetch) {
   const Slot& slot = plan.slots[tile.slot];
   const Values& values = step.values[step.values_of_slot[tile.slot]];
   if (slot.row_size) {
@@ -48,12 +48,13 @@ void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const 
   arrays.grad = static_cast<const char*>(grad) + offset;
   for (int k = 0; k < kMaxStates; ++k) arrays.state[k] = advance(slot.state[k], offset);
   arrays.size = tile.size;
-  kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](values, arrays, ahead);
+  kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](values, arrays,
+                                                                            prefetch);
 }
 
 void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, size_t begin,
                size_t end) {
-  Ahead ahead(plan, step, begin, end);
+  Prefetch prefetch(plan, step, begin, end);
   for (size_t i = begin; i < end;) {
     const Tile& tile = plan.tiles[i];
     const void* const grad = step.grads[tile.slot];
@@ -61,7 +62,7 @@ void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, size_
       i += tiles_left(plan.slots[tile.slot], tile);
       continue;
     }
-    run_tile(kernels, plan, step, tile, grad, ahead);
+    run_tile(kernels, plan, step, tile, grad, prefetch);
     ++i;
   }
 }

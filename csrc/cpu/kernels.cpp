@@ -10,12 +10,12 @@ namespace {
 // A block at a time, small enough to stay in the first-level cache.
 template <typename Algorithm>
 void update_wide(const Values& values, Float16* param, const Float16* grad, Float16* const* state,
-                 int64_t size, Ahead& ahead) {
+                 int64_t size, Prefetch& prefetch) {
   constexpr int64_t kBlock = kBlockBytes / sizeof(Float16);
   alignas(64) float wide_param[kBlock], wide_grad[kBlock], wide_state[kMaxStates][kBlock];
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int64_t count = size - begin < kBlock ? size - begin : kBlock;
-    ahead.next_block();
+    prefetch.next_block();
     load_all(param + begin, wide_param, count);
     load_all(grad + begin, wide_grad, count);
     for (int k = 0; k < Algorithm::kStates; ++k) load_all(state[k] + begin, wide_state[k], count);
@@ -28,15 +28,16 @@ void update_wide(const Values& values, Float16* param, const Float16* grad, Floa
 }
 
 template <typename Algorithm, typename T>
-void kernel(const Values& values, const Arrays& arrays, Ahead& ahead) {
+void kernel(const Values& values, const Arrays& arrays, Prefetch& prefetch) {
   T* param = static_cast<T*>(arrays.param);
   const T* grad = static_cast<const T*>(arrays.grad);
   T* state[kMaxStates];
   for (int k = 0; k < kMaxStates; ++k) state[k] = static_cast<T*>(arrays.state[k]);
   if constexpr (__is_same(T, Float16)) {
-    update_wide<Algorithm>(values, param, grad, state, arrays.size, ahead);
+    update_wide<Algorithm>(values, param, grad, state, arrays.size, prefetch);
   } else {
-    update_all<Algorithm, T>(values, param, grad, state[0], state[1], state[2], arrays.size, ahead);
+    update_all<Algorithm, T>(values, param, grad, state[0], state[1], state[2], arrays.size,
+                             prefetch);
   }
 }
 

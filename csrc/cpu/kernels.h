@@ -1,7 +1,7 @@
 // The table of loops that one instruction set offers.
 #pragma once
 
-#include "ahead.h"
+#include "prefetch.h"
 
 // The name of this instruction set's table of a kind, in sources that are compiled for several.
 #define RECAP_JOIN(a, b) a##_##b
@@ -18,7 +18,7 @@ struct Arrays {
   int64_t size;
 };
 
-using Kernel = void (*)(const Values& values, const Arrays& arrays, Ahead& ahead);
+using Kernel = void (*)(const Values& values, const Arrays& arrays, Prefetch& prefetch);
 
 // Squares and sums in double, in an order that is the same for every instruction set.
 using SumOfSquares = double (*)(const void* elements, int64_t size);

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-#include "../algorithms/storage.h"
+#include "../numerics/storage.h"
 #include "../plan/step.h"
-#include "ahead.h"
+#include "prefetch.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -40,15 +40,15 @@ RECAP_INLINE void update_range(const Values& h, T* __restrict param, const T* __
 template <typename Algorithm, typename T, typename Values, typename Requests>
 RECAP_INLINE void update_blocks(const Values& h, T* __restrict param, const T* __restrict grad,
                                 T* __restrict state0, T* __restrict state1, T* __restrict state2,
-                                int64_t size, Requests& ahead) {
+                                int64_t size, Requests& prefetch) {
   constexpr int64_t kBlock = kBlockBytes / sizeof(T);
   int64_t begin = 0;
   for (; begin + kBlock <= size; begin += kBlock) {
-    ahead.next_block();
+    prefetch.next_block();
     update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, begin + kBlock);
   }
   if (begin == size) return;
-  ahead.next_block();
+  prefetch.next_block();
   update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, size);
 }
 
@@ -67,12 +67,12 @@ RECAP_INLINE constexpr bool slow(const Values&) {
 template <typename Algorithm, typename T, typename Requests>
 void update_all(const Values& values, T* __restrict param, const T* __restrict grad,
                 T* __restrict state0, T* __restrict state1, T* __restrict state2, int64_t size,
-                Requests& ahead) {
+                Requests& prefetch) {
   const auto h = values.in<typename Compute<T>::type>().template of<Algorithm>();
   if (slow(h)) {
-    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, ahead);
+    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, prefetch);
   } else {
-    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, ahead);
+    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, prefetch);
   }
 }
 

@@ -73,7 +73,7 @@ void rowwise_adagrad(const Values& values, const Arrays& row) {
 
 // As `kernel` of kernels.cpp, but that the gradient is float already.
 template <typename Algorithm, typename T>
-void update_by_sum(const Values& values, const Arrays& arrays, Ahead&) {
+void update_by_sum(const Values& values, const Arrays& arrays, Prefetch&) {
   constexpr int64_t kWide = 128;
   T* const param = static_cast<T*>(arrays.param);
   const float* const grad = static_cast<const float*>(arrays.grad);

@@ -67,7 +67,7 @@ class RowTile {
       const int64_t first = row;
       while (row < end && touched[row - begin]) ++row;
       if (of_rows_) {
-        of_rows_(values_, arrays_.at(first, grad_of(first), row - first), none_ahead_);
+        of_rows_(values_, arrays_.at(first, grad_of(first), row - first), no_prefetch_);
       } else {
         for (int64_t i = first; i < row; ++i) of_row_(values_, arrays_.at(i, grad_of(i)));
       }
@@ -81,7 +81,7 @@ class RowTile {
   const IsZero is_zero_;
   Kernel of_rows_ = nullptr;  // of several at once
   RowKernel of_row_ = nullptr;
-  Ahead none_ahead_ = Ahead::none();
+  Prefetch no_prefetch_ = Prefetch::none();
   bool touched_[2][kMaxRows];
 };
 

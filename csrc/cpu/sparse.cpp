@@ -130,7 +130,7 @@ void update_rows(const Kernels& kernels, const Plan& plan, const Step& step,
   const Kernel of_one = kernels.of[at][update];
   const bool is_wide = dtype == Dtype::float32 || dtype == Dtype::float64;
   const Kernel of_sum = is_wide ? of_one : of_rows.of_sum[at][update];
-  Ahead none = Ahead::none();
+  Prefetch none = Prefetch::none();
   rows.each<true>(begin, end, [&](int64_t row, const void* grad, bool is_sum) {
     (is_sum ? of_sum : of_one)(values, rows.arrays().at(row, grad), none);
   });

@@ -19,7 +19,7 @@ struct DeviceGroup {
 // Learning-rate schedules that each step moves on: `epoch` grows by one, and `rates` become those
 // of the new epoch. All of it lies in device memory.
 struct RateTable {
-  const double* schedules = nullptr;  // as ../algorithms/schedules.h describes
+  const double* schedules = nullptr;  // as ../plan/schedules.h describes
   double* rates = nullptr;            // one per schedule; a group's lr may point to it
   int64_t* epoch = nullptr;
   uint32_t count = 0;  // of schedules

@@ -74,7 +74,8 @@ class Engine::Implementation {
   void run(const Step& step, cudaStream_t stream) {
     run(step, stream, [&] {
       launches_.write(step, tiles_, arguments_);
-      return launch_kernel(launches_.argument_bytes(), launches_.blocks(), arguments_, stream);
+      return launch_host_values_kernel(launches_.argument_bytes(), launches_.blocks(), arguments_,
+                                       stream);
     });
   }
 
@@ -85,8 +86,8 @@ class Engine::Implementation {
     }
     run(step, stream, [&] {
       launches_.write(step, tiles_, ticket_, arguments_);
-      return launch_device_kernel(launches_.argument_bytes(), launches_.blocks(), arguments_,
-                                  stream);
+      return launch_device_values_kernel(launches_.argument_bytes(), launches_.blocks(), arguments_,
+                                         stream);
     });
   }
 

@@ -7,8 +7,9 @@ namespace recap::cuda {
 
 // `arguments` holds `bytes` bytes in room for kLargeArguments; a copy is taken. The first takes
 // values from the host, the second computes them on the device.
-cudaError_t launch_kernel(size_t bytes, unsigned blocks, void* arguments, cudaStream_t stream);
-cudaError_t launch_device_kernel(size_t bytes, unsigned blocks, void* arguments,
-                                 cudaStream_t stream);
+cudaError_t launch_host_values_kernel(size_t bytes, unsigned blocks, void* arguments,
+                                      cudaStream_t stream);
+cudaError_t launch_device_values_kernel(size_t bytes, unsigned blocks, void* arguments,
+                                        cudaStream_t stream);
 
 }  // namespace recap::cuda

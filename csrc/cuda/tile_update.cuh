@@ -17,7 +17,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../algorithms/storage.h"
+#include "../numerics/storage.h"
 #include "launch_arguments.h"
 
 #define RECAP_DEVICE __device__ __forceinline__

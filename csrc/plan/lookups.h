@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../algorithms/arithmetic.h"
+#include "../numerics/arithmetic.h"
 
 namespace recap {
 

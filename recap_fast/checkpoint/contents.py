@@ -8,10 +8,10 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from recap_fast.checkpoint.params import TrainedParam, bare_names
 from recap_fast.checkpoint.plain import check_plain, option_to_plain
-from recap_fast.checkpoint.trained import TrainedParam, bare_names
 from recap_fast.names import is_table
-from recap_fast.options import EXECUTION_OPTIONS
+from recap_fast.state.options import EXECUTION_OPTIONS
 
 # What says nothing about how parameters are trained.
 NOT_OPTIONS: Final = frozenset({"params", "param_names"}) | EXECUTION_OPTIONS

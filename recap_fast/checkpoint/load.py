@@ -21,10 +21,10 @@ from recap_fast.checkpoint.errors import CheckpointError
 from recap_fast.checkpoint.find import Found, find
 from recap_fast.checkpoint.locks import ReaderLock
 from recap_fast.checkpoint.match import Shapes, check_match, shape_of
+from recap_fast.checkpoint.params import TrainedParam, trained_params
 from recap_fast.checkpoint.ranks import Ranks
 from recap_fast.checkpoint.restore import Restoration
 from recap_fast.checkpoint.tensors import read_tensors
-from recap_fast.checkpoint.trained import TrainedParam, trained_params
 
 
 @dataclass(frozen=True)

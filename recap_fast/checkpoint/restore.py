@@ -15,14 +15,14 @@ from torchrec.optim import keyed
 from recap_fast.checkpoint.contents import Description, describe
 from recap_fast.checkpoint.errors import CheckpointMismatchError
 from recap_fast.checkpoint.match import groups_by_param
+from recap_fast.checkpoint.params import TrainedParam
 from recap_fast.checkpoint.plain import option_to_plain
-from recap_fast.checkpoint.trained import TrainedParam
-from recap_fast.embeddings.kernel_optimizer import set_forward_passes
+from recap_fast.embeddings.fused_optimizer import set_forward_passes
 from recap_fast.embeddings.live_step import pass_rate
 from recap_fast.names import is_table
-from recap_fast.options import option_like
-from recap_fast.shim import RecapLRShim
-from recap_fast.state_memory import StateMemory
+from recap_fast.scheduler import RecapLRShim
+from recap_fast.state.memory import StateMemory
+from recap_fast.state.options import option_like
 
 logger = logging.getLogger("recap_fast")
 

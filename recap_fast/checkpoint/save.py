@@ -17,11 +17,11 @@ from recap_fast.checkpoint import dcp_metadata, files, folders, manifest
 from recap_fast.checkpoint.contents import Description, describe, merge, tensor_tree
 from recap_fast.checkpoint.errors import CheckpointError
 from recap_fast.checkpoint.locks import WriterLock
+from recap_fast.checkpoint.params import trained_params
 from recap_fast.checkpoint.plain import check_plain
 from recap_fast.checkpoint.ranks import Ranks
 from recap_fast.checkpoint.restore import scheduler_state
 from recap_fast.checkpoint.tensors import write_tensors
-from recap_fast.checkpoint.trained import trained_params
 
 
 def save(

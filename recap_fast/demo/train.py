@@ -18,7 +18,7 @@ from recap_fast.demo.data import TASKS, Batch, Dataset
 from recap_fast.demo.model import build_model, optimizer_configs
 from recap_fast.demo.share import WHOLE, Share
 from recap_fast.embeddings import fuse_embeddings
-from recap_fast.shim import RecapLRShim
+from recap_fast.scheduler import RecapLRShim
 
 Builder = Callable[
     [nn.Module, RecapOptimizerConfig, EmbeddingOptimizerConfig],

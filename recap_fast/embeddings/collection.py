@@ -26,8 +26,8 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from recap_fast.embeddings.kernel_optimizer import KernelOptimizer
-from recap_fast.embeddings.kernels import TableKernel
+from recap_fast.embeddings.fused_optimizer import KernelOptimizer
+from recap_fast.embeddings.kernel_arguments import TableKernel
 from recap_fast.embeddings.live import LiveKernel
 from recap_fast.embeddings.shown import ShownTable, ShownTables
 

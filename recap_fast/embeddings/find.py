@@ -16,7 +16,7 @@ from torchrec.optim.fused import FusedOptimizerModule
 
 from recap_fast.config.convert import kind_of
 from recap_fast.embeddings.follow import follow_tables
-from recap_fast.fused_tables import memory_of, memory_range
+from recap_fast.groups.fused_memory import memory_of, memory_range
 from recap_fast.keyed import leaves
 from recap_fast.names import WRAPPER_SEGMENTS, table_name
 

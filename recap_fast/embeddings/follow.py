@@ -21,7 +21,7 @@ from torchrec.optim import keyed
 from recap_fast.embeddings.live import LiveKernel
 from recap_fast.embeddings.live_step import follow_kernel
 from recap_fast.embeddings.shown import ShownTable, ShownTables
-from recap_fast.fused_tables import memory_range
+from recap_fast.groups.fused_memory import memory_range
 from recap_fast.keyed import leaves
 
 _COLLECTIONS = {

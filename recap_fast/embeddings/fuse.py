@@ -11,7 +11,7 @@ from torchrec.optim import keyed
 
 from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
 from recap_fast.embeddings.collection import FusedTableCollection
-from recap_fast.embeddings.kernels import table_kernel
+from recap_fast.embeddings.kernel_arguments import table_kernel
 from recap_fast.embeddings.tables import (
     Table,
     check_not_wrapped,

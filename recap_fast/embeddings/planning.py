@@ -28,7 +28,8 @@ from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
-from recap_fast.embeddings.kernels import fbgemm_optimizer, table_kernel
+from recap_fast.embeddings.algorithms import algorithm_named
+from recap_fast.embeddings.kernel_arguments import table_kernel
 from recap_fast.embeddings.sharding_rules import (
     DATA_PARALLEL,
     check_pooling,
@@ -186,7 +187,7 @@ def _optimizers_known(model: nn.Module, config: EmbeddingOptimizerConfig) -> Ite
     for table in find_tables(find_collections(model)).values():
         if not hasattr(table.weight, "_optimizer_classes"):
             algorithm, _ = config.for_table(table.config.name).algorithm
-            kind = emb_opt_type_to_optimizer_class(fbgemm_optimizer(algorithm))
+            kind = emb_opt_type_to_optimizer_class(algorithm_named(algorithm).optimizer)
             table.weight._optimizer_classes = [kind]
             marked.append(table.weight)
     try:

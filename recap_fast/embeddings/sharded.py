@@ -10,7 +10,7 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
 from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
-from recap_fast.embeddings.kernels import table_kernel
+from recap_fast.embeddings.kernel_arguments import table_kernel
 from recap_fast.embeddings.sharding_rules import DATA_PARALLEL
 from recap_fast.embeddings.tables import (
     check_not_wrapped,

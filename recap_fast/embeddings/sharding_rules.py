@@ -10,7 +10,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 
 from recap_fast.config import EmbeddingOptimizerConfig
-from recap_fast.dense_embeddings import is_configured, lacks
+from recap_fast.groups.unfused_tables import is_configured, lacks
 
 DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 ADDS_UP_ROWS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)

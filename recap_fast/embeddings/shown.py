@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.optim.fused import EmptyFusedOptimizer
 
-from recap_fast.fused_tables import memory_range
+from recap_fast.groups.fused_memory import memory_range
 
 if TYPE_CHECKING:
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (

@@ -38,7 +38,7 @@ from recap_fast.keyed.torch_format import (
     to_torch_format,
 )
 from recap_fast.keyed.walk import Inside, is_dense
-from recap_fast.state import has_state, strays
+from recap_fast.state.new import has_state, strays
 
 logger = logging.getLogger("recap_fast")
 

@@ -11,9 +11,9 @@ from torchrec.optim.warmup import WarmupOptimizer
 
 from recap_fast.keyed.walk import is_dense, walk
 from recap_fast.names import TABLES
-from recap_fast.options import EXECUTION_OPTIONS, option_like
-from recap_fast.state import has_state, new_state
-from recap_fast.state_memory import StateMemory
+from recap_fast.state.memory import StateMemory
+from recap_fast.state.new import has_state, new_state
+from recap_fast.state.options import EXECUTION_OPTIONS, option_like
 
 if TYPE_CHECKING:
     from recap_fast.keyed.combined import CombinedOptimizer

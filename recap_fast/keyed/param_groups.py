@@ -13,7 +13,7 @@ from torchrec.optim import keyed
 from torchrec.optim.fused import FusedOptimizer
 
 from recap_fast.keyed.walk import plain_leaves
-from recap_fast.schedules import DEFAULT_LR
+from recap_fast.schedules.compute import DEFAULT_LR
 
 if TYPE_CHECKING:
     from recap_fast.keyed.combined import CombinedOptimizer

@@ -10,7 +10,7 @@ from torchrec.optim.fused import FusedOptimizer
 
 from recap_fast.keyed.torch_format import asked_to_make_state
 from recap_fast.keyed.walk import leaves
-from recap_fast.state import has_state
+from recap_fast.state.new import has_state
 
 if TYPE_CHECKING:
     from recap_fast.keyed.combined import CombinedOptimizer
@@ -39,7 +39,7 @@ def _can_reset(leaf: FusedOptimizer) -> bool:
 
 
 def _reset(leaf: FusedOptimizer) -> None:
-    from recap_fast.embeddings.kernel_optimizer import reset_state  # which imports this package
+    from recap_fast.embeddings.fused_optimizer import reset_state  # which imports this package
 
     reset_state(leaf._emb_module)
 

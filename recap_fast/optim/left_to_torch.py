@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from recap_fast._native import native
-from recap_fast.optim.observed import unhooked
+from recap_fast.optim.hooks import unhooked
 
 if TYPE_CHECKING:
-    from recap_fast.optim.fused import FusedOptimizer
+    from recap_fast.optim.native_step import FusedOptimizer
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Group = dict[str, Any]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from recap_fast.optim.fused import FusedOptimizer
+from recap_fast.optim.native_step import FusedOptimizer
 
 _NOT_NEGATIVE = ("lr", "eps", "weight_decay")
 

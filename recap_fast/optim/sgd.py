@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, optim
 from torch.optim.optimizer import ParamsT
 
-from recap_fast.optim.fused import FusedOptimizer
+from recap_fast.optim.native_step import FusedOptimizer
 
 
 class FusedSGD(FusedOptimizer, optim.SGD):

@@ -16,12 +16,12 @@ from torch import Tensor
 from recap_fast._native import native
 from recap_fast.clipping import NormParts, clip_on_device
 from recap_fast.optim.left_to_torch import torch_steps
-from recap_fast.state import new_state, strays
-from recap_fast.state_memory import StateMemory
+from recap_fast.state.memory import StateMemory
+from recap_fast.state.new import new_state, strays
 
 if TYPE_CHECKING:
-    from recap_fast.device_rates import DeviceRates
-    from recap_fast.optim.fused import FusedOptimizer
+    from recap_fast.optim.native_step import FusedOptimizer
+    from recap_fast.schedules.device import DeviceRates
 
 
 logger = logging.getLogger("recap_fast")
@@ -173,7 +173,7 @@ class Stepper:
         for plan in self._captured:
             plan.check_captured_rates()
         built = self._ready()
-        if self._max_norm is not None and built.plan.has_cuda_parts:
+        if self._max_norm is not None and built.plan.has_device_plans:
             grad_scale, found_inf = self._clip_on_device(grad_scale, found_inf)
             built = self._ready()
         elif grad_scale is not None or found_inf is not None:
@@ -247,7 +247,7 @@ class Stepper:
                 self._drop_plan()
             self._failed_elsewhere = plan.failed_elsewhere
             raise
-        if self._max_norm is not None and not plan.has_cuda_parts:
+        if self._max_norm is not None and not plan.has_device_plans:
             self.grad_norm = plan.grad_norm
         return outcome
 
@@ -346,10 +346,10 @@ class Stepper:
         # Before the plan, which changes where step counts are.
         parts = None if self._max_norm is None else NormParts(params, all_names)
         plan = native.BoundPlan(sources, optimizers, list(new_states), self._device_values)
-        if parts is not None and plan.has_cuda_parts and not self._device_values:
+        if parts is not None and plan.has_device_plans and not self._device_values:
             self._device_values = True
             return self._build(new_states)
-        if parts is not None and not plan.has_cuda_parts:
+        if parts is not None and not plan.has_device_plans:
             total = None if parts.is_local else parts.total
             plan.set_clipping(self._max_norm, parts.part_of_param, parts.count, total)
         for rates in self._device_rates:

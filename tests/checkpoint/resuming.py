@@ -18,9 +18,9 @@ from recap_fast.demo import data, processes
 from recap_fast.demo.model import build_model
 from recap_fast.embeddings import fuse_embeddings
 from tests.checkpoint.snapshots import Snapshot, take
-from tests.distributed.processes import device, run
-from tests.distributed.sharded_models import shard_tables
-from tests.distributed.small_training import BATCH_SIZE, RATINGS, SIZES, configs, table_sizes
+from tests.support.processes import device, run
+from tests.support.sharded_models import shard_tables
+from tests.support.small_training import BATCH_SIZE, RATINGS, SIZES, configs, table_sizes
 
 T = TypeVar("T")
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from recap_fast import build_optimizer
 from recap_fast.config import OptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
-from tests.distributed.processes import device
-from tests.embeddings.examples import config_of
-from tests.models import EmbeddingRanker, features, multi_task_config
+from tests.support.models import EmbeddingRanker, features, multi_task_config
+from tests.support.processes import device
+from tests.support.tables import config_of
 
 
 class Small(nn.Module):

@@ -10,9 +10,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.types import ShardedTensor
 
-from recap_fast.embeddings.kernel_optimizer import counts_forward_passes
+from recap_fast.embeddings.fused_optimizer import counts_forward_passes
 from recap_fast.keyed import CombinedOptimizer, leaves
-from tests.distributed.sharded_models import local_parts
+from tests.support.sharded_models import local_parts
 
 # What torchrec calls the one state of both kinds of Adagrad.
 _STATE_NAMES = {"momentum1": "sum", "momentum_1": "sum"}

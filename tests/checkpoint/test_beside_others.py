@@ -18,7 +18,7 @@ import torch.distributed as dist
 from recap_fast.checkpoint import CheckpointError, load, save
 from recap_fast.checkpoint.locks import ReaderLock, WriterLock
 from tests.checkpoint.small_training_state import small
-from tests.distributed.processes import run
+from tests.support.processes import run
 
 
 def names(directory: Path) -> list[str]:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from recap_fast.checkpoint import CheckpointError, load, save
 from tests.checkpoint.small_training_state import small
-from tests.distributed.processes import mesh, run
+from tests.support.processes import mesh, run
 
 DATA = "__0_0.distcp"
 

@@ -18,10 +18,10 @@ import recap_fast
 from recap_fast import checkpoint
 from recap_fast.demo import data, processes
 from recap_fast.demo.model import build_model
-from tests.distributed.processes import context, device, join
-from tests.distributed.sharded_models import local_parts, shard_tables
-from tests.distributed.small_training import BATCH_SIZE, RATINGS, SIZES, configs, table_sizes
 from tests.distributed.test_equivalence import TOLERANCE
+from tests.support.processes import context, device, join
+from tests.support.sharded_models import local_parts, shard_tables
+from tests.support.small_training import BATCH_SIZE, RATINGS, SIZES, configs, table_sizes
 
 STEPS = 30
 SAVE_EVERY = 2

@@ -17,7 +17,7 @@ from recap_fast import FusedCombinedOptimizer, build_optimizer
 from recap_fast.checkpoint import CheckpointMismatchError, load, save
 from recap_fast.optim import FusedAdamW
 from tests.checkpoint.small_training_state import Small, Training, built, small, with_tables
-from tests.models import Ranker, multi_task_config
+from tests.support.models import Ranker, multi_task_config
 
 
 def with_layer() -> Training:

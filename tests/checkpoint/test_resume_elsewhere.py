@@ -19,8 +19,8 @@ from tests.checkpoint.resume_cases import (
 )
 from tests.checkpoint.resuming import be_refused, load_and_train, on_all, train_and_save
 from tests.checkpoint.snapshots import Snapshot, assemble_moments
-from tests.distributed.small_training import largest_difference
 from tests.distributed.test_equivalence import TOLERANCE
+from tests.support.small_training import largest_difference
 
 LAYOUTS = {
     (1, "fused"): "with whole rows",

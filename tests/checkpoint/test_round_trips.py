@@ -18,8 +18,8 @@ from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 from recap_fast.checkpoint import load, save
 from recap_fast.keyed import CombinedOptimizer
+from recap_fast.keyed.fused import FusedCombinedOptimizer
 from recap_fast.optim import FusedAdam, FusedAdamW, FusedSGD
-from recap_fast.optim.combined import FusedCombinedOptimizer
 from tests.checkpoint.small_training_state import (
     Small,
     Training,
@@ -28,7 +28,7 @@ from tests.checkpoint.small_training_state import (
     small,
     with_tables,
 )
-from tests.distributed.processes import device, run
+from tests.support.processes import device, run
 
 
 def plain(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[int], Training]:

@@ -15,7 +15,7 @@ from recap_fast.checkpoint import CheckpointError, load, manifest, save
 from recap_fast.keyed import leaves
 from tests.checkpoint.resuming import Setup, Training
 from tests.checkpoint.small_training_state import small
-from tests.distributed.processes import run
+from tests.support.processes import run
 
 
 def names(directory: str | Path) -> list[str]:

@@ -10,7 +10,7 @@ from recap_fast.demo import data
 from recap_fast.demo.model import build_model, optimizer_configs
 from recap_fast.demo.report import parameter_difference
 from recap_fast.demo.train import EMBEDDINGS, evaluate, train
-from recap_fast.schedules import compute_lr
+from recap_fast.schedules.compute import compute_lr
 
 make_small_model = partial(
     build_model,

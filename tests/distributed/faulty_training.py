@@ -22,8 +22,8 @@ import torch
 
 from recap_fast.demo import data, model, sharding, train
 from recap_fast.demo.data import Batch, Dataset
-from tests.distributed.processes import device
-from tests.distributed.small_training import BATCH_SIZE, RATINGS, SIZES, STEPS, table_sizes
+from tests.support.processes import device
+from tests.support.small_training import BATCH_SIZE, RATINGS, SIZES, STEPS, table_sizes
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_distributed.py"
 ARGUMENTS = ("--steps", str(STEPS), "--batch-size", str(BATCH_SIZE), "--sharding", "table_wise")

@@ -15,9 +15,9 @@ from recap_fast.demo import sharding
 from recap_fast.demo.model import MOVIELENS_TABLE_SIZES, build_model
 from recap_fast.demo.sharding import DENSE, SHARDINGS, shard
 from recap_fast.embeddings import fuse_embeddings
-from tests.distributed import small_training
-from tests.distributed.processes import device, run
-from tests.distributed.small_training import (
+from tests.support import small_training
+from tests.support.processes import device, run
+from tests.support.small_training import (
     SIZES,
     configs,
     largest_difference,

@@ -18,7 +18,7 @@ from recap_fast.demo.data import TASKS
 from recap_fast.demo.errors import DemoError
 from recap_fast.demo.sharding import SHARDINGS
 from tests.distributed.faulty_training import EXAMPLE, train_with_fault
-from tests.distributed.processes import run
+from tests.support.processes import run
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str):

@@ -25,9 +25,9 @@ from recap_fast.demo import processes
 from recap_fast.demo.errors import DemoError
 from recap_fast.demo.sharding import DENSE
 from tests.distributed import faulty_training
-from tests.distributed.processes import run
-from tests.distributed.small_training import largest_difference, train
 from tests.distributed.test_equivalence import TOLERANCE
+from tests.support.processes import run
+from tests.support.small_training import largest_difference, train
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = faulty_training.__file__

@@ -8,8 +8,8 @@ from torch.distributed.fsdp import fully_shard
 
 from recap_fast import fuse, unfuse
 from recap_fast.optim import FusedOptimizer
-from tests.distributed.processes import device, mesh, run
-from tests.optim.helpers import TORCH
+from tests.support.optimizers import TORCH
+from tests.support.processes import device, mesh, run
 
 OPTIONS = {"adamw": {}, "adagrad": {}, "sgd": {"momentum": 0.9}}
 

@@ -12,10 +12,9 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from recap_fast import build_optimizer, checkpoint
 from recap_fast.embeddings import fuse_embeddings, set_table_optimizers
-from tests.distributed.processes import device, run
-from tests.embeddings.examples import config_of
-from tests.embeddings.reference import random_gradients, table
-from tests.embeddings.training import (
+from tests.support.processes import device, run
+from tests.support.table_reference import random_gradients, table
+from tests.support.table_training import (
     BATCH,
     DENSE,
     Tables,
@@ -25,6 +24,7 @@ from tests.embeddings.training import (
     table_parts,
     whole_tables,
 )
+from tests.support.tables import config_of
 
 CONFIGS = (
     table("a", "user", "last_item"),

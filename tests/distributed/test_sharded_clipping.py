@@ -25,12 +25,12 @@ from recap_fast import build_optimizer
 from recap_fast.clipping import NormParts
 from recap_fast.embeddings import set_table_optimizers
 from recap_fast.keyed import CombinedOptimizer
+from recap_fast.keyed.fused import FusedCombinedOptimizer
 from recap_fast.optim import FusedAdam, FusedSGD
-from recap_fast.optim.combined import FusedCombinedOptimizer
-from tests.distributed.processes import device, mesh, run
-from tests.embeddings.examples import config_of
-from tests.embeddings.reference import table
-from tests.embeddings.training import DENSE, Tables
+from tests.support.processes import device, mesh, run
+from tests.support.table_reference import table
+from tests.support.table_training import DENSE, Tables
+from tests.support.tables import config_of
 
 KINDS = {
     "fast": (FusedCombinedOptimizer, FusedAdam),

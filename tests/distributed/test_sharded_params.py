@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedRowwiseAdagrad, FusedSGD
-from tests.distributed.processes import device, mesh, run
+from tests.support.processes import device, mesh, run
 
 CASES = {
     "adam": (FusedAdam, torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "amsgrad": True}),

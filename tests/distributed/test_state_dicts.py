@@ -19,10 +19,10 @@ from torchrec.optim import keyed
 
 import recap_fast
 from recap_fast import reference
-from recap_fast.grouping import group_parameters
-from recap_fast.shim import RecapLRShim
-from tests.distributed.processes import device, mesh, run
-from tests.models import Ranker, multi_task_config
+from recap_fast.groups.assign import group_parameters
+from recap_fast.scheduler import RecapLRShim
+from tests.support.models import Ranker, multi_task_config
+from tests.support.processes import device, mesh, run
 
 BUILDS = {"fused": recap_fast.build_optimizer, "reference": reference.build_optimizer}
 

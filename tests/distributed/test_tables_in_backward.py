@@ -13,11 +13,11 @@ from torchrec.optim import keyed
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from recap_fast import FusedCombinedOptimizer, fuse
-from tests.distributed.processes import device, run
-from tests.distributed.sharded_models import local_parts
-from tests.embeddings.reference import table
-from tests.embeddings.training import BATCH, Tables, global_batch
-from tests.optim.helpers import FUSED, TORCH
+from tests.support.optimizers import FUSED, TORCH
+from tests.support.processes import device, run
+from tests.support.sharded_models import local_parts
+from tests.support.table_reference import table
+from tests.support.table_training import BATCH, Tables, global_batch
 
 NAMES = ("sgd", "adagrad")
 

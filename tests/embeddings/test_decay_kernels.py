@@ -30,15 +30,15 @@ from recap_fast.config import (
     EmbeddingGlobalDecayConfig,
     EmbeddingOptimizerConfig,
 )
-from recap_fast.embeddings import built, fuse_embeddings, set_table_optimizers
-from recap_fast.embeddings.kernel_optimizer import KernelOptimizer
-from recap_fast.embeddings.kernels import kernel_arguments, table_kernel
-from tests.distributed.processes import device, run
-from tests.embeddings.examples import TABLES, config_of, ranker
-from tests.embeddings.reference import table
+from recap_fast.embeddings import check_kernels, fuse_embeddings, set_table_optimizers
+from recap_fast.embeddings.fused_optimizer import KernelOptimizer
+from recap_fast.embeddings.kernel_arguments import kernel_arguments, table_kernel
 from tests.embeddings.test_row_decay import MODES, by_counter, decay
 from tests.embeddings.test_sharded_tables import CONFIGS, assert_equal_tables, train_halves_alone
-from tests.embeddings.training import (
+from tests.support.models import features
+from tests.support.processes import device, run
+from tests.support.table_reference import table
+from tests.support.table_training import (
     DENSE,
     Tables,
     shard,
@@ -46,7 +46,7 @@ from tests.embeddings.training import (
     train_alone,
     whole_tables,
 )
-from tests.models import features
+from tests.support.tables import TABLES, config_of, ranker
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -200,7 +200,7 @@ def test_kernels_as_configured_pass(section: dict[str, Any]) -> None:
     specs = [(6, 8, EmbeddingLocation.HOST, ComputeDevice.CPU)]
     kernel = SplitTableBatchedEmbeddingBagsCodegen(specs, device=CPU, **arguments)
     for name, value in kernel_arguments(config).items():
-        assert built._argument(kernel, name) == value
+        assert check_kernels._argument(kernel, name) == value
 
 
 # Sharded

@@ -16,10 +16,10 @@ from torchrec.optim import keyed
 
 from recap_fast import build_optimizer, reference
 from recap_fast.embeddings import find_fused_optimizer, fuse_embeddings
-from recap_fast.embeddings.built import check_built_kernels
-from recap_fast.embeddings.kernels import OPTIMIZERS
-from tests.embeddings.examples import TABLES, config_of, kernel_optimizer, ranker
-from tests.models import multi_task_config
+from recap_fast.embeddings.algorithms import TABLE_ALGORITHMS
+from recap_fast.embeddings.check_kernels import check_built_kernels
+from tests.support.models import multi_task_config
+from tests.support.tables import TABLES, config_of, kernel_optimizer, ranker
 
 SGD = config_of()
 
@@ -169,7 +169,7 @@ def test_what_a_kernel_has_beyond_the_configuration_is_refused(
     check_built_kernels(nn.Module(), fused, config_of())
 
 
-@pytest.mark.parametrize("algorithm", OPTIMIZERS)
+@pytest.mark.parametrize("algorithm", TABLE_ALGORITHMS)
 def test_a_kernel_of_an_algorithm_alone_is_fine(algorithm: str) -> None:
     fused = kernel_optimizer(**{algorithm: {}})
     check_built_kernels(nn.Module(), fused, config_of(**{algorithm: {}}))

@@ -12,8 +12,7 @@ from torch import nn
 from recap_fast import build_optimizer
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
-from tests.embeddings.examples import config_of
-from tests.embeddings.live_tables import (
+from tests.support.live_tables import (
     ALGORITHMS,
     Towers,
     assert_same,
@@ -24,6 +23,7 @@ from tests.embeddings.live_tables import (
     weight,
     weights,
 )
+from tests.support.tables import config_of
 
 DENSE = {"sgd": {"lr": 0.1}}
 

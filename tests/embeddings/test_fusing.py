@@ -12,9 +12,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
-from tests.embeddings.examples import TABLES, Pooled, config_of, fqn, ranker
-from tests.embeddings.reference import table
-from tests.models import features
+from tests.support.models import features
+from tests.support.table_reference import table
+from tests.support.tables import TABLES, Pooled, config_of, fqn, ranker
 
 SGD = config_of()
 ADAGRAD = config_of(adagrad={"eps": 1e-3})

@@ -22,17 +22,16 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recap_fast.config import EmbeddingOptimizerConfig, TableOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
+from recap_fast.embeddings.algorithms import TABLE_ALGORITHMS, on_cpu
 from recap_fast.embeddings.collection import FusedTableCollection
-from recap_fast.embeddings.kernels import (
-    ON_CPU,
-    OPTIMIZERS,
+from recap_fast.embeddings.kernel_arguments import (
     TableKernel,
     kernel_arguments,
     table_kernel,
 )
-from tests.embeddings.examples import config_of, kernel_optimizer
-from tests.embeddings.reference import loss_with_gradients, random_gradients, table
-from tests.models import features
+from tests.support.models import features
+from tests.support.table_reference import loss_with_gradients, random_gradients, table
+from tests.support.tables import config_of, kernel_optimizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -77,7 +76,7 @@ HYPERPARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "step_ema_coef": {"step_ema_coef": 0.25},
     },
 }
-HAS_RMSPROP = "rowwise_rmsprop_ar" in OPTIMIZERS  # FBGEMM 1.9
+HAS_RMSPROP = "rowwise_rmsprop_ar" in TABLE_ALGORITHMS  # FBGEMM 1.9
 if HAS_RMSPROP:
     HYPERPARAMETERS["rowwise_rmsprop_ar"] = {
         "eps": {"eps": 0.5},
@@ -149,11 +148,13 @@ def test_fbgemm_has_what_we_have() -> None:
     listed = re.findall(r"^ +OptimType\.([A-Z_]+),$", source, flags=re.MULTILINE)
     deprecated = {EmbOptimType.SGD, EmbOptimType.ROWWISE_ADAGRAD}  # which FBGEMM refuses
     theirs = {EmbOptimType[name] for name in listed} - deprecated
-    assert set(OPTIMIZERS.values()) <= theirs
-    on_cpu = {algorithm for algorithm, kind in OPTIMIZERS.items() if fbgemm_accepts_on_cpu(kind)}
-    assert on_cpu == set(ON_CPU)
+    assert {each.optimizer for each in TABLE_ALGORITHMS.values()} <= theirs
+    accepted = {
+        name for name, each in TABLE_ALGORITHMS.items() if fbgemm_accepts_on_cpu(each.optimizer)
+    }
+    assert accepted == set(on_cpu())
     assert hasattr(EmbOptimType, "ROWWISE_RMSPROP_AR") == HAS_RMSPROP
-    assert OPTIMIZERS.keys() | {"rowwise_rmsprop_ar"} == {
+    assert TABLE_ALGORITHMS.keys() | {"rowwise_rmsprop_ar"} == {
         name
         for name in TableOptimizerConfig.model_fields
         if name
@@ -174,7 +175,7 @@ def switch_ensembles(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
     monkeypatch.setattr(FeatureGateName, "is_enabled", lambda self: on)
 
 
-@pytest.mark.parametrize("algorithm", [name for name in OPTIMIZERS if name not in ON_CPU])
+@pytest.mark.parametrize("algorithm", [name for name in TABLE_ALGORITHMS if name not in on_cpu()])
 def test_on_cpu_other_algorithms_are_refused(
     algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +267,7 @@ ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_arguments_on_cuda(options: dict[str, Any], expected: dict[str, Any]) -> None:
     (algorithm, *_) = options
     kernel = table_kernel(config_of(**options), table("a", "user"), CUDA)
-    fixed = {"optimizer": OPTIMIZERS[algorithm], "learning_rate": 0.5}
+    fixed = {"optimizer": TABLE_ALGORITHMS[algorithm].optimizer, "learning_rate": 0.5}
     assert dict(kernel.arguments) == {**expected, **fixed}
     accepted = inspect.signature(SplitTableBatchedEmbeddingBagsCodegen.__init__).parameters
     assert dict(kernel.arguments).keys() <= accepted.keys()
@@ -300,7 +301,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("algorithm", OPTIMIZERS)
+@pytest.mark.parametrize("algorithm", TABLE_ALGORITHMS)
 def test_states_have_names_that_say_what_they_are(algorithm: str) -> None:
     optimizer = kernel_optimizer(**{algorithm: {}})
     state = optimizer.state_dict()["state"]["t.weight"]

@@ -16,8 +16,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from recap_fast import build_optimizer, checkpoint, reference
-from tests.embeddings.examples import config_of
-from tests.embeddings.live_tables import (
+from tests.support.live_tables import (
     ALGORITHMS,
     assert_one_memory,
     assert_same,
@@ -28,6 +27,7 @@ from tests.embeddings.live_tables import (
     weight,
     weights,
 )
+from tests.support.tables import config_of
 
 CONFIG = config_of(rowwise_adagrad={})
 DENSE = {"sgd": {"lr": 0.1}}

@@ -10,9 +10,9 @@ from torch import nn
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from recap_fast.embeddings import fuse_embeddings
-from tests.embeddings.examples import TABLES, Pooled, config_of, fqn, ranker
-from tests.embeddings.reference import table
-from tests.models import features
+from tests.support.models import features
+from tests.support.table_reference import table
+from tests.support.tables import TABLES, Pooled, config_of, fqn, ranker
 
 SGD = config_of()
 MEAN = PoolingType.MEAN

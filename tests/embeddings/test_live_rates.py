@@ -13,8 +13,7 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import keyed
 
 from recap_fast import build_optimizer, fuse, reference
-from tests.embeddings.examples import config_of
-from tests.embeddings.live_tables import (
+from tests.support.live_tables import (
     ALGORITHMS,
     Towers,
     assert_same,
@@ -23,7 +22,8 @@ from tests.embeddings.live_tables import (
     state_of,
     weights,
 )
-from tests.embeddings.reference import table
+from tests.support.table_reference import table
+from tests.support.tables import config_of
 
 SGD = config_of(sgd={})
 DENSE = {"sgd": {"lr": 0.1}}

@@ -19,8 +19,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from recap_fast import build, checkpoint, reference
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import find_fused_optimizer
-from recap_fast.schedules import compute_lr
-from tests.models import Ranker, multi_task_config, ramp
+from recap_fast.schedules.compute import compute_lr
+from tests.support.models import Ranker, multi_task_config, ramp
 
 BUILDERS = {"native": build.build_optimizer, "reference": reference.build_optimizer}
 EMBEDDINGS = EmbeddingOptimizerConfig(learning_rate=ramp(0.5, 3))

@@ -18,10 +18,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recap_fast.embeddings import plan, set_table_optimizers
-from tests.distributed.processes import device, run
-from tests.embeddings.examples import config_of
-from tests.embeddings.reference import table
-from tests.embeddings.training import (
+from tests.support.processes import device, run
+from tests.support.table_reference import table
+from tests.support.table_training import (
     Tables,
     parts_of,
     table_parts,
@@ -29,6 +28,7 @@ from tests.embeddings.training import (
     train_alone,
     whole_tables,
 )
+from tests.support.tables import config_of
 
 STEPS = range(3)
 GB = 1024**3

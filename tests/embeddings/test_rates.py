@@ -12,10 +12,9 @@ import torch
 from recap_fast import build_optimizer, reference
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
-from tests.distributed.processes import run
-from tests.embeddings.examples import config_of
-from tests.embeddings.reference import table
-from tests.embeddings.training import (
+from tests.support.processes import run
+from tests.support.table_reference import table
+from tests.support.table_training import (
     BATCH,
     DENSE,
     FEATURES,
@@ -25,6 +24,7 @@ from tests.embeddings.training import (
     train_sharded,
     whole_tables,
 )
+from tests.support.tables import config_of
 
 # Powers of 2, so that all sums are exact; another one for each step.
 FIRST = [2.0**-1, 2.0**-3, 2.0**-2, 2.0**-5, 2.0**-4, 2.0**-6]

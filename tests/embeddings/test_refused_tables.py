@@ -13,9 +13,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
-from tests.embeddings.examples import TABLES, Pooled, config_of, fqn, ranker
-from tests.embeddings.reference import table
-from tests.models import Ranker, tables
+from tests.support.models import Ranker, tables
+from tests.support.table_reference import table
+from tests.support.tables import TABLES, Pooled, config_of, fqn, ranker
 
 SGD = config_of()
 MEAN = PoolingType.MEAN

@@ -13,15 +13,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from recap_fast.embeddings import fuse_embeddings, set_table_optimizers
-from recap_fast.embeddings.kernels import kernel_arguments, table_kernel
-from tests.embeddings.examples import Pooled, config_of, fqn
-from tests.embeddings.reference import table
+from recap_fast.embeddings.kernel_arguments import kernel_arguments, table_kernel
 from tests.embeddings.test_honoured import KINDS, differ, trained
 from tests.embeddings.test_updates import COLLECTIONS, SHARED, assert_as_expected, in_half
 from tests.embeddings.test_updates import train as train_pooled
-from tests.embeddings.training import (
+from tests.support.table_reference import table
+from tests.support.table_training import (
     Tables,
 )
+from tests.support.tables import Pooled, config_of, fqn
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -16,8 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recap_fast import build_optimizer, checkpoint, reference
 from recap_fast.embeddings import fuse_embeddings
-from tests.embeddings.examples import config_of
-from tests.embeddings.live_tables import (
+from tests.support.live_tables import (
     ALGORITHMS,
     FEATURES,
     TABLES,
@@ -30,7 +29,8 @@ from tests.embeddings.live_tables import (
     weight,
     weights,
 )
-from tests.embeddings.reference import table
+from tests.support.table_reference import table
+from tests.support.tables import config_of
 
 DENSE = {"sgd": {"lr": 0.1}}
 TORCH = {

@@ -16,11 +16,10 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 from recap_fast import build_optimizer
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings, set_table_optimizers
-from recap_fast.embeddings.kernels import OPTIMIZERS
-from tests.distributed.processes import device, run
-from tests.embeddings.examples import config_of
-from tests.embeddings.reference import random_gradients, table
-from tests.embeddings.training import (
+from recap_fast.embeddings.algorithms import TABLE_ALGORITHMS
+from tests.support.processes import device, run
+from tests.support.table_reference import random_gradients, table
+from tests.support.table_training import (
     DENSE,
     Tables,
     global_batch,
@@ -31,6 +30,7 @@ from tests.embeddings.training import (
     train_alone,
     whole_tables,
 )
+from tests.support.tables import config_of
 
 STEPS = range(5)
 CONFIGS = [table("a", "user"), table("b", "item", "last_item", dim=16, rows=9)]
@@ -46,7 +46,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ema_rowwise_adagrad": {"ema_rowwise_adagrad": {"step_ema": 2, "eps": 0.5}},
     "clipped": {"adagrad": {"eps": 0.5}, "gradient_clipping": 0.5},
 }
-if "rowwise_rmsprop_ar" in OPTIMIZERS:  # FBGEMM 1.9
+if "rowwise_rmsprop_ar" in TABLE_ALGORITHMS:  # FBGEMM 1.9
     ALGORITHMS["rmsprop"] = {"rowwise_rmsprop_ar": {"eps": 0.5, "ar_alpha": 0.25}}
 
 
@@ -404,7 +404,7 @@ def test_the_count_of_forward_passes_can_be_set(table_backend: str) -> None:
 
 @pytest.mark.parametrize(
     "algorithm",
-    [name for name in OPTIMIZERS if name not in ("lars_sgd", "ensemble_rowwise_adagrad")],
+    [name for name in TABLE_ALGORITHMS if name not in ("lars_sgd", "ensemble_rowwise_adagrad")],
 )
 def test_the_planner_takes_annotated_tables(algorithm: str) -> None:
     """On CUDA, where there are all algorithms."""
@@ -424,14 +424,14 @@ def test_the_planner_takes_annotated_tables(algorithm: str) -> None:
 def test_meta_tables_can_be_annotated() -> None:
     model = set_table_optimizers(Tables(CONFIGS).to("meta"), config_of(adagrad={}), "cpu")
     (arguments,) = model.ebc.embedding_bags["a"].weight._optimizer_kwargs
-    assert arguments["optimizer"] == OPTIMIZERS["adagrad"]
+    assert arguments["optimizer"] == TABLE_ALGORITHMS["adagrad"].optimizer
 
 
 def test_setting_optimizers_again_replaces_them() -> None:
     model = set_table_optimizers(Tables(CONFIGS), config_of(adagrad={}), "cpu")
     set_table_optimizers(model, config_of(), "cpu")
     (arguments,) = model.ebc.embedding_bags["a"].weight._optimizer_kwargs
-    assert arguments["optimizer"] == OPTIMIZERS["sgd"]
+    assert arguments["optimizer"] == TABLE_ALGORITHMS["sgd"].optimizer
 
 
 def test_lars_is_refused() -> None:

@@ -16,8 +16,8 @@ from torchrec.optim import keyed
 
 from recap_fast import build_optimizer, fuse, reference
 from recap_fast.optim import FusedSGD
-from tests.embeddings.examples import config_of
-from tests.models import multi_task_config
+from tests.support.models import multi_task_config
+from tests.support.tables import config_of
 
 
 class Sliced(nn.Module):

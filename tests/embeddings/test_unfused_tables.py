@@ -16,12 +16,12 @@ import recap_fast.reference
 from recap_fast.build import _by_rows as by_rows
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import plan
-from recap_fast.embeddings.kernels import ON_CPU
+from recap_fast.embeddings.algorithms import on_cpu
 from recap_fast.optim import FusedSGD
 from recap_fast.reference import LazyAdamW, RowwiseAdagrad
-from tests.distributed.processes import run
-from tests.embeddings.reference import ReferenceTable, random_gradients, table
-from tests.embeddings.training import (
+from tests.support.processes import run
+from tests.support.table_reference import ReferenceTable, random_gradients, table
+from tests.support.table_training import (
     BATCH,
     DENSE,
     Tables,
@@ -64,7 +64,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "each its own, adam": {"rowwise_adagrad": {}, "tables": {"b": {"adam": {}}}},
 }
 FUSED = [name for name in ALGORITHMS if "adam" not in name]
-assert "adam" not in ON_CPU
+assert "adam" not in on_cpu()
 
 LAYOUTS = {
     "data_parallel": dict.fromkeys("abc", "data_parallel"),

@@ -13,15 +13,15 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
-from recap_fast.embeddings.kernels import OPTIMIZERS
-from tests.embeddings.examples import Pooled, config_of, fqn, set_rate
-from tests.embeddings.reference import (
+from recap_fast.embeddings.algorithms import TABLE_ALGORITHMS
+from tests.support.models import features
+from tests.support.table_reference import (
     ReferenceTable,
     loss_with_gradients,
     random_gradients,
     table,
 )
-from tests.models import features
+from tests.support.tables import Pooled, config_of, fqn, set_rate
 
 MEAN, SUM = PoolingType.MEAN, PoolingType.SUM
 RATES = (0.5, 0.25, 0.0, 1.0, 0.125)
@@ -42,7 +42,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ema eps": {"ema_rowwise_adagrad": {"step_ema": 3, "eps": 0.5}},
     "ema clipped": {"ema_rowwise_adagrad": {"step_ema": 2}, "gradient_clipping": 0.5},
 }
-if "rowwise_rmsprop_ar" in OPTIMIZERS:  # FBGEMM 1.9
+if "rowwise_rmsprop_ar" in TABLE_ALGORITHMS:  # FBGEMM 1.9
     ALGORITHMS |= {
         "rmsprop": {"rowwise_rmsprop_ar": {}},
         "rmsprop beta eps": {"rowwise_rmsprop_ar": {"ema_beta": 0.5, "eps": 0.5}},

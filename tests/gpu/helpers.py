@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recap_fast.optim import FusedOptimizer
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import FUSED, numbers, same_bits
+from tests.support.optimizers import FUSED, numbers, same_bits
 
 ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "adam": ("adam", {}),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import DTYPES, FUSED, UPDATES, laid_out, numbers
+from tests.support.optimizers import DTYPES, FUSED, UPDATES, laid_out, numbers
 
 SIZES = [0, 1, 7, 255, 1025, 4096, 4099, 9001]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.gpu.helpers import Mixed, assert_same_bits, everything
-from tests.optim.helpers import DTYPES, FUSED, UPDATES, laid_out, numbers
+from tests.support.optimizers import DTYPES, FUSED, UPDATES, laid_out, numbers
 
 STEPS = 4
 

@@ -11,10 +11,10 @@ pytest.importorskip("torchrec")
 import torch
 from torchrec.optim import keyed
 
+from recap_fast.keyed.fused import FusedCombinedOptimizer
 from recap_fast.optim import FusedAdam
-from recap_fast.optim.combined import FusedCombinedOptimizer
 from tests.gpu.helpers import captured
-from tests.optim.helpers import parameters, set_grads
+from tests.support.optimizers import parameters, set_grads
 
 MAX_NORM = 0.5
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from recap_fast.optim import FusedAdam
 from tests.gpu.helpers import assert_same_bits, everything
-from tests.optim.helpers import parameters
+from tests.support.optimizers import parameters
 
 ROOT = Path(__file__).parent.parent.parent
 

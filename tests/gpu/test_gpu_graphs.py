@@ -10,7 +10,7 @@ from torch import nn
 
 from recap_fast.optim import FusedAdam
 from tests.gpu.helpers import Mixed, assert_same_bits, captured, everything
-from tests.optim.helpers import FUSED, UPDATES, parameters, set_grads
+from tests.support.optimizers import FUSED, UPDATES, parameters, set_grads
 
 REPLAYS = 40
 

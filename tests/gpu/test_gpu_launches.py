@@ -70,7 +70,7 @@ def _tensor_rate(device: torch.device) -> Callable[[], Any]:
 
 def _scheduled(device: torch.device) -> Callable[[], Any]:
     config = pytest.importorskip("recap_fast.config")
-    from recap_fast.device_rates import DeviceRates
+    from recap_fast.schedules.device import DeviceRates
 
     ramp = config.LinearRampToConstant(learning_rate=0.1, num_ramp_steps=100)
     schedule = config.LearningRate(linear_ramp_to_constant=ramp)
@@ -148,7 +148,7 @@ def test_a_step_without_gradients_launches_nothing(device: torch.device) -> None
 
 def test_the_combined_optimizer_is_one_launch(device: torch.device) -> None:
     pytest.importorskip("torchrec")
-    from tests.optim.helpers import combined, parameters
+    from tests.support.optimizers import combined, parameters
 
     optimizer = combined(parameters(6, device=device))
     for _ in range(2):

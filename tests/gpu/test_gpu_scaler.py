@@ -7,7 +7,14 @@ import torch
 
 from recap_fast.optim import FusedAdam, FusedSGD
 from tests.gpu.helpers import assert_same_bits, everything, spin
-from tests.optim.helpers import FUSED, SCALE, UPDATES, grad_scaler, parameters, set_scaled_grads
+from tests.support.optimizers import (
+    FUSED,
+    SCALE,
+    UPDATES,
+    grad_scaler,
+    parameters,
+    set_scaled_grads,
+)
 
 
 def test_the_check_notices_waiting(device: torch.device, no_waiting: None) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.gpu.helpers import Mixed, assert_same_bits, captured, spin
-from tests.optim.helpers import scheduled, schedules
+from tests.support.optimizers import scheduled, schedules
 
 STEPS = 40
 # Numbers, also of capturable optimizers; tensors that the shim fills; and moved by the step itself.
@@ -20,8 +20,8 @@ RATES: dict[str, dict[str, bool]] = {
 
 def test_a_replayed_graph_follows_the_schedules(device: torch.device) -> None:
     configs = list(schedules(stretch=3).values())
-    from recap_fast.device_rates import DeviceRates
-    from recap_fast.schedules import compute_lr
+    from recap_fast.schedules.compute import compute_lr
+    from recap_fast.schedules.device import DeviceRates
 
     replayed, eager = Mixed(device, 3, capturable=True), Mixed("cpu", 3)
     groups = [group for optimizer in eager.optimizers for group in optimizer.param_groups]

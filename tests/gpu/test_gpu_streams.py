@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.gpu import activity
 from recap_fast.optim import FusedAdam
 from tests.gpu.helpers import Mixed, assert_same_bits, everything, spin
-from tests.optim.helpers import laid_out, numbers, parameters, set_grads
+from tests.support.optimizers import laid_out, numbers, parameters, set_grads
 
 
 def _expected(steps: int) -> Mixed:

@@ -27,11 +27,11 @@ import recap_fast
 from recap_fast import reference
 from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
-from recap_fast.grouping import group_parameters
+from recap_fast.groups.assign import group_parameters
 from recap_fast.keyed import CombinedOptimizer
+from recap_fast.keyed.fused import FusedCombinedOptimizer
 from recap_fast.optim import FusedAdam
-from recap_fast.optim.combined import FusedCombinedOptimizer
-from tests.models import EmbeddingRanker, Ranker, constant, features, multi_task_config
+from tests.support.models import EmbeddingRanker, Ranker, constant, features, multi_task_config
 
 KINDS = ["fused", "reference", "torch"]
 directions = pytest.mark.parametrize(

@@ -27,10 +27,10 @@ from recap_fast import checkpoint, reference
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
 from recap_fast.keyed import CombinedOptimizer, leaves
+from recap_fast.keyed.fused import FusedCombinedOptimizer
 from recap_fast.optim import FusedAdam, FusedSGD
-from recap_fast.optim.combined import FusedCombinedOptimizer
-from recap_fast.shim import RecapLRShim
-from tests.models import (
+from recap_fast.scheduler import RecapLRShim
+from tests.support.models import (
     EmbeddingRanker,
     Ranker,
     constant,

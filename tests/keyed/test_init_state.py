@@ -22,12 +22,12 @@ from recap_fast.config import (
     RecapOptimizerConfig,
 )
 from recap_fast.embeddings import fuse_embeddings
-from recap_fast.grouping import group_parameters
+from recap_fast.groups.assign import group_parameters
 from recap_fast.keyed import CombinedOptimizer, leaves
+from recap_fast.keyed.fused import FusedCombinedOptimizer
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedSGD
-from recap_fast.optim.combined import FusedCombinedOptimizer
-from recap_fast.shim import RecapLRShim
-from tests.models import LIKED, REPLIED, EmbeddingRanker, Ranker, constant, features, ramp
+from recap_fast.scheduler import RecapLRShim
+from tests.support.models import LIKED, REPLIED, EmbeddingRanker, Ranker, constant, features, ramp
 
 both = pytest.mark.parametrize("kind", ["reference", "fused"])
 

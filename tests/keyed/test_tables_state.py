@@ -12,11 +12,11 @@ import recap_fast
 import recap_fast.reference
 from recap_fast.config import EmbeddingOptimizerConfig
 from recap_fast.embeddings import fuse_embeddings
-from recap_fast.embeddings.kernel_optimizer import KernelOptimizer
+from recap_fast.embeddings.fused_optimizer import KernelOptimizer
 from recap_fast.keyed.load import as_tables_have_it
-from tests.embeddings.examples import kernel_optimizer
-from tests.embeddings.reference import table
-from tests.embeddings.training import DENSE, Tables, train
+from tests.support.table_reference import table
+from tests.support.table_training import DENSE, Tables, train
+from tests.support.tables import kernel_optimizer
 
 CONFIGS = [table("a", "user", "item"), table("b", "item", "last_item", dim=16, rows=9)]
 ALGORITHMS: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torchrec.optim import keyed
 
+from recap_fast.keyed.fused import FusedCombinedOptimizer
 from recap_fast.optim import FusedAdam
-from recap_fast.optim.combined import FusedCombinedOptimizer
 
 _counter = ctypes.CDLL(None).recap_allocations
 _counter.restype = ctypes.c_long

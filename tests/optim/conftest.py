@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recap_fast import build_info
 from recap_fast._native import use_instruction_set
-from tests.optim.borrowed import lend_to_cuda
+from tests.support.lent_to_cuda import lend_to_cuda
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"])

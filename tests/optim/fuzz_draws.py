@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.optim.helpers import DTYPES, LAYOUTS, laid_out, numbers
+from tests.support.optimizers import DTYPES, LAYOUTS, laid_out, numbers
 
 _POOL = numbers((1 << 15,), 0, torch.float64)  # drawn once: values are cut out of it
 

@@ -31,8 +31,8 @@ from tests.optim.fuzz_steps import (
     step,
     steps,
 )
-from tests.optim.helpers import FUSED, LAYOUTS, TORCH, for_loop, laid_out
-from tests.optim.rounding import double
+from tests.support.optimizers import FUSED, LAYOUTS, TORCH, for_loop, laid_out
+from tests.support.rounding import double
 
 if TYPE_CHECKING:
     from tests.optim.fuzz_round import Round

@@ -2,8 +2,8 @@
 
 Torch's has float64 copies of our parameters, of the same memory layout, and starts each step from
 the values that ours starts from. So a step is held to the rounding of one step, see
-`tests.optim.rounding`, and all else to equality: values, keys, strides, step counts, gradients and
-param groups after every operation.
+`tests.support.rounding`, and all else to equality: values, keys, strides, step counts, gradients
+and param groups after every operation.
 
     python -m tests.optim.fuzz_round SEED [ROUNDS]
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from recap_fast._native import use_instruction_set
 from tests.optim.fuzz_draws import draw_flat_parameters, draw_options, draw_parameter
 from tests.optim.fuzz_operations import OPERATIONS, WEIGHTS
-from tests.optim.helpers import FUSED, for_loop
-from tests.optim.rounding import assert_rounded, double, magnitudes
+from tests.support.optimizers import FUSED, for_loop
+from tests.support.rounding import assert_rounded, double, magnitudes
 
 Values = dict[str, Tensor]
 

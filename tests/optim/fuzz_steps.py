@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.optim.fuzz_draws import draw_gradient
-from tests.optim.rounding import double
+from tests.support.rounding import double
 
 if TYPE_CHECKING:
     from tests.optim.fuzz_round import Round

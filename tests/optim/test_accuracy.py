@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.optim.helpers import FUSED, TORCH, for_loop
+from tests.support.optimizers import FUSED, TORCH, for_loop
 
 ELEMENTS = 40_000
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

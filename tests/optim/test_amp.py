@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from recap_fast.optim import FusedAdam, FusedSGD
-from tests.optim.helpers import (
+from tests.support.optimizers import (
     FUSED,
     SCALE,
     UPDATES,

@@ -13,7 +13,7 @@ from torch import nn
 
 from recap_fast import unfuse
 from recap_fast.optim import FusedAdam, FusedOptimizer, FusedSGD
-from tests.optim.helpers import (
+from tests.support.optimizers import (
     DTYPES,
     EMULATED,
     FUSED,

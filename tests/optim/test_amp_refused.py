@@ -18,9 +18,9 @@ from torchrec.optim.fused import EmptyFusedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer
 
 from recap_fast.embeddings import fuse_embeddings
-from recap_fast.optim.combined import CombinedOptimizer, FusedCombinedOptimizer
-from tests.models import EMBEDDING_RATE, EmbeddingRanker, features
-from tests.optim.helpers import (
+from recap_fast.keyed.fused import CombinedOptimizer, FusedCombinedOptimizer
+from tests.support.models import EMBEDDING_RATE, EmbeddingRanker, features
+from tests.support.optimizers import (
     SCALE,
     assert_unchanged,
     grad_scaler,

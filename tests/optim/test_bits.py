@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from recap_fast import build_info
 from recap_fast._native import use_instruction_set
-from tests.optim.helpers import DTYPES, FUSED, UPDATES, combine, numbers, same_bits, wrapped
+from tests.support.optimizers import DTYPES, FUSED, UPDATES, combine, numbers, same_bits, wrapped
 
 # Around the widths of vectors (1 to 32 elements), the 16-bit block (512) and the tile (8192).
 SIZES = [1, 7, 33, 511, 513, 8192, 8193, 20_001]

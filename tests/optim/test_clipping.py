@@ -18,9 +18,9 @@ from torchrec.optim.clipping import GradientClippingOptimizer
 
 from recap_fast._native import native
 from recap_fast.keyed import CombinedOptimizer
+from recap_fast.keyed.fused import FusedCombinedOptimizer
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
-from recap_fast.optim.combined import FusedCombinedOptimizer
-from tests.optim.helpers import EMULATED, parameter, set_grads
+from tests.support.optimizers import EMULATED, parameter, set_grads
 
 SHAPES = [(), (3,), (0,), (7, 5), (1,), (300, 41), (20000,)]
 ORACLES = {

@@ -25,9 +25,9 @@ from torchrec.optim.fused import FusedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer, WarmupStage
 
 from recap_fast.embeddings import fuse_embeddings
-from recap_fast.optim.combined import CombinedOptimizer, FusedCombinedOptimizer
-from tests.models import EMBEDDING_RATE, EmbeddingRanker, features
-from tests.optim.helpers import (
+from recap_fast.keyed.fused import CombinedOptimizer, FusedCombinedOptimizer
+from tests.support.models import EMBEDDING_RATE, EmbeddingRanker, features
+from tests.support.optimizers import (
     FUSED,
     combined,
     for_loop,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.optim.helpers import FUSED, UPDATES, combined, for_loop, parameters
+from tests.support.optimizers import FUSED, UPDATES, combined, for_loop, parameters
 
 
 @pytest.mark.parametrize("name", UPDATES)

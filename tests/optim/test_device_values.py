@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import (
+from tests.support.optimizers import (
     EMULATED,
     FUSED,
     TORCH,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.optim.helpers import FUSED, UPDATES, for_loop
+from tests.support.optimizers import FUSED, UPDATES, for_loop
 
 # Per dtype: below the smallest normal number; squares that underflow; ordinary ones; squares that
 # overflow; the largest number; infinity; NaN.

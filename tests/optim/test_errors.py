@@ -19,7 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from recap_fast import build_info
 from recap_fast.optim import FusedAdam, FusedOptimizer, FusedRowwiseAdagrad, FusedSGD
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import (
+from tests.support.optimizers import (
     EMULATED,
     FUSED,
     UPDATES,
@@ -33,7 +33,7 @@ from tests.optim.helpers import (
 )
 
 if TYPE_CHECKING:
-    from recap_fast.optim.combined import FusedCombinedOptimizer
+    from recap_fast.keyed.fused import FusedCombinedOptimizer
 
 
 def _assert_refused(

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLR
 
 from recap_fast import fuse, unfuse
 from recap_fast.optim import FusedAdam, FusedOptimizer, FusedSGD
-from tests.optim.helpers import (
+from tests.support.optimizers import (
     FUSED,
     TORCH,
     UPDATES,

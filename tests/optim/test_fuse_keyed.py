@@ -28,7 +28,7 @@ from recap_fast import FusedCombinedOptimizer, fuse, reference, unfuse
 from recap_fast.keyed import CombinedOptimizer, walk
 from recap_fast.optim import FusedAdam, FusedOptimizer
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import TORCH, parameters, set_grads
+from tests.support.optimizers import TORCH, parameters, set_grads
 
 
 def wrapper(params: dict[str, nn.Parameter], algorithm: str, **options: Any) -> Any:
@@ -165,7 +165,7 @@ def test_it_becomes_what_it_was(kind: str) -> None:
 
 
 def test_what_was_made_fused_becomes_the_reference() -> None:
-    module = pytest.importorskip("tests.optim.helpers")
+    module = pytest.importorskip("tests.support.optimizers")
     params = [parameters(4), parameters(4)]
     ours, theirs = (module.combined(own) for own in params)
     unfuse(ours)

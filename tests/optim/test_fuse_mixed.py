@@ -22,8 +22,8 @@ from recap_fast._native import native
 from recap_fast.optim import FusedOptimizer, FusedSGD
 from recap_fast.optim.left_to_torch import why_not_native
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import TORCH, assert_same, parameters, same_bits, set_grads
 from tests.optim.test_errors import BAD_PARAMETERS
+from tests.support.optimizers import TORCH, assert_same, parameters, same_bits, set_grads
 
 SPARSE = {
     "sgd": ("sgd", {"lr": 0.1}),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward, _get_in_backward_optimizers
 
 from recap_fast.optim import FusedOptimizer
-from tests.optim.helpers import FUSED, TORCH
+from tests.support.optimizers import FUSED, TORCH
 
 
 def _train(kind: type[torch.optim.Optimizer], steps: int = 4, **options: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 )
 
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
-from tests.optim.helpers import (
+from tests.support.optimizers import (
     FUSED,
     LAYOUTS,
     TORCH,
@@ -92,7 +92,7 @@ def test_other_ways_of_stepping_make_no_difference(
 def test_an_argument_without_effect_is_logged_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recap_fast.optim.fused._logged", set())
+    monkeypatch.setattr("recap_fast.optim.native_step._logged", set())
     with caplog.at_level(logging.INFO, "recap_fast"):
         FusedAdam(parameters(1), fused=True)
         FusedAdam(parameters(1))

@@ -18,7 +18,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
-from tests.optim.helpers import FUSED, TORCH, UPDATES, for_loop, parameter, same_bits, set_grads
+from tests.support.optimizers import (
+    FUSED,
+    TORCH,
+    UPDATES,
+    for_loop,
+    parameter,
+    same_bits,
+    set_grads,
+)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import recap_fast
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD
 from recap_fast.optim import stepper as stepper_module
-from tests.optim.helpers import combine, combined, numbers, parameters, wrapped
+from tests.support.optimizers import combine, combined, numbers, parameters, wrapped
 
 PACKAGE = str(Path(recap_fast.__file__).parent)
 STEPPER = stepper_module.__file__

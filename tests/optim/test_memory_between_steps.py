@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from recap_fast.optim import FusedAdam, FusedSGD
-from tests.optim.helpers import EMULATED, assert_same, assert_unchanged, for_loop, numbers, snapshot
+from tests.support.optimizers import (
+    EMULATED,
+    assert_same,
+    assert_unchanged,
+    for_loop,
+    numbers,
+    snapshot,
+)
 
 WHERE = ["parameter", "exp_avg", "step", "gradient"]
 

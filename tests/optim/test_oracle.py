@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.optim.helpers import DTYPES, FUSED, LAYOUTS, for_loop, laid_out, numbers, parameter
-from tests.optim.rounding import assert_rounded, double, magnitudes
+from tests.support.optimizers import DTYPES, FUSED, LAYOUTS, for_loop, laid_out, numbers, parameter
+from tests.support.rounding import assert_rounded, double, magnitudes
 
 # The engine's tile has 8192 elements and its 16-bit block 512: below, at and beyond both.
 SHAPES = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recap_fast.optim import FusedSGD
-from tests.optim.helpers import (
+from tests.support.optimizers import (
     EMULATED,
     FUSED,
     assert_same,
@@ -155,7 +155,7 @@ def test_inside_a_combined_optimizer_each_clips_by_its_own_norm() -> None:
 
 
 def test_two_norms_for_one_gradient_are_refused() -> None:
-    module = pytest.importorskip("recap_fast.optim.combined")
+    module = pytest.importorskip("recap_fast.keyed.fused")
     part = wrapped({"0": parameters(1)[0]}, "sgd", clip_grad_norm=0.5)
     with pytest.raises(ValueError, match=r"under the key 'tower'.*clip_grad_norm of its own"):
         module.FusedCombinedOptimizer([("tower", part)], clip_grad_norm=1.0)

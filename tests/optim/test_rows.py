@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from recap_fast import build_info, fuse, unfuse
 from recap_fast._native import use_instruction_set
 from recap_fast.optim import FusedAdam, FusedAdamW, FusedRowwiseAdagrad
-from tests.optim.helpers import DTYPES, LAYOUTS, laid_out, numbers
+from tests.support.optimizers import DTYPES, LAYOUTS, laid_out, numbers
 
 pytestmark = pytest.mark.cpu_engine  # a CUDA engine refuses them
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.optim.helpers import FUSED, TORCH
+from tests.support.optimizers import FUSED, TORCH
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "adam": {"amsgrad": True},

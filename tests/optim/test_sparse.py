@@ -26,8 +26,8 @@ from recap_fast.optim import (
     FusedSGD,
     FusedSparseAdam,
 )
-from tests.optim.helpers import DTYPES, numbers
 from tests.optim.test_rows import assert_rounded_once, rowwise_in_float64
+from tests.support.optimizers import DTYPES, numbers
 
 pytestmark = pytest.mark.cpu_engine  # a CUDA engine refuses them
 

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from recap_fast._native import native
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import (
+from tests.support.optimizers import (
     FUSED,
     LAYOUTS,
     UPDATES,
@@ -33,7 +33,7 @@ from tests.optim.helpers import (
 )
 
 if TYPE_CHECKING:
-    from recap_fast.optim.combined import FusedCombinedOptimizer
+    from recap_fast.keyed.fused import FusedCombinedOptimizer
 
 
 def _extension_calls(action: Callable[[], object]) -> list[str]:

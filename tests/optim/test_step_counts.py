@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.optim.helpers import FUSED, for_loop, is_stepped_on_device, parameters
+from tests.support.optimizers import FUSED, for_loop, is_stepped_on_device, parameters
 
 pytestmark = pytest.mark.cpu_engine  # elsewhere counts are taken to the device
 

@@ -11,7 +11,7 @@ import torch
 
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import (
+from tests.support.optimizers import (
     FUSED,
     assert_unchanged,
     for_loop,

@@ -14,7 +14,7 @@ from torch import nn
 from recap_fast import fuse
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import FUSED, bits, parameters
+from tests.support.optimizers import FUSED, bits, parameters
 
 LARGE = 1_500_000  # elements, of which a step gives up the GIL
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
-from tests.optim.helpers import (
+from tests.support.optimizers import (
     DTYPES,
     FUSED,
     LAYOUTS,

@@ -11,7 +11,7 @@ import torch
 
 from recap_fast._native import native
 from recap_fast.optim import FusedAdam, FusedOptimizer, FusedSGD
-from tests.optim.helpers import FUSED, TORCH, assert_unchanged, parameters, snapshot
+from tests.support.optimizers import FUSED, TORCH, assert_unchanged, parameters, snapshot
 
 VALUES: dict[str, Any] = {
     "int": 5,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recap_fast import build_info
 from recap_fast.optim import FusedAdam
-from tests.optim.helpers import FUSED, parameters
+from tests.support.optimizers import FUSED, parameters
 
 pytestmark = pytest.mark.skipif(
     "cuda" in build_info()["engines"],

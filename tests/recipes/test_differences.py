@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import recap_fast
 from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD, FusedSparseAdam
-from tests.optim.helpers import DTYPES, FUSED, TORCH, numbers, parameter, same_bits, set_grads
 from tests.recipes.page import PAGE
+from tests.support.optimizers import DTYPES, FUSED, TORCH, numbers, parameter, same_bits, set_grads
 
 Make = Callable[..., torch.optim.Optimizer]
 SHOWN: list[str] = []

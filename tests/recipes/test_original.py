@@ -12,11 +12,11 @@ pytest.importorskip("torchrec", reason="needs torchrec")
 
 import torch
 
-from tests.original_configs import CLASSES
-from tests.original_program import ModelAndLoss, batch, original, read
 from tests.recipes.comparing import Training, compare
 from tests.recipes.page import Recipe
 from tests.recipes.regression import params_of
+from tests.support.original_configs import CLASSES
+from tests.support.original_program import ModelAndLoss, batch, original, read
 
 MODULE = "tml.projects.home.recap.optimizer"
 

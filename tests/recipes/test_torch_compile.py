@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.optim.helpers import FUSED, combined
 from tests.recipes.comparing import Training, compare
 from tests.recipes.page import SIDES, Recipe
 from tests.recipes.regression import make_batches, make_model, params_of
+from tests.support.optimizers import FUSED, combined
 
 MAKE, STEP, LOOP = range(3)  # the blocks
 

@@ -7,9 +7,9 @@
 #include <random>
 #include <vector>
 
-#include "algorithms/storage.h"
 #include "cpu/engine.h"
 #include "guarded.h"
+#include "numerics/storage.h"
 #include "plan/plan.h"
 #include "plan/step.h"
 

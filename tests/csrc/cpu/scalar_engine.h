@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "algorithms/storage.h"
+#include "numerics/storage.h"
 #include "plan/plan.h"
 #include "plan/step.h"
 

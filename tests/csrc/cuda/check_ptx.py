@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = {
-    "update_tiles": ROOT / "csrc" / "cuda" / "kernel.cu",
-    "update_tiles_by_device_values": ROOT / "csrc" / "cuda" / "device_kernel.cu",
+    "update_tiles": ROOT / "csrc" / "cuda" / "host_values_kernel.cu",
+    "update_tiles_by_device_values": ROOT / "csrc" / "cuda" / "device_values_kernel.cu",
 }
 KERNELS = tuple(SOURCES)
 # The flags that decide about results; CMakeLists.txt builds with the same.

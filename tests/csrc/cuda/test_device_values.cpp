@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "algorithms/schedule_table.h"
+#include "../plan/schedule_table.h"
 #include "check.h"
 #include "cuda/launch_arguments.h"
 #include "device_twin.h"

@@ -13,11 +13,11 @@
 #include <string>
 #include <vector>
 
-#include "algorithms/storage.h"
 #include "cpu/engine.h"
 #include "cpu/guarded.h"
 #include "cpu/problem.h"
 #include "cuda/engine.h"
+#include "numerics/storage.h"
 
 inline std::vector<Update> all_updates() {
   std::vector<Update> updates;

@@ -1,0 +1,42 @@
+#include "prefetch.h"
+
+namespace recap::cpu {
+
+constexpr int kBlocksAhead = 8;
+
+Prefetch::Prefetch(const Plan& plan, const Step& step, size_t begin, size_t end)
+    : plan_(plan), step_(step), tile_(begin), end_(end) {
+  for (int block = 0; block < kBlocksAhead; ++block) next_block();
+}
+
+Prefetch Prefetch::none() {
+  static const Plan plan;
+  static const Step step;
+  return Prefetch(plan, step, 0, 0);
+}
+
+bool Prefetch::next_tile() {
+  while (tile_ < end_) {
+    const Tile& tile = plan_.tiles[tile_];
+    const Slot& slot = plan_.slots[tile.slot];
+    const void* const grad = step_.grads[tile.slot];
+    if (!grad || slot.row_size) {
+      tile_ += tiles_left(slot, tile);
+      continue;
+    }
+    ++tile_;
+    const int64_t item_size = dtype_size(slot.dtype), offset = tile.begin * item_size;
+    left_ = tile.size * item_size;
+    grad_ = static_cast<const char*>(grad) + offset;
+    int count = 0;
+    written_[count++] = static_cast<const char*>(slot.param) + offset;
+    for (const void* state : slot.state) {
+      if (state) written_[count++] = static_cast<const char*>(state) + offset;
+    }
+    written_count_ = count;
+    return true;
+  }
+  return false;
+}
+
+}  // namespace recap::cpu

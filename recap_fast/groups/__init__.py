@@ -1,0 +1,1 @@
+"""The param groups of a model's dense parameters."""

@@ -1,0 +1,1 @@
+"""The state of optimizers: made, placed in memory, and loaded."""

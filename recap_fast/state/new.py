@@ -1,0 +1,109 @@
+"""The state that `torch.optim` keeps for a parameter, made without taking a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recap_fast.state.memory import StateMemory
+
+
+def row_sums(param: Tensor, memory: StateMemory) -> Tensor:
+    """The ``sum`` of row-wise Adagrad before the first step: zeros, one for each row of ``param``.
+
+    Of float32, or float64 for a float64 parameter, on its device; of a DTensor that is sharded
+    along its rows, a DTensor that is sharded alike.
+    """
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    local = param.to_local() if hasattr(param, "to_local") else param
+    rows = local.detach().new_empty(local.shape[:1] or (1,), dtype=dtype)
+    sums = memory.full_like(rows, 0.0, 0)
+    if local is param:
+        return sums
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        sums,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape[:1] or torch.Size([1]),
+        stride=(1,),
+    )
+
+
+def _step_dtype() -> torch.dtype:
+    """The dtype torch.optim counts steps in, which follows from the default dtype."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def has_state(state: Mapping[str, Any] | None) -> bool:
+    """Whether ``state``, an optimizer's entry for a parameter, holds anything.
+
+    A momentum buffer of None does not count: torch fills it with the first gradient.
+    """
+    return state is not None and any(value is not None for value in state.values())
+
+
+def new_state(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    param: Tensor,
+    memory: StateMemory,
+) -> dict[str, Tensor]:
+    """Returns the state of ``param`` before its first step, under torch's names.
+
+    Args:
+        optimizer: a `torch.optim.Adam` (or AdamW), `SparseAdam`, `Adagrad` or `SGD`, or a subclass;
+            or one whose ``algorithm`` is ``rowwise_adagrad``.
+        group: the param group of ``param``.
+        param: a dense floating point tensor of any shape.
+        memory: where the state goes; one for all parameters whose state is made together.
+
+    Returns:
+        Tensors of the shape, dtype, device and memory layout of ``param``, all zero (Adagrad's
+        ``sum``: its initial accumulator value), and for Adam and Adagrad a 0-dim ``step`` of zero.
+        Empty for SGD without momentum. For row-wise Adagrad `row_sums` and such a ``step``.
+
+    Raises:
+        TypeError: for any other class of optimizer.
+    """
+
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.SparseAdam)):
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group.get("amsgrad", False)
+        moments = {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names)}
+        return {"step": memory.step_count(0, _step_dtype()), **moments}
+    if isinstance(optimizer, torch.optim.Adagrad):
+        # The constructor's, as in torch, whatever the group says: of state made there and here.
+        start = optimizer.defaults["initial_accumulator_value"]
+        step = memory.step_count(0, _step_dtype())
+        return {"step": step, "sum": memory.full_like(param, start, 0)}
+    if getattr(optimizer, "algorithm", None) == "rowwise_adagrad":
+        return {"step": memory.step_count(0, _step_dtype()), "sum": row_sums(param, memory)}
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer": memory.full_like(param, 0.0, 0)} if group["momentum"] else {}
+    raise TypeError(
+        f"cannot make state for {type(optimizer).__name__}; it must be Adam, AdamW, Adagrad or SGD"
+    )
+
+
+def strays(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, torch.optim.Optimizer]:
+    """Finds state that was left behind when a parameter went to a param group elsewhere.
+
+    One torch optimizer has one state for all its groups; several that are stepped as one should do
+    alike.
+
+    Returns:
+        By parameter, the optimizer that has state of it, but no param group with it.
+    """
+    found = {}
+    for optimizer in optimizers:
+        if optimizer.state:
+            grouped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+            for param, entries in optimizer.state.items():
+                if id(param) not in grouped and isinstance(entries, Mapping) and has_state(entries):
+                    found[param] = optimizer
+    return found
