@@ -22,7 +22,8 @@ from recap_fast.optim import (
     FusedSparseAdam,
 )
 from recap_fast.optim.hooks import steps_as_its_class, unhooked
-from recap_fast.optim.left_to_torch import LeftToTorch, make_counts_torchs
+from recap_fast.optim.left_to_torch import LeftToTorch
+from recap_fast.optim.torch_step import make_counts_torchs
 
 logger = logging.getLogger("recap_fast")
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchrec.optim.warmup import WarmupOptimizer
 
+from recap_fast.keyed.parts import Combined
 from recap_fast.keyed.walk import is_dense, walk
 from recap_fast.names import TABLES
 from recap_fast.state.memory import StateMemory
 from recap_fast.state.new import has_state, new_state
 from recap_fast.state.options import EXECUTION_OPTIONS, option_like
-
-if TYPE_CHECKING:
-    from recap_fast.keyed.combined import CombinedOptimizer
 
 
 class NewState(NamedTuple):
@@ -28,14 +26,14 @@ class NewState(NamedTuple):
     entries: dict[str, Tensor]
 
 
-def new_states(optimizer: CombinedOptimizer, wanted: Callable[[Tensor], bool]) -> list[NewState]:
+def new_states(optimizer: Combined, wanted: Callable[[Tensor], bool]) -> list[NewState]:
     """The state to give to each wanted dense parameter that has none; nothing is changed.
 
     Raises:
         TypeError: An optimizer inside is of a class whose state is not known.
     """
     found, memory = [], StateMemory()
-    for wrapper in walk(optimizer):
+    for wrapper in (each for _, part in optimizer.optimizers for each in walk(part)):
         if isinstance(wrapper, WarmupOptimizer):
             param = wrapper._warmup_param
             if wanted(param) and not has_state(wrapper.state.get(param)):

@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torchrec.optim import keyed
 from torchrec.optim.fused import FusedOptimizer
 
+from recap_fast.keyed.parts import Combined
 from recap_fast.keyed.walk import plain_leaves
 from recap_fast.schedules.compute import DEFAULT_LR
-
-if TYPE_CHECKING:
-    from recap_fast.keyed.combined import CombinedOptimizer
 
 _NO_OPTIONS = frozenset({"params", "param_names"})
 
@@ -29,7 +27,7 @@ class ParamGroups(list):
 
     __slots__ = ("_optimizer",)
 
-    def __init__(self, groups: Iterable[dict[str, Any]], optimizer: CombinedOptimizer) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], optimizer: Combined) -> None:
         list.__init__(self, groups)
         self._optimizer = optimizer
 
@@ -58,7 +56,7 @@ for _name in (
     setattr(ParamGroups, _name, _written_through(_name))
 
 
-def set_param_groups(optimizer: CombinedOptimizer, groups: Sequence[dict[str, Any]]) -> None:
+def set_param_groups(optimizer: Combined, groups: Sequence[dict[str, Any]]) -> None:
     """Makes `groups` those of `optimizer`, which may lack some of it, and have others at the end.
 
     If there are as many as before, those that are new take the place of those they stand for.
@@ -105,7 +103,7 @@ def set_param_groups(optimizer: CombinedOptimizer, groups: Sequence[dict[str, An
         _append(optimizer, leaf, group)
 
 
-def add_param_group(optimizer: CombinedOptimizer, group: dict[str, Any]) -> None:
+def add_param_group(optimizer: Combined, group: dict[str, Any]) -> None:
     """See `CombinedOptimizer.add_param_group`."""
     if not isinstance(group, dict):
         raise TypeError(f"param_group must be a dict, but got {type(group)}")
@@ -123,13 +121,13 @@ def add_param_group(optimizer: CombinedOptimizer, group: dict[str, Any]) -> None
     optimizer.optimizers.append(("", _wrap(optimizer, member)))
 
 
-def _append(optimizer: CombinedOptimizer, like: Optimizer, group: dict[str, Any]) -> None:
+def _append(optimizer: Combined, like: Optimizer, group: dict[str, Any]) -> None:
     member = _empty_copy(like)
     member.param_groups.append(group)
     optimizer.optimizers.append(("", _wrap(optimizer, member)))
 
 
-def _like(optimizer: CombinedOptimizer, keys: Iterable[str], whole: bool) -> Optimizer:
+def _like(optimizer: Combined, keys: Iterable[str], whole: bool) -> Optimizer:
     """The optimizer inside that is like the one which a new group is for.
 
     Args:
@@ -137,7 +135,7 @@ def _like(optimizer: CombinedOptimizer, keys: Iterable[str], whole: bool) -> Opt
         keys: of the group.
         whole: whether they must be all that it needs.
     """
-    candidates = list(plain_leaves(optimizer))
+    candidates = [leaf for _, part in optimizer.optimizers for leaf in plain_leaves(part)]
     if not candidates:
         raise ValueError(
             "a param group cannot be added: all optimizers inside are wrapped, or clip by a norm "
@@ -180,7 +178,7 @@ def _empty_copy(optimizer: Optimizer) -> Optimizer:
     return copy
 
 
-def _wrap(optimizer: CombinedOptimizer, member: Optimizer) -> keyed.KeyedOptimizerWrapper:
+def _wrap(optimizer: Combined, member: Optimizer) -> keyed.KeyedOptimizerWrapper:
     # Without names: those of a group may change with it (see `names_of_others`).
     wrapper = keyed.KeyedOptimizerWrapper({}, lambda _: member)
     wrapper.save_param_groups(optimizer.defaults["_save_param_groups"])

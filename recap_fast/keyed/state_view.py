@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, Mapping, MutableMapping, ValuesView
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torchrec.optim.fused import FusedOptimizer
 
+from recap_fast.keyed.parts import Combined
 from recap_fast.keyed.torch_format import asked_to_make_state
 from recap_fast.keyed.walk import leaves
 from recap_fast.state.new import has_state
-
-if TYPE_CHECKING:
-    from recap_fast.keyed.combined import CombinedOptimizer
 
 
 class _Items(ItemsView):
@@ -54,7 +52,7 @@ class StateView(MutableMapping[Tensor, Any]):
     from a single table, or replaced, which raises ValueError. Fill its tensors instead.
     """
 
-    def __init__(self, optimizer: CombinedOptimizer) -> None:
+    def __init__(self, optimizer: Combined) -> None:
         self._optimizer = optimizer
 
     def _sources(self) -> list[MutableMapping[Tensor, Any]]:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from recap_fast._native import native
-from recap_fast.optim.hooks import unhooked
-
-if TYPE_CHECKING:
-    from recap_fast.optim.native_step import FusedOptimizer
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Group = dict[str, Any]
@@ -89,7 +84,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class LeftToTorch:
-    """Which param groups of one optimizer are left to torch, and torch's step over them.
+    """Which param groups of one optimizer are left to torch.
 
     A group is either native or torch's, as a whole: torch's functions take a group at a time. It is
     looked at again whenever a plan is built, since options and tensors may change. But a parameter
@@ -135,59 +130,3 @@ class LeftToTorch:
         is_news = (index, reason) not in self._said
         self._said.add((index, reason))
         return is_news
-
-
-def torch_steps(
-    optimizer: FusedOptimizer, groups: Sequence[Group], grad_scale: Tensor | None
-) -> list[Callable[[], Any]]:
-    """What to call, in this order, to take the step of the optimizer's torch class.
-
-    Args:
-        optimizer: whose state it is.
-        groups: some of its param groups.
-        grad_scale: as from `torch.amp.GradScaler`. torch's step knows nothing of it: gradients are
-            divided by it in place.
-    """
-    make_counts_torchs(optimizer, groups)
-    # An object of its own, which shares everything but the list of groups: no other thread, hook or
-    # error can find the optimizer without the rest of them.
-    view = object.__new__(type(optimizer))
-    view.__dict__.update(optimizer.__dict__, param_groups=list(groups))
-    for name in ("grad_scale", "found_inf"):
-        view.__dict__.pop(name, None)
-    step = functools.partial(unhooked(optimizer.torch_class().step), view)
-    if grad_scale is None:
-        return [step]
-    return [functools.partial(_unscale, groups, grad_scale), step]
-
-
-def make_counts_torchs(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> None:
-    """Puts step counts where torch's fused and capturable steps want them: on the device.
-
-    `torch.optim.SparseAdam` counts in an int.
-    """
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        for param in (param for group in groups for param in group["params"]):
-            state = optimizer.state.get(param)
-            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
-                state["step"] = int(state["step"])
-        return
-    for group in groups:
-        if not (group.get("fused") or group.get("capturable")):
-            continue
-        for param in group["params"]:
-            state = optimizer.state.get(param, {})
-            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].to(param.device, torch.float32)
-
-
-def _unscale(groups: Sequence[Group], grad_scale: Tensor) -> None:
-    for group in groups:
-        for param in group["params"]:
-            grad = param.grad
-            if grad is not None:
-                values = (grad._values() if grad.is_sparse else grad).detach()
-                # As GradScaler.unscale_ does, to the same bits.
-                inverse = grad_scale.to(values.device).reshape(()).double().reciprocal().float()
-                ignored = torch.zeros((), device=values.device)
-                torch._amp_foreach_non_finite_check_and_unscale_([values], ignored, inverse)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from recap_fast._native import native
 from recap_fast.clipping import NormParts, clip_on_device
-from recap_fast.optim.left_to_torch import torch_steps
+from recap_fast.optim.stepped import Stepped
+from recap_fast.optim.torch_step import torch_steps
 from recap_fast.state.memory import StateMemory
 from recap_fast.state.new import new_state, strays
 
 if TYPE_CHECKING:
-    from recap_fast.optim.native_step import FusedOptimizer
     from recap_fast.schedules.device import DeviceRates
 
 
@@ -72,7 +72,7 @@ class Stepper:
 
     def __init__(
         self,
-        optimizers: Sequence[FusedOptimizer],
+        optimizers: Sequence[Stepped],
         names: Sequence[Mapping[Tensor, str]] | None = None,
         max_norm: float | None = None,
     ) -> None:
@@ -88,7 +88,7 @@ class Stepper:
         self.step_these(optimizers, names)
 
     def step_these(
-        self, optimizers: Sequence[FusedOptimizer], names: Sequence[Mapping[Tensor, str]] | None
+        self, optimizers: Sequence[Stepped], names: Sequence[Mapping[Tensor, str]] | None
     ) -> None:
         """From now on, steps ``optimizers``; see the arguments of the class."""
         # Weak: an optimizer owns its stepper, and a cycle would keep its state until a collection.
@@ -306,7 +306,7 @@ class Stepper:
             self._device_values = True
             self._keep(self._build())
 
-    def _optimizers(self) -> list[FusedOptimizer]:
+    def _optimizers(self) -> list[Stepped]:
         return [reference() for reference in self._references]
 
     def _drop_plan(self) -> None:
@@ -364,7 +364,7 @@ class Stepper:
         return f"param group {index}{where}"
 
     def _source(
-        self, number: int, optimizer: FusedOptimizer, index: int, group: Group
+        self, number: int, optimizer: Stepped, index: int, group: Group
     ) -> tuple[Any, list[str]]:
         """A group for a plan, and the names of its parameters."""
         name, names_of = self._name(number, index), self._names[number]
@@ -375,7 +375,7 @@ class Stepper:
         return source, names
 
     def _divide(
-        self, optimizers: Sequence[FusedOptimizer]
+        self, optimizers: Sequence[Stepped]
     ) -> tuple[list[list[tuple[int, Group]]], list[tuple[int, list[Group]]]]:
         """Settles which groups the plan is of, and which are left to torch."""
         native_groups: list[list[tuple[int, Group]]] = []
@@ -432,7 +432,7 @@ class Stepper:
         return found
 
     def _refusal(
-        self, number: int, optimizer: FusedOptimizer, index: int, group: Group
+        self, number: int, optimizer: Stepped, index: int, group: Group
     ) -> Exception | None:
         """What a plan has against a group by itself."""
         source, _ = self._source(number, optimizer, index, group)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from recap_fast.state.memory import StateMemory
+
+
+class HasState(Protocol):
+    """What of an optimizer is looked at here; a `torch.optim.Optimizer` has it."""
+
+    state: defaultdict[Tensor, Any]
+    param_groups: list[dict[str, Any]]
+
+
+T = TypeVar("T", bound=HasState)
 
 
 def row_sums(param: Tensor, memory: StateMemory) -> Tensor:
@@ -49,7 +60,7 @@ def has_state(state: Mapping[str, Any] | None) -> bool:
 
 
 def new_state(
-    optimizer: torch.optim.Optimizer,
+    optimizer: HasState,
     group: dict[str, Any],
     param: Tensor,
     memory: StateMemory,
@@ -71,7 +82,6 @@ def new_state(
     Raises:
         TypeError: for any other class of optimizer.
     """
-
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.SparseAdam)):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group.get("amsgrad", False)
         moments = {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names)}
@@ -90,7 +100,7 @@ def new_state(
     )
 
 
-def strays(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, torch.optim.Optimizer]:
+def strays(optimizers: Sequence[T]) -> dict[Tensor, T]:
     """Finds state that was left behind when a parameter went to a param group elsewhere.
 
     One torch optimizer has one state for all its groups; several that are stepped as one should do
