@@ -53,8 +53,9 @@ def read_tensors(
 
 
 class _Reader(dcp.FileSystemReader):
-    """Unpickles no metadata, neither that of all processes nor of one. Of tensors, DCP does so by
-    `torch.load(..., weights_only=True)`, which makes tensors only.
+    """Unpickles no metadata, neither that of all processes nor of one.
+
+    Of tensors, DCP does so by `torch.load(..., weights_only=True)`, which makes tensors only.
     """
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:

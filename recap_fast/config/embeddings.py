@@ -64,8 +64,9 @@ class EmbeddingAdamConfig(_Adam):
 
 
 class EmbeddingLambConfig(_Adam):
-    """LAMB: Adam's step, scaled by the ratio of a row's norm to that of its step; full or with one
-    second moment per row. The decay is part of the step that is scaled.
+    """LAMB: Adam's step, scaled by the ratio of a row's norm to that of its step.
+
+    Full or with one second moment per row. The decay is part of the step that is scaled.
 
     Attributes:
         beta_1, beta_2, eps, weight_decay: As in `EmbeddingPartialRowwiseAdamConfig`.

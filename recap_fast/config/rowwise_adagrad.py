@@ -17,8 +17,9 @@ _SECTIONS = ("counter", "cowclip", "decouple_global")
 
 
 class _RowwiseAdagradConfig(BaseConfig):
-    """What all row-wise Adagrads have: one accumulator per table row, the mean of the squared
-    gradients of the row.
+    """What all row-wise Adagrads have: one accumulator per table row.
+
+    It sums the mean of the squared gradients of the row.
 
     Attributes:
         eps: Added to the denominator.

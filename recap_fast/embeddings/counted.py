@@ -51,11 +51,13 @@ class CountedKernel(SplitTableBatchedEmbeddingBagsCodegen):
             self.iter_cpu.add_(missing)
 
     def ema_inplace(self, emainplace_mode: dict[str, float]) -> None:
+        """As FBGEMM's, of the tables that are not frozen; not where nothing is to be counted."""
         with self._averaging() as moves:
             if moves:
                 super().ema_inplace(emainplace_mode)
 
     def ensemble_and_swap(self, ensemble_mode: dict[str, float]) -> None:
+        """As FBGEMM's, of the tables that are not frozen; not where nothing is to be counted."""
         with self._averaging() as moves:
             if moves:
                 super().ensemble_and_swap(ensemble_mode)
@@ -70,12 +72,14 @@ class CountedKernel(SplitTableBatchedEmbeddingBagsCodegen):
             self._hidden = NONE_FROZEN
 
     def split_embedding_weights(self) -> list[Tensor]:
+        """As FBGEMM's; while averages move, without the rows of frozen tables."""
         weights = super().split_embedding_weights()
         if self._hidden:
             return [each[:0] if i in self._hidden else each for i, each in enumerate(weights)]
         return weights
 
     def split_optimizer_states(self) -> list[list[Tensor]]:
+        """As FBGEMM's; while averages move, without the rows of frozen tables."""
         states = super().split_optimizer_states()
         if self._hidden:
             return [

@@ -44,8 +44,10 @@ logger = logging.getLogger("recap_fast")
 
 
 class _Params(dict[str, Tensor]):
-    """Parameters by name; a wrapper that adds one of its own, as torchrec's warm-up does, adds it
-    to the optimizer, so that its state has a name in there."""
+    """Parameters by name; what a wrapper adds to them, it adds to the optimizer.
+
+    So does torchrec's warm-up, with one of its own, whose state then has a name in there.
+    """
 
     def __init__(self, params: Mapping[str, Tensor], added: dict[str, Tensor]) -> None:
         super().__init__(params)

@@ -163,6 +163,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             rates.move_to(step)
 
     def check_groups_may_go(self) -> None:
+        """Raises ValueError if there are rates on the device, which go by the place of a group."""
         if self._device_rates:
             raise ValueError(
                 "param_groups: rates on the device go by the place of their param group, so that "

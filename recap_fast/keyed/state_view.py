@@ -102,9 +102,11 @@ class StateView(MutableMapping[Tensor, Any]):
         return iter(found.items())
 
     def items(self) -> ItemsView[Tensor, Any]:
+        """As of a dict; the entries are looked up once, not for each parameter."""
         return _Items(self)
 
     def values(self) -> ValuesView[Any]:
+        """As of a dict; see `items`."""
         return _Values(self)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -123,6 +125,7 @@ class StateView(MutableMapping[Tensor, Any]):
         return any(param in states for states in self._sources())
 
     def get(self, param: Tensor, default: Any = None) -> Any:
+        """As of a dict: a parameter without state reads as `default`, and gets no dict."""
         states = self._holder(param)
         return default if states is None else states[param]
 
