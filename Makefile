@@ -18,7 +18,7 @@ CSRC := $(shell find csrc tests/csrc benchmarks -name '*.h' -o -name '*.cpp' -o 
 .PHONY: demo test test-all lint format bench bench-compare matrix sanitize wheel clean
 
 demo: $(VENV)/built
-	$(BIN)/recap-fast demo
+	$(BIN)/python -m examples.movielens
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -q

@@ -1,7 +1,7 @@
 """The workloads: sets of param groups, given by the shapes of their tensors.
 
 A to F are synthetic extremes; RECAP is the original's shipped model; DEMO is that of
-`recap-fast demo`.
+`make demo`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def demo() -> Workload:
     Raises:
         ImportError: the demo needs a package that is not installed.
     """
-    from recap_fast.demo.model import build_model, optimizer_configs
+    from examples.movielens.model import build_model, optimizer_configs
     from recap_fast.embeddings import find_fused_optimizer, fuse_embeddings
     from recap_fast.groups.assign import group_parameters
 
@@ -121,7 +121,7 @@ def demo() -> Workload:
     groups = group_parameters(model, dense_config, embedding_config, fused.params)
     return Workload(
         "DEMO",
-        "the dense groups of `recap-fast demo`",
+        "the dense groups of `make demo`",
         tuple(tuple(tuple(p.shape) for p in group.params.values()) for group in groups),
     )
 

@@ -1,5 +1,5 @@
 """`python -m recap_fast`."""
 
-from recap_fast.cli import main
+from recap_fast.diagnostics.main import main
 
 raise SystemExit(main())

@@ -33,7 +33,7 @@ if path := os.environ.get("RECAP_FAST_TEST_EXTENSION"):
 def backend(request: pytest.FixtureRequest) -> str:
     """The process groups that a test of several processes runs on: one body for CPUs and GPUs.
 
-    On gloo only is what is for CPUs (`recap-fast demo`), or has a process group of one process for
+    On gloo only is what is for CPUs (`make demo`), or has a process group of one process for
     the sake of a wrapper or of file names (tests/test_build.py, tests/groups/test_assign.py).
     """
     if request.param == "nccl" and torch.cuda.device_count() < 2:

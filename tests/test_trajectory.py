@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import recap_fast
+from examples.movielens import data
+from examples.movielens.model import build_model, optimizer_configs
 from recap_fast import reference
-from recap_fast.demo import data
-from recap_fast.demo.model import build_model, optimizer_configs
 from recap_fast.embeddings import fuse_embeddings
 
 STEPS = 200

@@ -17,7 +17,7 @@ from benchmarks.documents import RESULTS, ROOT
 from benchmarks.report import to_text
 from benchmarks.scaling import page, rows, worker
 from benchmarks.scaling.neighbours import watch
-from recap_fast.demo.launch import launch
+from examples.movielens.launch import launch
 
 # A timing during which other processes used more cores than this is taken again, for so long.
 _MOST_OF_OTHERS: Final = 0.1

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import nn
 
 import recap_fast
-from recap_fast.demo import data, processes
-from recap_fast.demo.model import MOVIELENS_TABLE_SIZES, build_model, optimizer_configs
-from recap_fast.demo.quiet import quiet_libraries
-from recap_fast.demo.sharding import shard
+from examples.movielens import data, processes
+from examples.movielens.model import MOVIELENS_TABLE_SIZES, build_model, optimizer_configs
+from examples.movielens.quiet import quiet_libraries
+from examples.movielens.sharding import shard
 from recap_fast.embeddings import fuse_embeddings
 
 BATCH_SIZE: Final = 512

@@ -12,10 +12,10 @@ from torch import nn
 
 import recap_fast
 import recap_fast.reference
+from examples.movielens import data, processes
+from examples.movielens.model import build_model
 from recap_fast import checkpoint
 from recap_fast.config import EmbeddingOptimizerConfig, RecapOptimizerConfig
-from recap_fast.demo import data, processes
-from recap_fast.demo.model import build_model
 from recap_fast.embeddings import fuse_embeddings
 from tests.checkpoint.snapshots import Snapshot, take
 from tests.support.processes import device, run

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint import filesystem
 from torchrec.distributed.types import ShardedTensor
 
 import recap_fast
+from examples.movielens import data, processes
+from examples.movielens.model import build_model
 from recap_fast import checkpoint
-from recap_fast.demo import data, processes
-from recap_fast.demo.model import build_model
 from tests.distributed.test_equivalence import TOLERANCE
 from tests.support.processes import context, device, join
 from tests.support.sharded_models import local_parts, shard_tables

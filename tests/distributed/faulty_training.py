@@ -1,4 +1,4 @@
-"""Runs examples/train_distributed.py on made-up data and a small model, with a fault if asked for.
+"""Runs the example on made-up data and a small model, with a fault if asked for.
 
 As a script, it finds these in the environment:
 
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from recap_fast.demo import data, model, sharding, train
-from recap_fast.demo.data import Batch, Dataset
+from examples.movielens import data, model, sharding, train
+from examples.movielens.data import Batch, Dataset
 from tests.support.processes import device
 from tests.support.small_training import BATCH_SIZE, RATINGS, SIZES, STEPS, table_sizes
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "train_distributed.py"
+EXAMPLE = "examples.movielens.train_distributed"
 ARGUMENTS = ("--steps", str(STEPS), "--batch-size", str(BATCH_SIZE), "--sharding", "table_wise")
 NAN = float("nan")
 
@@ -40,7 +40,7 @@ def main() -> None:
         path = os.environ["FINAL"]
         before_the_test(lambda state: os.environ["RANK"] == "0" and torch.save(state, path))
     sys.argv[1:1] = ARGUMENTS
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    runpy.run_module(EXAMPLE, run_name="__main__", alter_sys=True)
 
 
 def train_with_fault(
@@ -56,7 +56,7 @@ def train_with_fault(
                 break_down(kind, step)
         before_the_test(final.update)
         sys.argv = ["train_distributed.py", *ARGUMENTS, *arguments]
-        example = runpy.run_path(str(EXAMPLE))
+        example = runpy.run_module(EXAMPLE)
         example["train"](example["parse"](), device())
     return final, output.getvalue()
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 
-from recap_fast.demo import sharding
-from recap_fast.demo.model import MOVIELENS_TABLE_SIZES, build_model
-from recap_fast.demo.sharding import DENSE, SHARDINGS, shard
+from examples.movielens import sharding
+from examples.movielens.model import MOVIELENS_TABLE_SIZES, build_model
+from examples.movielens.sharding import DENSE, SHARDINGS, shard
 from recap_fast.embeddings import fuse_embeddings
 from tests.support import small_training
 from tests.support.processes import device, run

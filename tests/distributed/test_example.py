@@ -1,4 +1,4 @@
-"""examples/train_distributed.py: its help, its table, and what it says to wrong arguments."""
+"""examples/movielens/train_distributed.py: its help, its table, what it says of wrong arguments."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.movielens import processes
+from examples.movielens.data import TASKS
+from examples.movielens.errors import DemoError
+from examples.movielens.sharding import SHARDINGS
 from recap_fast.checkpoint import CheckpointError, CheckpointMismatchError
-from recap_fast.demo import processes
-from recap_fast.demo.data import TASKS
-from recap_fast.demo.errors import DemoError
-from recap_fast.demo.sharding import SHARDINGS
 from tests.distributed.faulty_training import EXAMPLE, train_with_fault
 from tests.support.processes import run
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str):
     monkeypatch.setattr(sys, "argv", ["train_distributed.py", *arguments])
-    return runpy.run_path(str(EXAMPLE))["parse"]()
+    return runpy.run_module(EXAMPLE)["parse"]()
 
 
 def test_help_tells_how_to_start_and_every_option(
@@ -33,14 +33,15 @@ def test_help_tells_how_to_start_and_every_option(
         parse(monkeypatch, "--help")
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert "torchrun --nproc-per-node 2 examples/train_distributed.py" in text
+    assert "torchrun --nproc-per-node 2 -m examples.movielens.train_distributed" in text
     options = vars(parse(monkeypatch))
     for name in options:
         assert f"--{name.replace('_', '-')} " in text
     for name, default in options.items():
         if default is not None:
             assert re.search(rf"--{name.replace('_', '-')} [^-]*\(default:\s*{default}\)", text)
-    assert len(EXAMPLE.read_text().splitlines()) <= 150
+    source = Path(processes.__file__).with_name("train_distributed.py")
+    assert len(source.read_text().splitlines()) <= 150
 
 
 class Left(BaseException):
@@ -75,8 +76,8 @@ def test_every_end_leaves_without_closing_the_interpreter(
         if error is not None:
             raise error
 
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE)])
-    main = runpy.run_path(str(EXAMPLE))["main"]
+    monkeypatch.setattr(sys, "argv", ["train_distributed.py"])
+    main = runpy.run_module(EXAMPLE)["main"]
     monkeypatch.setattr(processes, "leave", leave)
     monkeypatch.setattr(processes, "join", join)
     monkeypatch.setitem(main.__globals__, "train", lambda options, device: None)

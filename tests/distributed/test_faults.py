@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from recap_fast.demo import processes
-from recap_fast.demo.errors import DemoError
-from recap_fast.demo.sharding import DENSE
+from examples.movielens import processes
+from examples.movielens.errors import DemoError
+from examples.movielens.sharding import DENSE
 from tests.distributed import faulty_training
 from tests.distributed.test_equivalence import TOLERANCE
 from tests.support.processes import run
@@ -182,7 +182,7 @@ def test_nobody_waits_for_ever_for_one_that_never_came(present: int) -> None:
 
 def test_without_torchrun_it_says_how_to_start() -> None:
     result = subprocess.run(
-        [sys.executable, faulty_training.EXAMPLE],
+        [sys.executable, "-m", faulty_training.EXAMPLE],
         env={name: value for name, value in environment("gloo").items() if name != "RANK"},
         capture_output=True,
         text=True,

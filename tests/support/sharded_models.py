@@ -18,9 +18,9 @@ from torchrec.distributed.sharding_plan import (
 )
 from torchrec.distributed.types import ShardedTensor, ShardingPlan
 
+from examples.movielens.model import MultiTaskRanker
+from examples.movielens.sharding import FullyShard, slices
 from recap_fast.config import EmbeddingOptimizerConfig
-from recap_fast.demo.model import MultiTaskRanker
-from recap_fast.demo.sharding import FullyShard, slices
 from recap_fast.embeddings import set_table_optimizers
 from tests.support.processes import device
 

@@ -10,6 +10,10 @@ import torch
 from torch import nn
 
 import recap_fast
+from examples.movielens import data, processes
+from examples.movielens.model import build_model, optimizer_configs
+from examples.movielens.sharding import shard, whole_state
+from examples.movielens.train import evaluate
 from recap_fast.config import (
     EmbeddingAdagradConfig,
     EmbeddingOptimizerConfig,
@@ -21,10 +25,6 @@ from recap_fast.config import (
     RecapOptimizerConfig,
     RecapSgdConfig,
 )
-from recap_fast.demo import data, processes
-from recap_fast.demo.model import build_model, optimizer_configs
-from recap_fast.demo.sharding import shard, whole_state
-from recap_fast.demo.train import evaluate
 from recap_fast.embeddings import fuse_embeddings
 from tests.support.processes import device
 

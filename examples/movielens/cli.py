@@ -1,31 +1,33 @@
-"""The command line: `recap-fast demo`, the same as `python -m recap_fast demo`."""
+"""The command line of the demo: its options, and what is missing for it in one message."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from .arguments import whole
+
 _MOST_STEPS = 10_000_000  # of which losses are kept
-_DEMO_MODULES = ("torch", "fbgemm_gpu", "torchrec", "torchmetrics", "matplotlib", "tqdm")
+_MODULES = ("torch", "recap_fast", "fbgemm_gpu", "torchrec", "torchmetrics", "matplotlib", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status."""
+    """Runs the demo; returns the exit status."""
     options = _parser().parse_args(arguments)
-    for module in _DEMO_MODULES:
+    for module in _MODULES:
         try:
             importlib.import_module(module)
         except Exception as error:  # a build for another torch: OSError, RuntimeError
             return _fail(
                 f"the demo needs {module}, which cannot be imported ({error}).\n{_remedy(module)}"
             )
-    from recap_fast.demo.errors import DemoError
+    from .errors import DemoError
 
     try:
-        from recap_fast.demo.run import run
+        from .run import run
 
         run(
             steps=options.steps,
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _remedy(module: str) -> str:
     if module == "torch":
         return "Run `pip install torch`, and then build recap_fast."
+    if module == "recap_fast":
+        return "Run `pip install --no-build-isolation .` in its sources."
     if module in ("fbgemm_gpu", "torchrec"):
         from recap_fast.torchrec_releases import how_to_install
 
@@ -55,19 +59,13 @@ def _remedy(module: str) -> str:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"recap-fast: {message}", file=sys.stderr)
+    print(f"movielens: {message}", file=sys.stderr)
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="recap-fast",
-        description="Fused multi-task optimizers for PyTorch recommenders.",
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="train a multi-task ranker on MovieLens-100K, with recap_fast and with the reference",
+        prog=f"python -m {__package__}",
         description=(
             "Trains a MaskNet ranker with a tower per task on MovieLens-100K, side by side with"
             " recap_fast.build_optimizer and with recap_fast.reference.build_optimizer, from the"
@@ -79,28 +77,28 @@ def _parser() -> argparse.ArgumentParser:
             " kept in $XDG_CACHE_HOME/recap_fast or ~/.cache/recap_fast."
         ),
     )
-    demo.add_argument(
+    parser.add_argument(
         "--steps",
         type=whole(1, _MOST_STEPS),
         default=300,
         metavar="N",
         help="training steps of each run (default: %(default)s)",
     )
-    demo.add_argument(
+    parser.add_argument(
         "--batch-size",
         type=whole(1),
         default=512,
         metavar="B",
         help="ratings per step (default: %(default)s)",
     )
-    demo.add_argument(
+    parser.add_argument(
         "--seed",
         type=whole(0),
         default=0,
         metavar="S",
         help="seed of the weights and of the order of the batches (default: %(default)s)",
     )
-    demo.add_argument(
+    parser.add_argument(
         "--nproc",
         type=whole(1),
         default=1,
@@ -110,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
             " tables between them; more than there are cores only take turns (default: %(default)s)"
         ),
     )
-    demo.add_argument(
+    parser.add_argument(
         "--threads",
         type=whole(1),
         metavar="T",
@@ -119,13 +117,13 @@ def _parser() -> argparse.ArgumentParser:
             " choice, or with --nproc an equal part of the cores)"
         ),
     )
-    demo.add_argument(
+    parser.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
         help="folder with ml-100k.inter, ml-100k.user and ml-100k.item, instead of downloading",
     )
-    demo.add_argument(
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("recap_fast_demo"),
@@ -133,22 +131,3 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for demo.png and results.json (default: %(default)s)",
     )
     return parser
-
-
-def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """A type for argparse: a whole number from `least` to `most`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            shown = text if len(text) <= 40 else f"{text[:40]}..."
-            wanted = f"a whole number >= {least}"
-            if value is not None and value > most:
-                wanted = f"a whole number from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{shown!r} is not {wanted}")
-        return value
-
-    return parse

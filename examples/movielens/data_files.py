@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Final
 
-from recap_fast.demo.errors import DemoError
+from .errors import DemoError
 
 REQUIREMENT: Final = "recbole==1.2.1"
 WHEEL_FOLDER: Final = "recbole/dataset_example/ml-100k"
@@ -138,4 +138,4 @@ def _download_wheel(scratch: Path) -> Path:
 
 
 def _note(text: str) -> None:
-    print(f"recap-fast: {text}", file=sys.stderr)
+    print(f"movielens: {text}", file=sys.stderr)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from recap_fast.demo import picture
-from recap_fast.demo.train import EMBEDDINGS, Run
+from examples.movielens import picture
+from examples.movielens.train import EMBEDDINGS, Run
 
 
 def make_run(steps: int) -> Run:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from recap_fast.demo import data_files
-from recap_fast.demo.errors import DemoError
+from examples.movielens import data_files
+from examples.movielens.errors import DemoError
 
 CONTENTS = {
     "ml-100k.inter": b"of the ratings\n",

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torchrec import KeyedJaggedTensor
 
-from recap_fast.demo import movielens
-from recap_fast.demo.movielens import Ratings
-from recap_fast.demo.share import WHOLE, Share
+from . import movielens
+from .movielens import Ratings
+from .share import WHOLE, Share
 
 TASKS: Final[Mapping[str, Callable[[np.ndarray], np.ndarray]]] = {
     "recap.engagement.is_liked": lambda rating: rating >= 4,
@@ -182,7 +182,7 @@ def load(directory: Path | str | None = None) -> Dataset:
     """MovieLens-100K from `directory`, or from the user's cache, downloaded on first use.
 
     Raises:
-        recap_fast.demo.errors.DemoError: a file is missing, wrong, or cannot be downloaded.
+        DemoError: a file is missing, wrong, or cannot be downloaded.
     """
     return Dataset(movielens.read(None if directory is None else Path(directory)))
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, spawn
 
-from recap_fast.demo.errors import DemoError
-from recap_fast.demo.processes import leave
-from recap_fast.demo.signals import raising_on_sigterm
+from .errors import DemoError
+from .processes import leave
+from .signals import raising_on_sigterm
 
 _TIMEOUT: Final = timedelta(minutes=5)  # of one exchange between the processes
 _GRACE: Final = 2.0  # seconds to end by SIGTERM, before SIGKILL

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from recap_fast.demo import data, data_files, movielens
-from recap_fast.demo.data import DENSE_FEATURES, SPARSE_FEATURES, TASKS, Batch, Dataset
-from recap_fast.demo.movielens import Ratings
+from examples.movielens import data, data_files, movielens
+from examples.movielens.data import DENSE_FEATURES, SPARSE_FEATURES, TASKS, Batch, Dataset
+from examples.movielens.movielens import Ratings
 
 
 def make_ratings(num: int = 200, seed: int = 0) -> Ratings:
@@ -185,7 +185,7 @@ def test_synthetic_follows_its_seed_and_has_both_labels_of_every_task() -> None:
 
 def test_the_real_data_set() -> None:
     if not all((data_files.cache_dir() / name).is_file() for name in data_files.SHA256):
-        pytest.skip("MovieLens-100K is not in the cache; `recap-fast demo` downloads it")
+        pytest.skip("MovieLens-100K is not in the cache; `make demo` downloads it")
     ratings = movielens.read()
     # Figures of the README that comes with MovieLens-100K.
     assert len(ratings.rating) == 100_000

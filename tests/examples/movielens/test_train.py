@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 
+from examples.movielens import data
+from examples.movielens.model import build_model, optimizer_configs
+from examples.movielens.report import parameter_difference
+from examples.movielens.train import EMBEDDINGS, evaluate, train
 from recap_fast import reference
-from recap_fast.demo import data
-from recap_fast.demo.model import build_model, optimizer_configs
-from recap_fast.demo.report import parameter_difference
-from recap_fast.demo.train import EMBEDDINGS, evaluate, train
 from recap_fast.schedules.compute import compute_lr
 
 make_small_model = partial(

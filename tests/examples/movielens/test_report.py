@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from recap_fast.demo.report import compare, parameter_difference, table, write_results
-from recap_fast.demo.train import Run
+from examples.movielens.report import compare, parameter_difference, table, write_results
+from examples.movielens.train import Run
 
 
 def make_run(weight: list[float], auc: float, step_seconds: list[float]) -> Run:

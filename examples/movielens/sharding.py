@@ -28,8 +28,9 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import ShardedTensor, ShardingPlan
 
 from recap_fast.config import EmbeddingOptimizerConfig
-from recap_fast.demo.model import MultiTaskRanker
 from recap_fast.embeddings import set_table_optimizers
+
+from .model import MultiTaskRanker
 
 SHARDINGS: Final = ("planner", "table_wise", "row_wise", "column_wise", "data_parallel")
 """How to lay out the tables; the first leaves the choice to torchrec's planner, which may cut the

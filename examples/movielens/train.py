@@ -13,12 +13,13 @@ from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
 from recap_fast.config import EmbeddingOptimizerConfig, RecapOptimizerConfig
-from recap_fast.demo import processes
-from recap_fast.demo.data import TASKS, Batch, Dataset
-from recap_fast.demo.model import build_model, optimizer_configs
-from recap_fast.demo.share import WHOLE, Share
 from recap_fast.embeddings import fuse_embeddings
 from recap_fast.scheduler import RecapLRShim
+
+from . import processes
+from .data import TASKS, Batch, Dataset
+from .model import build_model, optimizer_configs
+from .share import WHOLE, Share
 
 Builder = Callable[
     [nn.Module, RecapOptimizerConfig, EmbeddingOptimizerConfig],
@@ -82,7 +83,7 @@ def train(
         seed: of the weights and of the order of the batches.
         make_model: called as `make_model(seed, table_sizes=...)`; gives a model whose embeddings
             are not fused yet.
-        place: fuses them; `recap_fast.demo.sharding.shard`, where several processes train.
+        place: fuses them; `sharding.shard`, where several processes train.
         share: this process's; each process calls this with the same other arguments.
         show_progress: whether to show a progress bar on stderr.
 

@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 import recap_fast
 from recap_fast import reference
-from recap_fast.demo import data, picture, processes, report
-from recap_fast.demo.errors import DemoError
-from recap_fast.demo.launch import launch
-from recap_fast.demo.quiet import quiet_libraries
-from recap_fast.demo.sharding import shard
-from recap_fast.demo.signals import raising_on_sigterm
-from recap_fast.demo.train import train
 from recap_fast.embeddings import fuse_embeddings
+
+from . import data, picture, processes, report
+from .errors import DemoError
+from .launch import launch
+from .quiet import quiet_libraries
+from .sharding import shard
+from .signals import raising_on_sigterm
+from .train import train
 
 _MOST_PROCESSES_PER_CORE = 4
 _MOST_THREADS_PER_CORE = 16
@@ -40,7 +41,7 @@ def run(
     """Trains with `recap_fast` and with the reference, prints the table, writes the files.
 
     Args:
-        steps, batch_size, seed: see `recap_fast.demo.train.train`.
+        steps, batch_size, seed: see `train.train`.
         out: folder for `demo.png` and `results.json`, made if need be.
         data_dir: folder of the MovieLens files; None means the user's cache, filled if need be.
         threads: torch's intra-op threads in each process; None leaves them as they are, and divides

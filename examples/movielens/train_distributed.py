@@ -1,7 +1,8 @@
-"""Trains the demo's ranker on several processes, with checkpoints that a restart goes on from.
+r"""Trains the demo's ranker on several processes, with checkpoints that a restart goes on from.
 
-    torchrun --nproc-per-node 2 examples/train_distributed.py
-    torchrun --nproc-per-node 2 --max-restarts 3 examples/train_distributed.py --checkpoint-dir run
+    torchrun --nproc-per-node 2 -m examples.movielens.train_distributed
+    torchrun --nproc-per-node 2 --max-restarts 3 -m examples.movielens.train_distributed \
+        --checkpoint-dir run
 
 Each process takes an equal part of every batch. torchrec's model parallel shards the embedding
 tables, DDP or FSDP2 takes the rest; `recap_fast.build_optimizer` is called as for one process.
@@ -22,13 +23,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from recap_fast import build_optimizer, checkpoint
-from recap_fast.cli import whole
-from recap_fast.demo import data, processes
-from recap_fast.demo.errors import DemoError
-from recap_fast.demo.model import build_model, optimizer_configs
-from recap_fast.demo.quiet import quiet_libraries
-from recap_fast.demo.sharding import DENSE, SHARDINGS, local_tensors, shard
-from recap_fast.demo.train import evaluate
+
+from . import data, processes
+from .arguments import whole
+from .errors import DemoError
+from .model import build_model, optimizer_configs
+from .quiet import quiet_libraries
+from .sharding import DENSE, SHARDINGS, local_tensors, shard
+from .train import evaluate
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from recap_fast.checkpoint import CheckpointError
-from recap_fast.demo.errors import DemoError
-from recap_fast.demo.share import Share
+
+from .errors import DemoError
+from .share import Share
 
 
 def join(timeout: float) -> torch.device:

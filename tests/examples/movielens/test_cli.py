@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from recap_fast import cli
+from examples.movielens import cli
 from recap_fast.torchrec_releases import how_to_install
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_help_names_every_option_and_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["demo", "--help"])
+        cli.main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     for option in ("--steps", "--batch-size", "--seed", "--nproc", "--threads", "--data", "--out"):
@@ -42,17 +46,10 @@ def test_refuses_wrong_options(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["demo", *arguments])
+        cli.main(arguments)
     assert caught.value.code == 2
     *_, error = capsys.readouterr().err.splitlines()  # after the usage
     assert message in error and len(error) < 200
-
-
-def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main([])
-    assert caught.value.code == 2
-    assert "required: COMMAND" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["torchrec", "fbgemm_gpu", "matplotlib", "tqdm"])
@@ -60,10 +57,10 @@ def test_a_missing_package_is_one_message(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    assert cli.main(["demo"]) == 1
+    assert cli.main([]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"recap-fast: the demo needs {module}, which cannot be imported")
+    assert err.startswith(f"movielens: the demo needs {module}, which cannot be imported")
     of_pair = module in ("torchrec", "fbgemm_gpu")
     assert (how_to_install() if of_pair else "Run `pip install recap-fast[demo]`") in err
 
@@ -75,7 +72,7 @@ def test_a_package_for_another_torch_is_one_message(
     (tmp_path / "fbgemm_gpu.py").write_text(f"raise {kind}('Could not load this library: x.so')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "fbgemm_gpu", raising=False)
-    assert cli.main(["demo"]) == 1
+    assert cli.main([]) == 1
     err = capsys.readouterr().err
     assert "needs fbgemm_gpu, which cannot be imported (Could not load this library: x.so)" in err
     assert how_to_install() in err
@@ -83,7 +80,7 @@ def test_a_package_for_another_torch_is_one_message(
 
 @pytest.fixture
 def synthetic_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recap_fast.demo import data
+    from examples.movielens import data
 
     monkeypatch.setattr(data, "load", lambda directory: data.synthetic(400, seed=0))
 
@@ -94,7 +91,7 @@ def test_demo_prints_a_table_and_writes_its_files(
 ) -> None:
     out = tmp_path / "new" / "folder"
     arguments = ["--steps", "2", "--batch-size", "16", "--seed", "4", "--out", str(out)]
-    assert cli.main(["demo", *arguments]) == 0
+    assert cli.main(arguments) == 0
     text = capsys.readouterr().out
     for task in ("is_liked", "is_loved", "is_disliked"):
         assert f"AUC recap.engagement.{task}" in text
@@ -116,7 +113,7 @@ def test_two_processes_give_the_table_of_one(
     for nproc in ("1", "2"):
         out = tmp_path / nproc
         arguments = ["--steps", "5", "--batch-size", "16", "--nproc", nproc, "--out", str(out)]
-        assert cli.main(["demo", *arguments]) == 0
+        assert cli.main(arguments) == 0
         assert capfd.readouterr().out.count("AUC recap.engagement.is_liked") == 1
         assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
         results[nproc] = json.loads((out / "results.json").read_text())
@@ -145,7 +142,7 @@ def test_two_processes_give_the_table_of_one(
 def test_demo_refuses_more_than_a_machine_can_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert cli.main(["demo", *options, "--out", str(tmp_path / "out")]) == 1
+    assert cli.main([*options, "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -155,35 +152,62 @@ def test_demo_refuses_more_than_a_machine_can_do(
 def test_demo_refuses_a_batch_that_is_too_large(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["demo", "--batch-size", "4096", "--out", str(tmp_path)]) == 1
+    assert cli.main(["--batch-size", "4096", "--out", str(tmp_path)]) == 1
     assert "--batch-size 4096 is more than" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("synthetic_data")
 def test_the_largest_seed_trains(tmp_path: Path) -> None:
     arguments = ["--steps", "1", "--batch-size", "16", "--seed", str(2**63 - 1)]
-    assert cli.main(["demo", *arguments, "--out", str(tmp_path)]) == 0
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
 
 
 def test_demo_refuses_an_output_folder_that_is_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").write_text("in the way")
-    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert cli.main(["--out", str(tmp_path / "out")]) == 1
     assert "cannot write to the folder" in capsys.readouterr().err
 
 
 def test_demo_names_what_is_wrong_with_the_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["demo", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert cli.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("recap-fast: cannot read") and "ml-100k.inter" in err
+    assert err.startswith("movielens: cannot read") and "ml-100k.inter" in err
 
 
 def test_runs_as_a_module() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "recap_fast", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "examples.movielens", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0
-    assert result.stdout.startswith("usage: recap-fast") and "demo" in result.stdout
+    assert result.stdout.startswith("usage: python -m examples.movielens")
+
+
+TRAIN_THE_COPY = """
+import sys
+from ranker import cli, data, train_distributed
+if __name__ == "__main__":
+    data.load = lambda directory: data.synthetic(400, seed=0)
+    assert cli.main(sys.argv[1:]) == 0
+    assert not any(name.startswith("examples") for name in sys.modules)
+"""
+
+
+def test_a_copy_of_the_folder_works_under_another_name(tmp_path: Path) -> None:
+    """In its spawned processes too."""
+    shutil.copytree(Path(cli.__file__).parent, tmp_path / "ranker")
+    (tmp_path / "train.py").write_text(TRAIN_THE_COPY)
+    options = ["--steps=1", "--batch-size=16", "--nproc=2", f"--out={tmp_path / 'out'}"]
+    subprocess.run(
+        [sys.executable, "train.py", *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert (tmp_path / "out" / "results.json").exists()

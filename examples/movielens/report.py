@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from recap_fast.demo.sharding import whole_state
-from recap_fast.demo.train import Run
+from .sharding import whole_state
+from .train import Run
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@
 * `share`, `sharding`: how several processes divide batches and tables.
 * `processes`, `launch`: how they join and what they tell each other; how the demo starts them.
 * `report`, `picture`: the table and `results.json`; the losses and learning rates drawn.
-* `run`: all of it, as the command line calls it.
+* `run`: all of it, as the command line, `cli`, calls it; `arguments`: types for its options.
+* `train_distributed`: the training on several processes in one file, to copy from.
+
+Modules import each other relative to this folder, which may be copied as a whole: see its README.
 
 Needs torchrec, fbgemm_gpu, torchmetrics, matplotlib and tqdm (`pip install recap-fast[demo]`).
 """

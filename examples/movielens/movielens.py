@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recap_fast.demo import data_files
+from . import data_files
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessRaisedException
 
-from recap_fast.demo.errors import DemoError
-from recap_fast.demo.launch import launch
+from examples.movielens.errors import DemoError
+from examples.movielens.launch import launch
 
 
 def write_what_is_seen(folder: str) -> None:
@@ -58,8 +58,8 @@ def stay(folder: str) -> None:
 
 START = """
 import signal, sys
-from recap_fast.demo.launch import launch
-from tests.demo.test_launch import stay
+from examples.movielens.launch import launch
+from tests.examples.movielens.test_launch import stay
 if __name__ == "__main__":
     launch(int(sys.argv[2]), 1, stay, sys.argv[1])
 """

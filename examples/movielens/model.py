@@ -32,7 +32,8 @@ from recap_fast.config import (
     RecapAdamConfig,
     RecapOptimizerConfig,
 )
-from recap_fast.demo.data import DENSE_FEATURES, SPARSE_FEATURES, TASKS, Batch
+
+from .data import DENSE_FEATURES, SPARSE_FEATURES, TASKS, Batch
 
 MOVIELENS_TABLE_SIZES: Final[Mapping[str, int]] = {
     "user": 943,

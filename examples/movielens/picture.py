@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recap_fast.demo.train import EMBEDDINGS, Run
+from .train import EMBEDDINGS, Run
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")

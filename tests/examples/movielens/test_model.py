@@ -4,9 +4,9 @@ from itertools import islice
 
 import torch
 
+from examples.movielens import data
+from examples.movielens.model import build_model, optimizer_configs
 from recap_fast.config import LearningRate
-from recap_fast.demo import data
-from recap_fast.demo.model import build_model, optimizer_configs
 
 SMALL = {
     "embedding_dim": 4,

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recap_fast.demo import data
-from recap_fast.demo.share import WHOLE, Share
+from examples.movielens import data
+from examples.movielens.share import WHOLE, Share
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recap_fast.demo import data_files, movielens
+from examples.movielens import data_files, movielens
 
 FILES = {
     "ml-100k.inter": (

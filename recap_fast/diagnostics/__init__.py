@@ -1,0 +1,1 @@
+"""`python -m recap_fast`, or `recap-fast`: what this build is."""
