@@ -32,6 +32,7 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/mypy
 
 format: $(VENV)/built
 	$(BIN)/ruff check --fix .

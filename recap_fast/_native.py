@@ -7,7 +7,8 @@ against. A mismatch would crash; here it is an ImportError that says what to do.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,7 +30,7 @@ def _built_torch_version() -> str:
     return TORCH_VERSION
 
 
-def _load() -> Any:
+def _load() -> ModuleType:
     built = _built_torch_version()
     if _release(built) != _release(torch.__version__):
         raise ImportError(
@@ -42,7 +43,12 @@ def _load() -> Any:
     return _C
 
 
-native = _load()
+if TYPE_CHECKING:
+    from recap_fast import _C
+
+    native = _C
+else:
+    native = _load()
 
 
 def build_info() -> dict[str, Any]:

@@ -73,7 +73,7 @@ def build_optimizer(
         ValueError: A configuration is not valid, or the model does not fit it; the message names
             what was found.
     """
-    execution = {
+    execution: dict[str, Any] = {
         "capturable": capturable or device_schedule,
         "step_supports_amp_scaling": step_supports_amp_scaling,
         "unscale_grads": unscale_grads,
@@ -102,7 +102,7 @@ def build_optimizer(
 
 
 def _by_rows(
-    native: functools.partial[Optimizer],
+    native: functools.partial[Any],
     pure_torch: type[Optimizer],
     params: Sequence[Tensor],
     **hyperparameters: Any,

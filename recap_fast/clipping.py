@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # As torch.nn.utils.clip_grad_norm_ adds it to the norm.
 _EPSILON = 1e-6
@@ -92,7 +95,7 @@ class NormParts:
         Returns:
             The same kind of number, equal on every process.
         """
-        total = 0.0
+        total: Any = 0.0
         for number, own in enumerate(sums):
             groups = self._groups[number] if self._groups else []
             if not groups:
@@ -107,7 +110,7 @@ class NormParts:
         return total
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     # Who has one has imported its module, which takes half a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -146,7 +149,7 @@ def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> float:
     gradients = []
     for part, param in zip(parts.part_of_param, params, strict=True):
         if param.grad is not None:
-            gradients.append(_local(param))
+            gradients.append(_local(param, param.grad))
             sums[part] += float(gradients[-1].detach().double().square().sum())
     norm = math.sqrt(parts.total(sums))
     factor = max_norm / (norm + _EPSILON)
@@ -156,8 +159,7 @@ def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> float:
     return norm
 
 
-def _local(param: Tensor) -> Tensor:
-    gradient = param.grad
+def _local(param: Tensor, gradient: Tensor) -> Tensor:
     if _is_dtensor(param) and _is_dtensor(gradient):
         if gradient.placements != param.placements:
             gradient = param.grad = gradient.redistribute(param.device_mesh, param.placements)

@@ -8,7 +8,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from torch import nn, optim
 from torch.optim import Optimizer
@@ -24,6 +24,9 @@ from recap_fast.optim import (
 from recap_fast.optim.hooks import steps_as_its_class, unhooked
 from recap_fast.optim.left_to_torch import LeftToTorch
 from recap_fast.optim.torch_step import make_counts_torchs
+
+if TYPE_CHECKING:
+    from recap_fast.keyed.fused import FusedCombinedOptimizer
 
 logger = logging.getLogger("recap_fast")
 
@@ -207,13 +210,13 @@ def _leaves(optimizer: Optimizer) -> Iterator[Optimizer]:
     return leaves(optimizer)
 
 
-def _fuse(optimizer: Optimizer) -> str | None:
+def _fuse(optimizer: Any) -> str | None:
     """Makes one optimizer native, if it can be; else says why it cannot."""
     if isinstance(optimizer, FusedOptimizer):
         return None
     if _is_keyed(optimizer):
         return _fuse_keyed(optimizer)
-    kind = type(optimizer)
+    kind: Any = type(optimizer)
     fused = _fused_class(kind)
     if fused is None:
         inside = getattr(optimizer, "optimizer", None)
@@ -232,7 +235,8 @@ def _fuse(optimizer: Optimizer) -> str | None:
 
 def _check_can_unfuse(optimizer: FusedOptimizer) -> None:
     kind = type(optimizer)
-    if _fused_class(kind.torch_class()) is not kind:
+    torch_class: Any = kind.torch_class()
+    if _fused_class(torch_class) is not kind:
         raise TypeError(
             f"unfuse: {kind.__name__} is derived from a class of recap_fast.optim, and has no "
             "class of torch.optim to go back to"
@@ -290,12 +294,14 @@ def _fused_class(kind: type[Optimizer]) -> type[FusedOptimizer] | None:
     )
 
 
-def _blank(kind: type[Optimizer]) -> Optimizer:
+def _blank(kind: Any) -> Optimizer:
     """An object of a class made by `_fused_class`, which pickle would not find, to be filled."""
-    return object.__new__(_fused_class(kind))
+    fused = _fused_class(kind)
+    assert fused is not None, "it has pickled an object of this class"
+    return object.__new__(fused)
 
 
-def _set_class(optimizer: Optimizer, kind: type[Optimizer]) -> None:
+def _set_class(optimizer: Any, kind: type[Optimizer]) -> None:
     """Changes the class; a scheduler that watches for steps watches those of the new one."""
     watched = hasattr(optimizer.__dict__.get("step"), "_wrapped_by_lr_sched")
     optimizer.__dict__.pop("step", None)
@@ -305,7 +311,7 @@ def _set_class(optimizer: Optimizer, kind: type[Optimizer]) -> None:
         optimizer.step = _watched(optimizer)
 
 
-def _watched(optimizer: Optimizer) -> Callable[..., Any]:
+def _watched(optimizer: Any) -> Callable[..., Any]:
     """The wrapper of `step` by which torch's schedulers see that one was taken.
 
     torch's own is bound to the class that the optimizer had when the scheduler was made.
@@ -314,11 +320,11 @@ def _watched(optimizer: Optimizer) -> Callable[..., Any]:
 
     @functools.wraps(type(optimizer).step)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        found = reference()
+        found: Any = reference()
         found._opt_called = True
         return type(found).step(found, *args, **kwargs)
 
-    wrapper._wrapped_by_lr_sched = True
+    wrapper._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     return wrapper
 
 
@@ -379,7 +385,7 @@ def _combine(optimizer: Any) -> None:
     optimizer._class_before = kind
 
 
-def _is_fused_combined(optimizer: Optimizer) -> bool:
+def _is_fused_combined(optimizer: Optimizer) -> TypeGuard[FusedCombinedOptimizer]:
     module = sys.modules.get("recap_fast.keyed.fused")
     return module is not None and type(optimizer) is module.FusedCombinedOptimizer
 

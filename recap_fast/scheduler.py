@@ -113,7 +113,7 @@ class RecapLRShim(LRScheduler):
         if last_epoch != -1:
             self._move_to(last_epoch + 1)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Returns the rate of every param group at the current step, `last_epoch`."""
         inside = self._leaves()
         if [len(leaf.param_groups) for leaf in inside] == [
@@ -217,7 +217,8 @@ class RecapLRShim(LRScheduler):
         self._step_count = 0  # or the base class may warn of a call before optimizer.step()
         self.step()
         if self._device_schedule:
-            self.optimizer.move_device_rates(step)
+            on_device: Any = self.optimizer
+            on_device.move_device_rates(step)
 
     def _check_rates_are_ours(self) -> None:
         for index, (group, schedule) in enumerate(self._groups_with_schedules()):

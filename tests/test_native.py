@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 from recap_fast import _C, _native, build_info
 from recap_fast._native import use_instruction_set
+from tests.support.native_build import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +89,47 @@ def test_a_package_that_is_not_built_is_an_import_error(monkeypatch: pytest.Monk
     _built_against(monkeypatch, None)
     with pytest.raises(ImportError, match=r"not built.*pip install"):
         _native._load()
+
+
+# --- what type checkers read of it ---------------------------------------------------------------
+
+Described = dict[str, list[str] | None]  # arguments, if it is known which
+
+
+def _in_stub(nodes: list[ast.stmt]) -> Described:
+    """What a part of `_C.pyi` describes, by name; a property has no arguments."""
+    found: Described = {}
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            own = _in_stub(node.body)
+            found |= {node.name: None} | {f"{node.name}.{name}": own[name] for name in own}
+        elif isinstance(node, ast.FunctionDef):
+            is_property = any(ast.unparse(each) == "property" for each in node.decorator_list)
+            found[node.name] = None if is_property else [arg.arg for arg in node.args.args]
+        elif isinstance(node, ast.AnnAssign):
+            found[ast.unparse(node.target)] = None
+    return found
+
+
+def _in_module(owner: object) -> Described:
+    """The same of the module itself, whose functions say in their documentation what they take."""
+    found: Described = {}
+    for name, value in vars(owner).items():
+        if name != "__init__" and name.startswith("_"):
+            continue
+        called = re.match(rf"{name}\((.*)\) -> ", getattr(value, "__doc__", None) or "")
+        found[name] = called and re.findall(r"(\w+): ", called[1])
+        if isinstance(value, type):
+            own = _in_module(value)
+            found |= {f"{name}.{member}": own[member] for member in own}
+    return found
+
+
+def test_the_stub_describes_the_extension() -> None:
+    stub = _in_stub(ast.parse((ROOT / "recap_fast/_C.pyi").read_text()).body)
+    module = _in_module(_C)
+    assert stub.keys() == module.keys()
+    assert {name: stub[name] for name in module if module[name] is not None} == {
+        name: arguments for name, arguments in module.items() if arguments is not None
+    }
+    assert module["use_instruction_set"] == ["name"]

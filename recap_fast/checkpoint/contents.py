@@ -49,7 +49,7 @@ def describe(trained: Sequence[TrainedParam]) -> Description:
             last_group = item.group
             found.groups.append(_describe_group(item))
         found.groups[-1]["params"].append(item.name)
-        entries = {}
+        entries: dict[str, Any] = {}
         for name, value in item.state().items():
             if isinstance(value, Tensor):
                 entries[name] = "tensor"

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 from recap_fast.checkpoint import files
 from recap_fast.checkpoint.errors import Damaged
 from recap_fast.checkpoint.inert_pickle import Inert, Refused, parse
+
+T = TypeVar("T")
 
 NAME: Final = ".metadata"
 
@@ -102,7 +104,7 @@ class _Metadata:
         self._places = {
             key: place for key, place in self._storage(_get(fields, "storage_data", dict))
         }
-        self._tensors = {
+        self._tensors: dict[str, TensorStorageMetadata] = {
             _checked(name, str): self._tensor(name, each)
             for name, each in _get(fields, "state_dict_metadata", dict).items()
         }
@@ -122,7 +124,7 @@ class _Metadata:
             MetadataIndex(name, offsets, index): _StorageInfo(*place)
             for (name, offsets), (index, place) in self._places.items()
         }
-        return Metadata(self._tensors, storage_data=storage, storage_meta=StorageMeta())
+        return Metadata({**self._tensors}, storage_data=storage, storage_meta=StorageMeta())
 
     def _tensor(self, name: str, value: Any) -> TensorStorageMetadata:
         fields = _fields(value, f"{_METADATA}TensorStorageMetadata")
@@ -174,26 +176,28 @@ def _fields(value: Any, name: str) -> dict[Any, Any]:
     return _checked(value.state, dict)
 
 
-def _get(fields: dict[Any, Any], name: str, kind: type) -> Any:
+def _get(fields: dict[Any, Any], name: str, kind: type[T]) -> T:
     return _checked(fields.get(name), kind)
 
 
-def _checked(value: Any, kind: type) -> Any:
+def _checked(value: Any, kind: type[T]) -> T:
     if type(value) is not kind:
         raise Refused(f"it has {type(value).__name__} for {kind.__name__}")
     return value
 
 
 def _natural(value: Any) -> int:
-    if not 0 <= _checked(value, int) < 2**63:
-        raise Refused(f"it has a number out of range: {'-' * (value < 0)}{abs(value):#x}"[:80])
-    return value
+    number = _checked(value, int)
+    if not 0 <= number < 2**63:
+        raise Refused(f"it has a number out of range: {'-' * (number < 0)}{abs(number):#x}"[:80])
+    return number
 
 
 def _size(value: Any) -> torch.Size:
-    if type(value) is not Inert or value.name != "torch.Size" or len(value.arguments or ()) != 1:
+    arguments = value.arguments or () if type(value) is Inert else ()
+    if type(value) is not Inert or value.name != "torch.Size" or len(arguments) != 1:
         raise Refused("it has something else for torch.Size")
-    items = _checked(value.arguments[0], tuple)
+    items = _checked(arguments[0], tuple)
     if len(items) > _MOST_DIMS:
         raise Refused(f"it has a tensor of {len(items)} dimensions")
     return torch.Size([_natural(item) for item in items])

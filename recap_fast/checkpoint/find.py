@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -72,9 +73,9 @@ def _newest_undamaged(
 ) -> Found:
     damages = []
     for path in paths:
-        if not all(ranks.together("open a checkpoint", lambda path=path: lock.take(path))):
+        if not all(ranks.together("open a checkpoint", functools.partial(lock.take, path))):
             raise _Gone
-        content, damage = ranks.on_first("read the manifest", lambda path=path: _read(path, key))
+        content, damage = ranks.on_first("read the manifest", functools.partial(_read, path, key))
         own: list[Metadata] = []
         if not damage:
 

@@ -86,7 +86,7 @@ class _Machine:
         return part
 
     def _number(self, form: struct.Struct) -> int:
-        (value,) = form.unpack_from(self._data, self._at)
+        value: int = form.unpack_from(self._data, self._at)[0]
         self._at += form.size
         return value
 

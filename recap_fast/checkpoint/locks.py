@@ -102,7 +102,8 @@ class ReaderLock:
     def is_there(self) -> bool:
         """Whether the folder is still the one that had this name before it was locked."""
         now = _stat(self._path)
-        return bool(now and self._folder) and os.path.samestat(now, self._folder)
+        then = self._folder
+        return now is not None and then is not None and os.path.samestat(now, then)
 
     def release(self) -> None:
         """Lets go of the lock, if it is held."""

@@ -72,7 +72,7 @@ def read(folder: Path, key: bytes | None = None) -> dict[str, Any]:
         found = json.loads(str(text, "utf-8"))
         if type(found) is not dict or type(found.get("content")) is not dict:
             raise ValueError("it has no content")
-        body = found["content"]
+        body: dict[str, Any] = found["content"]
         sha256, signature = (str(found.get(name)).encode() for name in _DIGESTS)
         is_whole = hmac.compare_digest(sha256, _digest(body).encode())
         is_signed = key is None or hmac.compare_digest(signature, _digest(body, key).encode())

@@ -171,7 +171,7 @@ _UNFUSED = {
 
 
 def _name(group: Mapping[str, Any]) -> str:
-    return "lazy " * bool(group["options"].get("lazy")) + group["algorithm"]
+    return f"{'lazy ' * bool(group['options'].get('lazy'))}{group['algorithm']}"
 
 
 def _meaning(group: Mapping[str, Any]) -> tuple[str, set[str] | None]:

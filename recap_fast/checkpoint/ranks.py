@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -70,12 +70,11 @@ class Ranks:
                 own = _Failure(None, f"{type(error).__name__}: {error}")
         told = self.gather((what, own))
         self._check_same_call([name for name, _ in told])
-        outcomes = [outcome for _, outcome in told]
         failures = {
-            rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, _Failure)
+            rank: outcome for rank, (_, outcome) in enumerate(told) if isinstance(outcome, _Failure)
         }
         if not failures:
-            return outcomes
+            return [outcome for _, outcome in told if not isinstance(outcome, _Failure)]
         kind, text = next(iter(failures.values()))
         if kind is not None:
             raise kind(text) from cause
@@ -97,4 +96,5 @@ class Ranks:
         Raises:
             As `together`.
         """
-        return self.together(what, function if self.is_first else lambda: None)[0]
+        told: list[Any] = self.together(what, function if self.is_first else lambda: None)
+        return cast(T, told[0])

@@ -83,7 +83,7 @@ class Restoration:
         )
 
     def _was_fused(self, item: TrainedParam) -> bool:
-        return self._saved_groups[item.name]["is_fused"]
+        return bool(self._saved_groups[item.name]["is_fused"])
 
     def make_state(self) -> None:
         """Gives each parameter the state that it had, if with other values; takes away the rest."""
@@ -187,7 +187,7 @@ class Restoration:
                 f"{self._where} was written with {names[0]}, but is to be loaded with {names[1]}: "
                 "pass to load what was passed to save; nothing was changed"
             )
-        if saved is None or not isinstance(self._scheduler, RecapLRShim):
+        if saved is None or own is None or not isinstance(self._scheduler, RecapLRShim):
             return None if saved is None else saved["state"]
         # Whether tables have dense groups depends on their sharding; the step is all that counts.
         groups = [

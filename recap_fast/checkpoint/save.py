@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ def _own_files(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
 
 
 def _shapes(metadata: Metadata) -> dict[str, dict[str, Any]]:
+    saved: Mapping[str, Any] = metadata.state_dict_metadata
     return {
         key: {"shape": list(each.size), "dtype": str(each.properties.dtype).removeprefix("torch.")}
-        for key, each in metadata.state_dict_metadata.items()
+        for key, each in saved.items()
     }

@@ -30,7 +30,10 @@ def write_tensors(folder: Path, tree: dict[str, Any], ranks: Ranks) -> Metadata:
     # The first process has the buffers that DDP copies to the others before each forward pass.
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     with _own_errors("write a checkpoint", ranks):
-        return dcp.save(tree, storage_writer=writer, planner=planner, process_group=ranks.group)
+        written: Metadata = dcp.save(
+            tree, storage_writer=writer, planner=planner, process_group=ranks.group
+        )
+    return written
 
 
 def read_tensors(

@@ -60,6 +60,11 @@ def as_embedding_config(
     return None if config is None else _read_as(EmbeddingOptimizerConfig, config, name)
 
 
+def as_given_embedding_config(config: Any) -> EmbeddingOptimizerConfig:
+    """As `as_embedding_config` where there must be one: None is a TypeError too."""
+    return _read_as(EmbeddingOptimizerConfig, config, "emb_optimizer_config")
+
+
 def as_learning_rate(config: Any, name: str = "learning_rate") -> LearningRate:
     """Returns a schedule, checked. Arguments and errors are those of `as_optimizer_config`."""
     return _read_as(LearningRate, config, name)
@@ -107,15 +112,18 @@ def _without_unknown_nulls(
     try:
         return read(fields, source)
     except ValueError as error:
+        cause = error.__cause__
+        if not isinstance(cause, ValidationError):
+            raise
         unknown = [
             found["loc"]
-            for found in error.__cause__.errors()
+            for found in cause.errors()
             if found["type"] == "extra_forbidden" and found["input"] is None
         ]
         if not unknown:
             raise
     for *path, last in unknown:
-        owner = fields
+        owner: Any = fields
         for key in path:
             owner = owner[key]
         del owner[last]
@@ -137,8 +145,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, type):
         return value
     if dataclasses.is_dataclass(value):
-        fields = dataclasses.fields(value)
-        return {field.name: _plain(getattr(value, field.name)) for field in fields}
+        declared = dataclasses.fields(value)
+        return {field.name: _plain(getattr(value, field.name)) for field in declared}
     if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__")):
         return {key: _plain(value[key]) for key in value.keys()}  # noqa: SIM118
     if isinstance(value, BaseModel) and not _dumps_in_its_own_way(type(value)):

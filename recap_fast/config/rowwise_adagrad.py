@@ -43,6 +43,9 @@ class _RowwiseAdagradConfig(BaseConfig):
         return self
 
 
+_DecayMode = Literal["l2", "decouple", "counter", "cowclip", "decouple_global"]
+
+
 class EmbeddingRowwiseAdagradConfig(_RowwiseAdagradConfig):
     """Adagrad with one accumulator per table row: the mean of the squared gradients of the row.
 
@@ -61,9 +64,7 @@ class EmbeddingRowwiseAdagradConfig(_RowwiseAdagradConfig):
 
     decay_modes: ClassVar[str] = "l2, decouple, counter, cowclip or decouple_global"
 
-    weight_decay_mode: Literal["l2", "decouple", "counter", "cowclip", "decouple_global"] | None = (
-        None
-    )
+    weight_decay_mode: _DecayMode | None = None  # type: ignore[assignment]  # more than the others
     counter: EmbeddingCounterConfig | None = None
     cowclip: EmbeddingCowclipConfig | None = None
     decouple_global: EmbeddingGlobalDecayConfig | None = None

@@ -55,6 +55,7 @@ def check_built_kernels(
         ValueError: The message names a table, what was configured and what was found.
     """
     read: set[int] = set()
+    leaf: Any
     for leaf in leaves(fused_optimizer):
         follow_kernel(leaf)
         kernel = getattr(leaf, "_emb_module", None)

@@ -95,6 +95,7 @@ class FusedTableCollection(FusedEmbeddingBagCollection):
         for old in self._kernels:
             old.look()  # or the kernel might have others than are shown
             new = copy.deepcopy(old, memo)
+            shown: Any
             for name, weight in zip(new.tables, new.split_embedding_weights(), strict=True):
                 shown = self.embedding_bags[name].weight
                 memo[id(shown)] = nn.Parameter(weight, requires_grad=shown.requires_grad)
@@ -109,7 +110,7 @@ class FusedTableCollection(FusedEmbeddingBagCollection):
 
     def _follow_shown(self, kernel: LiveKernel) -> None:
         """Has a kernel look at the parameters of its tables."""
-        bags = self.embedding_bags
+        bags: Any = self.embedding_bags
         tables = {
             name: ShownTable(name, bags[name].weight, [place])
             for place, name in enumerate(kernel.tables)
@@ -120,7 +121,8 @@ class FusedTableCollection(FusedEmbeddingBagCollection):
         """Sets the mode; in evaluation, the kernels do not move averages of the tables."""
         for kernel in self._kernels:
             kernel.train(mode)
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Returns the pooled embeddings of every feature, in the order of the tables.

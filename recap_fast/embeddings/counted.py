@@ -32,7 +32,8 @@ class CountedKernel(SplitTableBatchedEmbeddingBagsCodegen):
     def look_up(self, used: Pass) -> Tensor:
         """FBGEMM's own forward pass; averages of the tables that it says are frozen stay."""
         self._frozen = used.frozen
-        return super().forward(used.indices, used.offsets, used.weights, **used.others)
+        found: Tensor = super().forward(used.indices, used.offsets, used.weights, **used.others)
+        return found
 
     @contextmanager
     def as_counted(self) -> Iterator[None]:
@@ -73,14 +74,14 @@ class CountedKernel(SplitTableBatchedEmbeddingBagsCodegen):
 
     def split_embedding_weights(self) -> list[Tensor]:
         """As FBGEMM's; while averages move, without the rows of frozen tables."""
-        weights = super().split_embedding_weights()
+        weights: list[Tensor] = super().split_embedding_weights()
         if self._hidden:
             return [each[:0] if i in self._hidden else each for i, each in enumerate(weights)]
         return weights
 
     def split_optimizer_states(self) -> list[list[Tensor]]:
         """As FBGEMM's; while averages move, without the rows of frozen tables."""
-        states = super().split_optimizer_states()
+        states: list[list[Tensor]] = super().split_optimizer_states()
         if self._hidden:
             return [
                 [each[:0] for each in own] if place in self._hidden else own

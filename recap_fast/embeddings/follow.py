@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torchrec.distributed.composable.table_batched_embedding_slice import (
@@ -99,11 +99,12 @@ def _as_leaf(holder: nn.Module) -> nn.Parameter:
     Those of torchrec's model parallel are slices of a larger one (torchrec 1.8 and 1.9), which
     torch refuses to freeze.
     """
-    param = holder._parameters["weight"]
+    param: Any = holder._parameters["weight"]
     if type(param) is not TableBatchedEmbeddingSlice:
-        return param
+        return cast(nn.Parameter, param)
     leaf = nn.Parameter(param.detach().as_subclass(Tensor))
     if hasattr(param, "_in_backward_optimizers"):  # by which torchrec knows that it is fused
-        leaf._in_backward_optimizers = param._in_backward_optimizers
+        marked: Any = leaf
+        marked._in_backward_optimizers = param._in_backward_optimizers
     holder._parameters["weight"] = leaf
     return leaf

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torchrec.optim import keyed
 
-from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
+from recap_fast.config import EmbeddingOptimizerConfig
+from recap_fast.config.convert import as_given_embedding_config
 from recap_fast.embeddings.collection import FusedTableCollection
 from recap_fast.embeddings.kernel_arguments import table_kernel
 from recap_fast.embeddings.tables import (
@@ -55,9 +56,10 @@ def fuse_embeddings(
         The model.
 
     Raises:
+        TypeError: `emb_optimizer_config` is None, or of a class that cannot be read.
         ValueError: Something cannot be honoured; the message names it, and nothing was changed.
     """
-    emb_optimizer_config = as_embedding_config(emb_optimizer_config)
+    emb_optimizer_config = as_given_embedding_config(emb_optimizer_config)
     check_not_wrapped(model)
     collections = find_collections(model)
     tables = find_tables(collections)

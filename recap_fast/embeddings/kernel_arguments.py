@@ -159,10 +159,10 @@ def _check_honoured_on_cpu(config: EmbeddingOptimizerConfig, table: BaseEmbeddin
     """Raises if FBGEMM's CPU kernels would ignore something that is configured."""
     algorithm, section = config.algorithm
     on_cpu = f"for the table {table.name}, but FBGEMM ignores it on the CPU"
-    if getattr(section, "max_norm", None) is not None:
+    max_norm = getattr(section, "max_norm", None)
+    if max_norm is not None:
         raise ValueError(
-            f"emb_optimizer_config: {algorithm}.max_norm is {section.max_norm} {on_cpu}: leave it "
-            "out"
+            f"emb_optimizer_config: {algorithm}.max_norm is {max_norm} {on_cpu}: leave it out"
         )
     mode = getattr(section, "weight_decay_mode", None)
     if mode == "decouple_global":
@@ -171,14 +171,16 @@ def _check_honoured_on_cpu(config: EmbeddingOptimizerConfig, table: BaseEmbeddin
             f"{table.name}, which FBGEMM does not have on the CPU, only l2, decouple, counter and "
             "cowclip"
         )
-    if mode == "counter":
-        _check_counter_on_cpu(section.counter, table.name)
+    counter = getattr(section, "counter", None)
+    if mode == "counter" and counter is not None:
+        _check_counter_on_cpu(counter, table.name)
     # Row-wise Adagrad has a second CPU kernel, for float32 tables of one feature, without decay.
     decays = table.data_type != DataType.FP32 or len(table.feature_names) > 1
     decays |= mode in ("counter", "cowclip")  # a kernel of their own
-    if getattr(section, "weight_decay", 0) > 0 and not decays:
+    weight_decay = getattr(section, "weight_decay", 0)
+    if weight_decay > 0 and not decays:
         raise ValueError(
-            f"emb_optimizer_config: {algorithm}.weight_decay is {section.weight_decay} {on_cpu}, "
+            f"emb_optimizer_config: {algorithm}.weight_decay is {weight_decay} {on_cpu}, "
             "except for float16 tables and tables of several features: set it to 0"
         )
     if config.stochastic_rounding:

@@ -88,7 +88,7 @@ class LiveKernel(CountedKernel):
         """Tells FBGEMM the rate that the param group has now; returns it."""
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is None:
-            return self.learning_rate_tensor.item()
+            return float(self.learning_rate_tensor.item())
         rate = float(optimizer.param_groups[0]["lr"])
         if self._passed != (rate, self.learning_rate_tensor.item()):
             self.set_learning_rate(rate)
@@ -104,7 +104,7 @@ class LiveKernel(CountedKernel):
         return NONE_FROZEN if self.shown is None else self.shown.look(self)
 
     # A compiled frame would take rates and parameters for constants, and FBGEMM's ends one anyway.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         indices: Tensor,
@@ -115,13 +115,15 @@ class LiveKernel(CountedKernel):
         **others: Any,
     ) -> Tensor:
         """Returns the pooled embeddings; arguments are those of FBGEMM's module."""
+        pooled: Tensor
         if torch.is_inference_mode_enabled():  # in which FBGEMM has no lookup
             with torch.inference_mode(False), torch.no_grad():
-                return self.forward(
+                pooled = self.forward(
                     *(indices, offsets, per_sample_weights, feature_requires_grad),
                     *(batch_size_per_feature_per_rank,),
                     **others,
                 )
+                return pooled
         others["feature_requires_grad"] = feature_requires_grad
         others["batch_size_per_feature_per_rank"] = batch_size_per_feature_per_rank
         others = {name: value for name, value in others.items() if value is not None}
@@ -133,9 +135,11 @@ class LiveKernel(CountedKernel):
             joins |= per_sample_weights.requires_grad
         if torch.is_grad_enabled() and joins:
             if "vbe_output" in others:  # which must be an output of FBGEMM's own node
-                return super().forward(indices, offsets, per_sample_weights, **others)
+                pooled = super().forward(indices, offsets, per_sample_weights, **others)
+                return pooled
             anchor = self.placeholder_autograd_tensor if self.shown is None else _ANCHOR
-            return _Lookup.apply(anchor, per_sample_weights, self, used)
+            pooled = _Lookup.apply(anchor, per_sample_weights, self, used)  # type: ignore[no-untyped-call]
+            return pooled
         return self._look_up_only(used)
 
     def _all(self, frozen: frozenset[int]) -> bool:
@@ -198,8 +202,10 @@ class LiveKernel(CountedKernel):
             # The node has kept the rate, and errs if the weights were written to.
             as_it_was = self.pass_rate() == used.rate and self.version == used.version
             if used.node is not None and as_it_was and not frozen:
-                found = _gradient_of_weights_in(used.node(gradient), used.node, learns_weights)
-                return None if found is None else found.to(used.weights.dtype)
+                gradients = used.node(gradient)
+                if not learns_weights or used.weights is None:
+                    return None
+                return _gradient_of_weights_in(gradients, used.node).to(used.weights.dtype)
         if used.varies or self.prefetch_pipeline:
             what = "batches of different sizes" if used.varies else "prefetching"
             raise RuntimeError(
@@ -251,14 +257,13 @@ class LiveKernel(CountedKernel):
             one = replace(one, weights=one.weights.detach())
         with self.as_counted(), torch.enable_grad():
             output = self.look_up(one)
-        output.grad_fn(one.gradient)
+        node: Any = output.grad_fn
+        node(one.gradient)
 
 
-def _gradient_of_weights_in(gradients: Any, node: Any, learns_weights: bool) -> Tensor | None:
+def _gradient_of_weights_in(gradients: Any, node: Any) -> Tensor:
     """Finds the gradient of the per-sample weights, which are a leaf, in what a node returned."""
-    if not learns_weights:
-        return None
-    found = [
+    found: list[Tensor] = [
         gradient
         for gradient, (function, _) in zip(gradients, node.next_functions, strict=True)
         if gradient is not None and isinstance(getattr(function, "variable", None), Tensor)
@@ -270,7 +275,9 @@ class _Lookup(torch.autograd.Function):
     """A lookup whose backward pass updates the tables."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, weights: Tensor | None, kernel: LiveKernel, used: Pass):
+    def forward(
+        ctx: Any, anchor: Tensor, weights: Tensor | None, kernel: LiveKernel, used: Pass
+    ) -> Tensor:
         output = kernel.look_up_to_train(used)
         ctx.kernel, ctx.used = kernel, used
         # Or nobody would notice that they were changed, or that the graph was freed.
@@ -279,7 +286,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, None, None]:
         _ = ctx.saved_tensors
         of_weights = ctx.kernel.update(ctx.used, gradient, ctx.needs_input_grad[1])
         return None, of_weights, None, None
@@ -289,5 +296,6 @@ def make_live(kernel: nn.Module) -> LiveKernel | None:
     """Makes a table-batched module a `LiveKernel`, in place; None if it is of another class."""
     if type(kernel) is SplitTableBatchedEmbeddingBagsCodegen:
         kernel.__class__ = LiveKernel
-        kernel._begin()
+        live: Any = kernel
+        live._begin()
     return kernel if isinstance(kernel, LiveKernel) else None

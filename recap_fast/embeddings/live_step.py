@@ -55,7 +55,9 @@ class LiveShardedOptimizer(LiveStep, batched_embedding_kernel.EmbeddingFusedOpti
     """That of a kernel under torchrec's model parallel."""
 
 
-_LIVE = {base: kind for kind in LiveStep.__subclasses__() for base in kind.__bases__[1:]}
+_LIVE: dict[type[Optimizer], type[Any]] = {
+    base: kind for kind in LiveStep.__subclasses__() for base in kind.__bases__[1:]
+}
 
 
 def follow_kernel(optimizer: Optimizer) -> LiveKernel | None:
@@ -64,7 +66,8 @@ def follow_kernel(optimizer: Optimizer) -> LiveKernel | None:
     Returns:
         The kernel; None if it is of a class that cannot.
     """
-    kernel = make_live(getattr(optimizer, "_emb_module", None))
+    module = getattr(optimizer, "_emb_module", None)
+    kernel = None if module is None else make_live(module)
     if kernel is None:
         return None
     optimizer.__class__ = _LIVE.get(type(optimizer), type(optimizer))

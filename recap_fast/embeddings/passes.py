@@ -100,13 +100,13 @@ def joined(passes: Sequence[Pass], features: int) -> Pass:
     bags = torch.cat(lengths, 1).flatten()
     weights = None
     if first.weights is not None:
-        weights = by_feature([each.weights for each in passes])
+        weights = by_feature([each.weights for each in passes if each.weights is not None])
     return replace(
         first,
         indices=by_feature([each.indices for each in passes]),
         offsets=torch.cat([bags.new_zeros(1), bags.cumsum(0)]).to(first.offsets.dtype),
         weights=weights,
-        gradient=torch.cat([each.gradient for each in passes]),
+        gradient=torch.cat([each.gradient for each in passes if each.gradient is not None]),
     )
 
 
@@ -120,6 +120,8 @@ def gradient_of_weights(
         one: The pass; its features have batches of one size.
         gradient: With respect to its output.
     """
+    weights = one.weights
+    assert weights is not None, "asked for where there are some"
     kernel.flush()
     tables = kernel.split_embedding_weights()
     features = kernel.feature_table_map
@@ -134,4 +136,4 @@ def gradient_of_weights(
             features, lengths, parts, gradient.split(widths, 1), wanted, strict=True
         )
     ]
-    return torch.cat(found).to(one.weights.dtype)
+    return torch.cat(found).to(weights.dtype)

@@ -27,7 +27,8 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
+from recap_fast.config import EmbeddingOptimizerConfig
+from recap_fast.config.convert import as_given_embedding_config
 from recap_fast.embeddings.algorithms import algorithm_named
 from recap_fast.embeddings.kernel_arguments import table_kernel
 from recap_fast.embeddings.sharding_rules import (
@@ -80,11 +81,12 @@ def plan(
         The plan of all `EmbeddingBagCollection`s, for `DistributedModelParallel(plan=...)`.
 
     Raises:
+        TypeError: `emb_optimizer_config` is None, or of a class that cannot be read.
         ValueError: `build_optimizer` would refuse what the constraints ask for, or they name a
             table that the model does not have; a table cannot be trained as configured on the
             device; or torchrec finds no plan. The message says which.
     """
-    emb_optimizer_config = as_embedding_config(emb_optimizer_config)
+    emb_optimizer_config = as_given_embedding_config(emb_optimizer_config)
     constraints = dict(constraints or {})
     check_not_wrapped(model)
     configs = {path: m.embedding_bag_configs() for path, m in find_collections(model).items()}
@@ -188,8 +190,9 @@ def _optimizers_known(model: nn.Module, config: EmbeddingOptimizerConfig) -> Ite
         if not hasattr(table.weight, "_optimizer_classes"):
             algorithm, _ = config.for_table(table.config.name).algorithm
             kind = emb_opt_type_to_optimizer_class(algorithm_named(algorithm).optimizer)
-            table.weight._optimizer_classes = [kind]
-            marked.append(table.weight)
+            weight: Any = table.weight
+            weight._optimizer_classes = [kind]
+            marked.append(weight)
     try:
         yield
     finally:

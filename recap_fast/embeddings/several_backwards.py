@@ -82,9 +82,9 @@ class SeveralBackwards:
             inverse: The number, shape ().
             found_inf: Set to 1 if one of the gradients is not finite, shape (1,).
         """
-        for each in self.held:
-            found = torch.zeros(1, device=each.gradient.device)
+        for gradient in (each.gradient for each in self.held if each.gradient is not None):
+            found = torch.zeros(1, device=gradient.device)
             torch._amp_foreach_non_finite_check_and_unscale_(
-                [each.gradient], found, inverse.to(each.gradient.device, torch.float32)
+                [gradient], found, inverse.to(gradient.device, torch.float32)
             )
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device).view_as(found_inf)))

@@ -9,7 +9,8 @@ from torch import nn
 from torchrec.distributed.types import ShardingPlan
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
-from recap_fast.config import EmbeddingOptimizerConfig, as_embedding_config
+from recap_fast.config import EmbeddingOptimizerConfig
+from recap_fast.config.convert import as_given_embedding_config
 from recap_fast.embeddings.kernel_arguments import table_kernel
 from recap_fast.embeddings.sharding_rules import DATA_PARALLEL
 from recap_fast.embeddings.tables import (
@@ -62,9 +63,10 @@ def set_table_optimizers(
         The model.
 
     Raises:
+        TypeError: `emb_optimizer_config` is None, or of a class that cannot be read.
         ValueError: Something cannot be honoured; the message names it, and nothing was changed.
     """
-    emb_optimizer_config = as_embedding_config(emb_optimizer_config)
+    emb_optimizer_config = as_given_embedding_config(emb_optimizer_config)
     check_not_wrapped(model)
     tables = find_tables(find_collections(model))
     check_tables(model, tables)
@@ -96,12 +98,13 @@ def set_table_optimizers(
     for name, table in tables.items():
         arguments = dict(kernels[name].arguments)
         # The class is for torchrec's planner, which estimates memory by it; "optimizer" decides.
-        table.weight._optimizer_classes = [emb_opt_type_to_optimizer_class(arguments["optimizer"])]
+        weight: Any = table.weight
+        weight._optimizer_classes = [emb_opt_type_to_optimizer_class(arguments["optimizer"])]
         # torchrec puts tables into one kernel if all of this is equal; it drops "_batch_key" then.
         key = f"{kernels[name].several_backwards} {kernels[name].schedule}"
-        table.weight._optimizer_kwargs = [{**arguments, "_batch_key": key}]
+        weight._optimizer_kwargs = [{**arguments, "_batch_key": key}]
         # Its presence has torchrec's hand-made plans choose a fused kernel.
-        table.weight._in_backward_optimizers = []
+        weight._in_backward_optimizers = []
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class ShownTables:
         modules = holders._modules
         for key, table, kind, dtype, where in self._tables:
             holder = modules.get(key)
-            param = None if holder is None else holder._parameters.get("weight")
+            param: Any = None if holder is None else holder._parameters.get("weight")
             if not (  # one memory, however it is viewed
                 type(param) is kind
                 and (param.data_ptr(), param.numel()) == where
@@ -115,7 +115,9 @@ class ShownTables:
 
     def _params(self) -> Iterator[tuple[ShownTable, nn.Parameter]]:
         holders = self._holders()
-        for key, table, *_ in self._tables if holders is not None else ():
+        if holders is None:
+            return
+        for key, table, *_ in self._tables:
             holder = holders._modules.get(key)
             param = None if holder is None else holder._parameters.get("weight")
             if param is not None and param.is_leaf:
@@ -175,4 +177,5 @@ def _bring_in(
         kernel.reset_cache_states()
         param.data = table.memory.detach()
     if table.is_marked and not hasattr(param, "_in_backward_optimizers"):
-        param._in_backward_optimizers = [EmptyFusedOptimizer()]  # as torchrec marks such
+        marked: Any = param
+        marked._in_backward_optimizers = [EmptyFusedOptimizer()]  # as torchrec marks such

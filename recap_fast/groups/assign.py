@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,6 +111,7 @@ def group_parameters(
         check_embedding_config(emb_optimizer_config, [*dense, *updated_in_backward], fused_params)
 
     if isinstance(optimizer_config, OptimizerConfig):
+        section: Any
         _, section = optimizer_config.algorithm
         rate = optimizer_config.learning_rate or LearningRate(constant=section.lr)
         groups = _groups_of_all(ALL_PARAMS, dense, rate, emb_optimizer_config)
@@ -118,6 +120,7 @@ def group_parameters(
         groups = _groups_of_all(SINGLE_TASK, dense, rate, emb_optimizer_config)
     else:
         rates = optimizer_config.multi_task_learning_rates
+        assert rates is not None, "a configuration has exactly one of the two"
         _check_towers(rates, dense, updated_in_backward)
         groups = _multi_task_groups(dense, rates, emb_optimizer_config)
 
@@ -168,7 +171,8 @@ def _split(
             "schedule sets",
             some(unscheduled),
         )
-    dense, updated_in_backward = {}, {}
+    dense: dict[str, nn.Parameter] = {}
+    updated_in_backward: dict[str, nn.Parameter] = {}
     for name, param in named.items():
         is_dense = id(param) not in fused_ids | own_ids
         (dense if is_dense else updated_in_backward)[name] = param

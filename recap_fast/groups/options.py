@@ -94,6 +94,7 @@ def _options(
     group: DenseGroup,
 ) -> dict[str, Any]:
     """Returns what the last of the entries has, or else the one before it, or all groups."""
+    section: Any  # its `lr` only in an OptimizerConfig
     algorithm, section = config.algorithm
     has_own = False
     for entry in entries:

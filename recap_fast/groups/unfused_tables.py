@@ -13,7 +13,13 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
-from recap_fast.config import EmbeddingOptimizerConfig, LearningRate
+from recap_fast.config import (
+    EmbeddingAdagradConfig,
+    EmbeddingAdamConfig,
+    EmbeddingOptimizerConfig,
+    EmbeddingRowwiseAdagradConfig,
+    LearningRate,
+)
 from recap_fast.names import TABLES, check_table_names, some, table_name, tables_in
 
 # What the original calls their group.
@@ -92,14 +98,14 @@ def lacks(config: EmbeddingOptimizerConfig, dtype: torch.dtype) -> str:
     if algorithm in ("adagrad", "adam") and dtype not in (torch.float32, torch.float64):
         # State would have the dtype of the table, and FBGEMM's is float32.
         return f"{algorithm} for a table of {str(dtype).removeprefix('torch.')}"
-    if algorithm == "adagrad" and section.eps == 0:
+    if isinstance(section, EmbeddingAdagradConfig) and section.eps == 0:
         return "adagrad.eps of 0, by which rows without a gradient would become NaN"
-    if algorithm == "rowwise_adagrad":
+    if isinstance(section, EmbeddingRowwiseAdagradConfig):
         if section.max_norm is not None:
             return "rowwise_adagrad.max_norm"
         if section.weight_decay_mode not in (None, "l2", "decouple"):
             return f"rowwise_adagrad.weight_decay_mode {section.weight_decay_mode}"
-    if algorithm == "adam" and section.rowwise_bias_correction:
+    if isinstance(section, EmbeddingAdamConfig) and section.rowwise_bias_correction:
         return "adam.rowwise_bias_correction"
     return ""
 
@@ -143,6 +149,7 @@ def table_groups(
     groups: list[TableGroup] = []
     for name, param in tables.items():
         rate = configs[name].learning_rate
+        assert rate is not None, "check_embedding_config has seen to it"
         algorithm, hyperparameters = _optimizer(configs[name])
         for group in groups:
             if (rate, algorithm, hyperparameters) == (
@@ -165,16 +172,16 @@ def table_groups(
 
 def _optimizer(config: EmbeddingOptimizerConfig) -> tuple[TableAlgorithm, dict[str, Any]]:
     """Returns the algorithm of a table, and its arguments, by which it trains as on FBGEMM."""
-    algorithm, section = config.algorithm
-    if algorithm == "adagrad":
+    _, section = config.algorithm
+    if isinstance(section, EmbeddingAdagradConfig):
         return "adagrad", {"eps": section.eps}
-    if algorithm == "rowwise_adagrad":
+    if isinstance(section, EmbeddingRowwiseAdagradConfig):
         return "rowwise_adagrad", {
             "eps": section.eps,
             "weight_decay": section.weight_decay,
             "decoupled_weight_decay": section.weight_decay_mode == "decouple",
         }
-    if algorithm == "adam":
+    if isinstance(section, EmbeddingAdamConfig):
         return "lazy_adamw", {
             "betas": (section.beta_1, section.beta_2),
             "eps": section.eps,

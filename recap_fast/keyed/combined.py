@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -352,7 +352,8 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
         state = self.state
         table = next((name for name, param in self.params.items() if id(param) in fused), None)
         others = [n for n, p in self.params.items() if id(p) not in in_groups and p in state]
-        others += [key for key in state if isinstance(key, str)]
+        keys: Iterable[object] = state  # the user's are of any kind
+        others += [key for key in keys if isinstance(key, str)]
         name = next(iter(others), None) if table is None else table
         if name is not None:
             what = "is in no param group" if table is None else "is a fused table"

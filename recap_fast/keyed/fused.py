@@ -191,19 +191,21 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         found_inf = getattr(self, "found_inf", None)
         scaled = grad_scale is not None or found_inf is not None
         hooked = bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-        if self._steps_plainly and not scaled and not hooked and self._stepper.step_plainly():
+        stepper = self._stepper
+        alone = self._steps_plainly and not scaled and not hooked
+        if alone and stepper is not None and stepper.step_plainly():
             return loss
         fused_leaves = self.fused_leaves
         if fused_leaves:
             self.check_tables()
         if scaled:
             self._check_scaling(grad_scale)
-        if self._stepper is not None:
+        if stepper is not None:
             others = [part.step for part in self._together] if self._together else ()
             if hooked or any(self._inner_hooks):
-                self._step_with_hooks(grad_scale, found_inf, others)
-            elif scaled or others or not self._stepper.step_plainly():
-                self._stepper.step(grad_scale, found_inf, self.unscale_grads, others)
+                self._step_with_hooks(stepper, grad_scale, found_inf, others)
+            elif scaled or others or not stepper.step_plainly():
+                stepper.step(grad_scale, found_inf, self.unscale_grads, others)
             if not self._steps_plainly:
                 self._tell_schedulers()
         if fused_leaves and step_is_skipped(fused_leaves, grad_scale, found_inf, self.grad_norm):
@@ -301,6 +303,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
 
     def _step_with_hooks(
         self,
+        stepper: Stepper,
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
         others: Sequence[Callable[[], Any]],
@@ -316,7 +319,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
                         "a step pre hook of an optimizer inside FusedCombinedOptimizer must return "
                         "None: its step has no arguments to change"
                     )
-        self._stepper.step(grad_scale, found_inf, self.unscale_grads, others)
+        stepper.step(grad_scale, found_inf, self.unscale_grads, others)
         for optimizer in self._native:
             hooks = itertools.chain(
                 optimizer._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()

@@ -67,9 +67,9 @@ def as_tables_have_it(
         if not isinstance(entries, Mapping) or not entries or TABLES not in name.split("."):
             continue
         steps = {
-            key: each.get("step")
+            key: step
             for key, each in (("own", own), ("saved", entries))
-            if isinstance(each.get("step"), torch.Tensor)
+            if isinstance(step := each.get("step"), torch.Tensor)
         }
         rest = {key: value for key, value in entries.items() if key != "step"}
         if "own" in steps and "saved" in steps and steps["own"].numel() == steps["saved"].numel():

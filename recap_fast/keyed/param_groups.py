@@ -19,7 +19,7 @@ from recap_fast.schedules.compute import DEFAULT_LR
 _NO_OPTIONS = frozenset({"params", "param_names"})
 
 
-class ParamGroups(list):
+class ParamGroups(list[dict[str, Any]]):
     """All param groups, in order; editing the list edits the optimizers inside.
 
     Groups can be appended, removed and replaced, but keep their order.

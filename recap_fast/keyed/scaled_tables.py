@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torchrec.optim import keyed
 
 _UNSCALES = "_unscale_grads_"
 
 
-def unscale_tables(leaves: Iterable[Optimizer], caller: Any, warned: bool) -> bool:
+def unscale_tables(leaves: Iterable[keyed.KeyedOptimizer], caller: Any, warned: bool) -> bool:
     """Has a `GradScaler` that is about to unscale gradients unscale those held for tables, too.
 
     It reads the param groups of an optimizer for that, and asks for nothing else.

@@ -14,12 +14,16 @@ from recap_fast.keyed.walk import leaves
 from recap_fast.state.new import has_state
 
 
-class _Items(ItemsView):
+class _Items(ItemsView[Tensor, Any]):
+    _mapping: StateView
+
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         return self._mapping.entries()
 
 
-class _Values(ValuesView):
+class _Values(ValuesView[Any]):
+    _mapping: StateView
+
     def __iter__(self) -> Iterator[Any]:
         return (entries for _, entries in self._mapping.entries())
 

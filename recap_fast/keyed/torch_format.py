@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,8 @@ def asked_to_make_state() -> bool:
 
 def asked_for_torch_format() -> bool:
     """Whether torch's helper gets or sets a state dict, perhaps through a wrapper's method."""
-    frame, depth = sys._getframe(2), 0
+    frame: FrameType | None = sys._getframe(2)
+    depth = 0
     while frame is not None and depth < 4:
         if _is_in(frame, "_get_optim_state_dict", "_load_optim_state_dict"):
             return True

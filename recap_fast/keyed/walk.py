@@ -38,7 +38,10 @@ def plain_leaves(optimizer: Optimizer) -> Iterator[Optimizer]:
     if isinstance(optimizer, keyed.CombinedOptimizer):
         for _, part in optimizer.optimizers:
             yield from plain_leaves(part)
-    elif type(optimizer) is keyed.KeyedOptimizerWrapper:
+    elif (
+        isinstance(optimizer, keyed.KeyedOptimizerWrapper)
+        and type(optimizer) is keyed.KeyedOptimizerWrapper
+    ):
         inner = optimizer._optimizer
         clips = getattr(inner, "clip_grad_norm", None) is not None
         if not isinstance(inner, keyed.KeyedOptimizer) and not clips:

@@ -33,13 +33,13 @@ def observed(step: Callable[..., Any]) -> Callable[..., Any]:
             return in_range(self, *args, **kwargs)
         return step(self, *args, **kwargs)
 
-    wrapper.hooked = True  # or torch would wrap it again
+    wrapper.hooked = True  # type: ignore[attr-defined]  # or torch would wrap it again
     return wrapper
 
 
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """A class's `step` without the wrapper by which torch runs hooks and profiles."""
-    return step.__wrapped__ if getattr(step, "hooked", False) else step
+    return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
 
 
 def steps_as_its_class(optimizer: Optimizer) -> bool:

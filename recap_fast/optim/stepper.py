@@ -21,6 +21,7 @@ from recap_fast.state.memory import StateMemory
 from recap_fast.state.new import new_state, strays
 
 if TYPE_CHECKING:
+    from recap_fast._C import BoundPlan, NewState
     from recap_fast.schedules.device import DeviceRates
 
 
@@ -34,12 +35,13 @@ _MAX_ATTEMPTS = 10
 # For what a step seldom does: `torch.compile` would trace the Python in it, tensor by tensor, and
 # compile graphs that run once. (`torch.compiler.disable` would import the compiler here already.)
 _not_compiled = torch._disable_dynamo
+_GRAD: Any = Tensor.grad  # the property itself
 
 
 class _Built(NamedTuple):
     """A plan and what belongs to it: all that another replaces, in one assignment."""
 
-    plan: Any
+    plan: BoundPlan
     groups: list[list[tuple[int, Group]]]  # in the plan, by optimizer
     left: list[tuple[int, list[Group]]]  # left to torch, with the optimizer's number
     norm_parts: NormParts | None
@@ -79,8 +81,8 @@ class Stepper:
         self._max_norm = max_norm
         self.grad_norm: float | Tensor | None = None
         self._built: _Built | None = None
-        self._simple_plan: Any = None  # that of `_built`, if a step is nothing but its call
-        self._captured: list[Any] = []
+        self._simple_plan: BoundPlan | None = None  # that of `_built`, if it is all of a step
+        self._captured: list[BoundPlan] = []
         self._device_values = False
         self._device_rates: Sequence[DeviceRates] = ()
         self._building = threading.RLock()  # to step itself, threads take turns in the plan
@@ -104,7 +106,7 @@ class Stepper:
         self._drop_plan()
 
     @property
-    def _plan(self) -> Any:
+    def _plan(self) -> BoundPlan | None:
         return None if self._built is None else self._built.plan
 
     @property
@@ -174,7 +176,7 @@ class Stepper:
             plan.check_captured_rates()
         built = self._ready()
         if self._max_norm is not None and built.plan.has_device_plans:
-            grad_scale, found_inf = self._clip_on_device(grad_scale, found_inf)
+            grad_scale, found_inf = self._clip_on_device(self._max_norm, grad_scale, found_inf)
             built = self._ready()
         elif grad_scale is not None or found_inf is not None:
             self._avoid_waiting_for(built, grad_scale, found_inf)
@@ -243,7 +245,8 @@ class Stepper:
         except BaseException:
             if built.left and plan.failed_elsewhere:
                 for number, groups in built.left:  # once it is mended, all is native
-                    self._references[number]()._left_to_torch.take_back(groups)
+                    if (left := self._optimizer(number)._left_to_torch) is not None:
+                        left.take_back(groups)
                 self._drop_plan()
             self._failed_elsewhere = plan.failed_elsewhere
             raise
@@ -254,7 +257,7 @@ class Stepper:
     def _steps_of_left(self, built: _Built, grad_scale: Tensor | None) -> list[Callable[[], Any]]:
         steps: list[Callable[[], Any]] = []
         for number, groups in built.left:
-            steps += torch_steps(self._references[number](), groups, grad_scale)
+            steps += torch_steps(self._optimizer(number), groups, grad_scale)
         return steps
 
     def _show_grads(self, built: _Built) -> None:
@@ -264,27 +267,24 @@ class Stepper:
         call looks, they have none.
         """
         for param in built.computed_grads:
-            Tensor.grad.__set__(param, param.grad)
+            _GRAD.__set__(param, param.grad)
 
     @_not_compiled
     def _clip_on_device(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None
+        self, max_norm: float, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         built = self._ready()
         self._show_grads(built)
-        parts = built.norm_parts
-        sums = built.plan.sums_of_squares(parts.part_of_param, parts.count)
+        parts, sums = _sums_of_squares(built)
         if not sums:
-            built = self._keep(self._build())
-            parts = built.norm_parts
-            sums = built.plan.sums_of_squares(parts.part_of_param, parts.count)
+            parts, sums = _sums_of_squares(self._keep(self._build()))
         if found_inf is not None:
             # Those that share a part may not have seen it, and must skip the step too.
             skip = found_inf.to(sums[0].device).reshape(()) != 0
             sums = [torch.where(skip, math.inf, own) for own in sums]
         norm = parts.total(sums).sqrt()
         self.grad_norm = norm if grad_scale is None else norm / grad_scale.to(norm).reshape(())
-        return clip_on_device(norm, self._max_norm, grad_scale, found_inf)
+        return clip_on_device(norm, max_norm, grad_scale, found_inf)
 
     def move_with(self, device_rates: Sequence[DeviceRates]) -> None:
         """From now on, every step uses ``device_rates``, and moves them on."""
@@ -296,7 +296,7 @@ class Stepper:
 
     def check_captured_rates(self) -> None:
         """Raises RuntimeError if a rate on the host differs from that in a captured CUDA graph."""
-        plans = self._captured if self._built is None else (*self._captured, self._plan)
+        plans = [*self._captured] if self._built is None else [*self._captured, self._built.plan]
         for plan in plans:
             plan.check_captured_rates()
 
@@ -307,7 +307,12 @@ class Stepper:
             self._keep(self._build())
 
     def _optimizers(self) -> list[Stepped]:
-        return [reference() for reference in self._references]
+        return [self._optimizer(number) for number in range(len(self._references))]
+
+    def _optimizer(self, number: int) -> Stepped:
+        found = self._references[number]()
+        assert found is not None, "an optimizer lives as long as what steps it"
+        return found
 
     def _drop_plan(self) -> None:
         plan = self._plan
@@ -325,7 +330,7 @@ class Stepper:
         return built
 
     @_not_compiled
-    def _build(self, new_states: Sequence[Any] = ()) -> _Built:
+    def _build(self, new_states: Sequence[NewState] = ()) -> _Built:
         """Builds a plan; the present one stays."""
         self.check_captured_rates()
         if self._device_rates:
@@ -344,14 +349,15 @@ class Stepper:
                 all_names += names
                 sources.append(source)
         # Before the plan, which changes where step counts are.
-        parts = None if self._max_norm is None else NormParts(params, all_names)
+        max_norm = self._max_norm
+        parts = None if max_norm is None else NormParts(params, all_names)
         plan = native.BoundPlan(sources, optimizers, list(new_states), self._device_values)
         if parts is not None and plan.has_device_plans and not self._device_values:
             self._device_values = True
             return self._build(new_states)
-        if parts is not None and not plan.has_device_plans:
+        if max_norm is not None and parts is not None and not plan.has_device_plans:
             total = None if parts.is_local else parts.total
-            plan.set_clipping(self._max_norm, parts.part_of_param, parts.count, total)
+            plan.set_clipping(max_norm, parts.part_of_param, parts.count, total)
         for rates in self._device_rates:
             plan.set_schedules(rates.groups, rates.schedules, rates.rates, rates.epoch)
         computed = [each for each in params if type(each).grad is not Tensor.grad]
@@ -387,8 +393,7 @@ class Stepper:
             of_plan: list[tuple[int, Group]] = []
             of_torch: list[Group] = []
             for index, group in enumerate(optimizer.param_groups):
-                reason = None if left is None else left.reason(group)
-                if reason is None:
+                if left is None or (reason := left.reason(group)) is None:
                     of_plan.append((index, group))
                     continue
                 of_torch.append(group)
@@ -408,15 +413,14 @@ class Stepper:
         # Of the plan that refused: to divide them again asks for what gradients they have now.
         groups = self._divide(optimizers)[0] if self._built is None else self._built.groups
         candidates = [
-            (number, optimizer, index, group)
+            (number, optimizer, left, index, group)
             for number, optimizer in enumerate(optimizers)
-            if optimizer._left_to_torch is not None
+            if (left := optimizer._left_to_torch) is not None
             for index, group in groups[number]
             if not group.get("lazy")  # which torch would step otherwise
         ]
         found = False
-        for number, optimizer, index, group in candidates:
-            left = optimizer._left_to_torch
+        for number, optimizer, left, index, group in candidates:
             if left.reason(group) is not None:
                 found = True
             elif (refused := self._refusal(number, optimizer, index, group)) is not None:
@@ -425,8 +429,8 @@ class Stepper:
         if not found and not isinstance(error, RuntimeError):
             # A refusal, not a failure: of what no group is to blame for by itself, such as memory
             # that two parameters share.
-            for _, optimizer, _, group in candidates:
-                optimizer._left_to_torch.take(group, error)
+            for _, _, left, _, group in candidates:
+                left.take(group, error)
             found = bool(candidates)
         self._drop_plan()
         return found
@@ -454,7 +458,7 @@ class Stepper:
             )
 
     @_not_compiled
-    def _new_states(self) -> list[Any]:
+    def _new_states(self) -> list[NewState]:
         """Makes the state that is missing; the step, if it is taken, puts it where it belongs."""
         built, optimizers = self._ready(), self._optimizers()
         slots = [
@@ -469,11 +473,18 @@ class Stepper:
         for index in built.plan.slots_without_state:
             optimizer, group, param = slots[index]
             owner = elsewhere.get(param)
-            is_new = type(owner) is not type(optimizer)
-            if is_new:
+            is_new = owner is None or type(owner) is not type(optimizer)
+            if owner is None or is_new:
                 entries = new_state(optimizer, group, param, memory)
             else:
                 entries = dict(owner.state[param])
             left_behind = None if owner is None else owner.state
             made.append(native.NewState(index, entries, is_new, left_behind))
         return made
+
+
+def _sums_of_squares(built: _Built) -> tuple[NormParts, list[Tensor]]:
+    """How the norm that is clipped by is divided, and the sums over the parts, on the device."""
+    parts = built.norm_parts
+    assert parts is not None, "a plan of a stepper that clips has them"
+    return parts, built.plan.sums_of_squares(parts.part_of_param, parts.count)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import mmap
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from recap_fast._C import StateBlock
 
 _SMALL = 64 * 1024  # bytes, up to which states share a block
 _FIRST_BLOCK = 4 * 1024  # bytes; each block is twice as large as the one before
@@ -54,9 +57,10 @@ def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
 
 
-def _is_plain(tensor: object) -> bool:
+def _is_plain(tensor: object) -> TypeGuard[Tensor]:
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
+        isinstance(tensor, Tensor)
+        and type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
         and tensor.numel() > 0
@@ -82,7 +86,7 @@ class StateMemory:
 
     def __init__(self) -> None:
         self._native = _native()
-        self._blocks: dict[int | str, tuple[Any, int]] = {}  # and where its free room begins
+        self._blocks: dict[int | str, tuple[StateBlock, int]] = {}  # and where its free room begins
         self._adopted = 0  # bytes
 
     def empty_like(self, param: Tensor, index: int) -> Tensor:
@@ -100,10 +104,10 @@ class StateMemory:
             alignment = _CACHE_LINE if size > 32 else 32 if size > 16 else 16
             block, begin = self._room(index, size, alignment, begin_in_page)
             return block.tensor(begin, param.shape, _dense_strides(param), param.dtype)
-        block = _large_block(size + _PAGE)
+        own = _large_block(size + _PAGE)
         wanted = (param.data_ptr() + begin_in_page) % _PAGE
-        begin = (wanted - _address(block)) % _PAGE // _CACHE_LINE * _CACHE_LINE
-        state = torch.frombuffer(block, dtype=param.dtype, count=param.numel(), offset=begin)
+        begin = (wanted - _address(own)) % _PAGE // _CACHE_LINE * _CACHE_LINE
+        state = torch.frombuffer(own, dtype=param.dtype, count=param.numel(), offset=begin)
         return state.as_strided_(param.shape, _dense_strides(param))
 
     def full_like(self, param: Tensor, value: float, index: int) -> Tensor:
@@ -117,7 +121,9 @@ class StateMemory:
         block, begin = self._room("step", dtype.itemsize, dtype.itemsize)
         return block.tensor(begin, (), (), dtype).fill_(count)
 
-    def _room(self, kind: int | str, size: int, alignment: int, begin: int = 0) -> tuple[Any, int]:
+    def _room(
+        self, kind: int | str, size: int, alignment: int, begin: int = 0
+    ) -> tuple[StateBlock, int]:
         """A block for tensors of a kind with room for `size` bytes, and where in it they are.
 
         The first tensor of a block is `begin` bytes into a page.
@@ -133,7 +139,7 @@ class StateMemory:
         self._blocks[kind] = block, used + size
         return block, used
 
-    def adopt(self, param: Tensor, state: dict[str, object]) -> None:
+    def adopt(self, param: Tensor, state: dict[str, Any]) -> None:
         """Replaces small plain CPU tensors in ``state``, that of ``param``, by copies in here.
 
         Small ones up to some megabytes in all: whoever loads a state still holds it, and large
@@ -151,7 +157,7 @@ class StateMemory:
         if on_cpu and isinstance(step, Tensor) and step.numel() == 1:
             state["step"] = self.step_count(step.item(), step.dtype)
 
-    def adopt_large(self, state: dict[str, object]) -> None:
+    def adopt_large(self, state: dict[str, Any]) -> None:
         """Replaces large plain CPU tensors in ``state`` by copies in here, one after the other.
 
         Those that nobody else holds, whose memory is free again before the next is copied.
@@ -163,5 +169,5 @@ class StateMemory:
                 state[name] = self.empty_like(value, index).copy_(value)
 
 
-def _plain_names(state: dict[str, object]) -> list[str]:
+def _plain_names(state: dict[str, Any]) -> list[str]:
     return [name for name, value in state.items() if name != "step" and _is_plain(value)]

@@ -29,7 +29,8 @@ def row_sums(param: Tensor, memory: StateMemory) -> Tensor:
     along its rows, a DTensor that is sharded alike.
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    local = param.to_local() if hasattr(param, "to_local") else param
+    sharded: Any = param
+    local = sharded.to_local() if hasattr(param, "to_local") else param
     rows = local.detach().new_empty(local.shape[:1] or (1,), dtype=dtype)
     sums = memory.full_like(rows, 0.0, 0)
     if local is param:
@@ -38,8 +39,8 @@ def row_sums(param: Tensor, memory: StateMemory) -> Tensor:
 
     return DTensor.from_local(
         sums,
-        param.device_mesh,
-        param.placements,
+        sharded.device_mesh,
+        sharded.placements,
         run_check=False,
         shape=param.shape[:1] or torch.Size([1]),
         stride=(1,),
@@ -61,7 +62,7 @@ def has_state(state: Mapping[str, Any] | None) -> bool:
 
 def new_state(
     optimizer: HasState,
-    group: dict[str, Any],
+    group: Mapping[str, Any],
     param: Tensor,
     memory: StateMemory,
 ) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recap_fast.config import EmbeddingOptimizerConfig
-from recap_fast.embeddings import fuse_embeddings
+from recap_fast.embeddings import fuse_embeddings, plan, set_table_optimizers
 from tests.support.models import Ranker, tables
 from tests.support.table_reference import table
 from tests.support.tables import TABLES, Pooled, config_of, fqn, ranker
@@ -122,3 +122,17 @@ def test_refused_and_nothing_changed(
     with pytest.raises(ValueError, match=re.escape(message)):
         fuse_embeddings(model, config)
     assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        fuse_embeddings,
+        lambda model, config: set_table_optimizers(model, config, "cpu"),
+        lambda model, config: plan(model, config, world_size=1, device="cpu", batch_size=2),
+    ],
+    ids=["fuse_embeddings", "set_table_optimizers", "plan"],
+)
+def test_there_must_be_a_configuration(take: Callable[[nn.Module, None], object]) -> None:
+    with pytest.raises(TypeError, match=r"emb_optimizer_config must be .*; found NoneType"):
+        take(ranker(), None)
