@@ -57,6 +57,7 @@ def checkout(tmp_path: Path) -> Path:
     copy = tmp_path / "checkout"
     unbuilt = shutil.ignore_patterns("*.so", RECORD, "__pycache__")
     shutil.copytree(ROOT / "recap_fast", copy / "recap_fast", ignore=unbuilt)
+    shutil.copytree(ROOT / "examples", copy / "examples", ignore=unbuilt)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
@@ -91,6 +92,8 @@ def test_a_wheel_has_the_extension_and_its_torch(checkout: Path, tmp_path: Path)
     (wheel,) = checkout.glob("dist/*.whl")
     with ZipFile(wheel) as archive:
         _assert_built(lambda name: archive.read(name).decode(), archive.namelist())
+        tops = {re.sub(r"[-/].*", "", name) for name in archive.namelist()}
+    assert tops == {"recap_fast"}  # and no examples
     assert not (checkout / "recap_fast" / RECORD).exists()
 
 
