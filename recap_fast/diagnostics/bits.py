@@ -191,7 +191,7 @@ def _compare_with_torch(expected: dict[str, dict[str, Tensor]]) -> Check:
         for update in _UPDATES:
             if update.torch is None:
                 continue
-            plain = {"foreach": False, "fused": False}
+            plain: dict[str, Any] = {"foreach": False, "fused": False}
             theirs = _run(update, update.torch, (torch.float32,), **plain)
             exact = _run(update, update.torch, (torch.float64,), **plain)
             for (name, other), truth in zip(theirs.items(), exact.values(), strict=True):

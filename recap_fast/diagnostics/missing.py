@@ -36,11 +36,12 @@ def missing(info: dict[str, Any]) -> Iterator[str]:
 
 
 def _cuda(engines: list[str]) -> Iterator[str]:
-    if not torch.version.cuda and has_nvidia_driver():
-        yield (
-            "CUDA: there is an NVIDIA GPU, but this torch is for CPUs only: install a torch with"
-            " CUDA, then recap_fast anew"
-        )
+    if torch.version.cuda is None:
+        if has_nvidia_driver():
+            yield (
+                "CUDA: there is an NVIDIA GPU, but this torch is for CPUs only: install a torch"
+                " with CUDA, then recap_fast anew"
+            )
     elif gpus() and "cuda" not in engines:
         yield (
             f"CUDA engine: not built, though there is a GPU: install nvcc 12.8 or newer of CUDA"

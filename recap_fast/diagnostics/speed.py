@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn, optim
@@ -93,10 +93,11 @@ def _ratio(what: str, workload: Workload, device: torch.device, seconds: float) 
             other_memory.add_(1.0)
             times[number].append(_milliseconds(peers[number], device))
     low, median, high = _quartiles([b / a for a, b in zip(*times, strict=True)])
-    return Ratio(what, *(statistics.median(each) for each in times), low, median, high)
+    ours, theirs = (statistics.median(each) for each in times)
+    return Ratio(what, ours, theirs, low, median, high)
 
 
-def _groups(workload: Workload, device: torch.device) -> list[dict]:
+def _groups(workload: Workload, device: torch.device) -> list[dict[str, Any]]:
     groups = []
     for sizes in workload.groups:
         params = [nn.Parameter(torch.ones(size, device=device)) for size in sizes]
