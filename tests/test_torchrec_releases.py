@@ -17,7 +17,7 @@ import importlib, sys
 import recap_fast
 {broken}
 for name in (
-    "build", "shim", "reference", "embeddings", "keyed", "checkpoint", "optim.combined"
+    "build", "scheduler", "reference", "embeddings", "keyed", "checkpoint", "keyed.fused"
 ):
     try:
         importlib.import_module(f"recap_fast.{{name}}")
