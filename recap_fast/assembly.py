@@ -31,18 +31,15 @@ _FUSED_KEY: Final = "fused_optimizer"
 
 
 class OptimizerClasses(NamedTuple):
-    """What an optimizer is made of; the algorithms take the arguments of torch.optim's.
+    """What an optimizer is made of.
 
-    Those of tables only are `rowwise_adagrad` and `lazy_adamw`, which take the arguments of
-    `recap_fast.table_optimizers`.
+    Attributes:
+        by_algorithm: For each of `torch_classes.TORCH_CLASSES` one with the same arguments; for
+            tables also "rowwise_adagrad" and "lazy_adamw", as in `recap_fast.table_optimizers`.
+        combined: Joins them.
     """
 
-    adam: Callable[..., torch.optim.Optimizer]
-    adamw: Callable[..., torch.optim.Optimizer]
-    adagrad: Callable[..., torch.optim.Optimizer]
-    sgd: Callable[..., torch.optim.Optimizer]
-    rowwise_adagrad: Callable[..., torch.optim.Optimizer]
-    lazy_adamw: Callable[..., torch.optim.Optimizer]
+    by_algorithm: Mapping[str, Callable[..., torch.optim.Optimizer]]
     combined: Callable[..., keyed.CombinedOptimizer]
 
 
@@ -76,7 +73,7 @@ def assemble(
     optimizers: list[Any] = []
     for group in groups:
         factory = functools.partial(
-            getattr(classes, group.algorithm), lr=DEFAULT_LR, **group.hyperparameters
+            classes.by_algorithm[group.algorithm], lr=DEFAULT_LR, **group.hyperparameters
         )
         optimizers.append(keyed.KeyedOptimizerWrapper(group.params, factory))
         _log_group(group.name, group.params, group.algorithm)

@@ -12,13 +12,7 @@ from torch.optim import Optimizer
 from recap_fast.assembly import OptimizerClasses, assemble
 from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
 from recap_fast.keyed.fused import FusedCombinedOptimizer
-from recap_fast.optim import (
-    FusedAdagrad,
-    FusedAdam,
-    FusedAdamW,
-    FusedRowwiseAdagrad,
-    FusedSGD,
-)
+from recap_fast.optim import DENSE, FusedAdamW, FusedRowwiseAdagrad
 from recap_fast.scheduler import RecapLRShim
 from recap_fast.schedules.compute import DEFAULT_LR
 from recap_fast.table_optimizers import LazyAdamW, RowwiseAdagrad
@@ -79,16 +73,15 @@ def build_optimizer(
         "unscale_grads": unscale_grads,
     }
     classes = OptimizerClasses(
-        adam=functools.partial(FusedAdam, **execution),
-        adamw=functools.partial(FusedAdamW, **execution),
-        adagrad=functools.partial(FusedAdagrad, **execution),
-        sgd=functools.partial(FusedSGD, **execution),
-        rowwise_adagrad=functools.partial(
-            _by_rows, functools.partial(FusedRowwiseAdagrad, **execution), RowwiseAdagrad
-        ),
-        lazy_adamw=functools.partial(
-            _by_rows, functools.partial(FusedAdamW, lazy=True, **execution), LazyAdamW
-        ),
+        by_algorithm={
+            **{name: functools.partial(kind, **execution) for name, kind in DENSE.items()},
+            "rowwise_adagrad": functools.partial(
+                _by_rows, functools.partial(FusedRowwiseAdagrad, **execution), RowwiseAdagrad
+            ),
+            "lazy_adamw": functools.partial(
+                _by_rows, functools.partial(FusedAdamW, lazy=True, **execution), LazyAdamW
+            ),
+        },
         combined=functools.partial(FusedCombinedOptimizer, unscale_grads=unscale_grads),
     )
     return assemble(

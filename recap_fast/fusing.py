@@ -10,17 +10,10 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
-from torch import nn, optim
+from torch import nn
 from torch.optim import Optimizer
 
-from recap_fast.optim import (
-    FusedAdagrad,
-    FusedAdam,
-    FusedAdamW,
-    FusedOptimizer,
-    FusedSGD,
-    FusedSparseAdam,
-)
+from recap_fast.optim import BY_TORCH_CLASS, FusedOptimizer
 from recap_fast.optim.hooks import steps_as_its_class, unhooked
 from recap_fast.optim.left_to_torch import LeftToTorch
 from recap_fast.optim.torch_step import make_counts_torchs
@@ -29,14 +22,6 @@ if TYPE_CHECKING:
     from recap_fast.keyed.fused import FusedCombinedOptimizer
 
 logger = logging.getLogger("recap_fast")
-
-_FUSED: dict[type[Optimizer], type[FusedOptimizer]] = {
-    optim.Adam: FusedAdam,
-    optim.AdamW: FusedAdamW,
-    optim.Adagrad: FusedAdagrad,
-    optim.SGD: FusedSGD,
-    optim.SparseAdam: FusedSparseAdam,
-}
 
 T = TypeVar("T", bound=Optimizer | Sequence[Optimizer])
 
@@ -50,8 +35,8 @@ def fuse(optimizer: T) -> T:
 
     It stays the same object: state, param groups, hooks, attached schedulers and `GradScaler`s go
     on as before, and so do checkpoints and pickles. Its class becomes `FusedAdam`, `FusedAdamW`,
-    `FusedSparseAdam`, `FusedAdagrad` or `FusedSGD`, each derived from the class of `torch.optim`
-    that it was.
+    `FusedSparseAdam`, `FusedAdagrad`, `FusedRMSprop` or `FusedSGD`, each derived from the class of
+    `torch.optim` that it was.
 
     What cannot step natively goes on stepping in its own way: other optimizers, classes with a
     ``step`` of their own, optimizers whose ``step`` was replaced on the object, and, param group by
@@ -69,8 +54,8 @@ def fuse(optimizer: T) -> T:
     with a param group for each, or a torchrec ``keyed.CombinedOptimizer``.
 
     Args:
-        optimizer: a `torch.optim` Adam, AdamW, SparseAdam, Adagrad or SGD; a list or tuple of
-            optimizers; or a torchrec ``CombinedOptimizer``, ``KeyedOptimizerWrapper``,
+        optimizer: a `torch.optim` Adam, AdamW, SparseAdam, Adagrad, RMSprop or SGD; a list or tuple
+            of optimizers; or a torchrec ``CombinedOptimizer``, ``KeyedOptimizerWrapper``,
             ``GradientClippingOptimizer`` or ``WarmupOptimizer`` with such inside, however deep. A
             ``CombinedOptimizer`` becomes a `recap_fast.FusedCombinedOptimizer`, which steps all of
             them in one call.
@@ -274,9 +259,9 @@ def _fused_class(kind: type[Optimizer]) -> type[FusedOptimizer] | None:
 
     Of a class derived from torch's, a further class is derived, so that what it adds is kept.
     """
-    if kind in _FUSED:
-        return _FUSED[kind]
-    base = next((found for found in kind.__mro__ if found in _FUSED), None)
+    if kind in BY_TORCH_CLASS:
+        return BY_TORCH_CLASS[kind]
+    base = next((found for found in kind.__mro__ if found in BY_TORCH_CLASS), None)
     if base is None or issubclass(kind, FusedOptimizer):
         return None
     if unhooked(kind.step) is not unhooked(base.step):
@@ -287,7 +272,7 @@ def _fused_class(kind: type[Optimizer]) -> type[FusedOptimizer] | None:
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,
         "__reduce__": lambda self: (_blank, (kind,), self.__getstate__()),
-        "algorithm": _FUSED[base].algorithm,
+        "algorithm": BY_TORCH_CLASS[base].algorithm,
     }
     return types.new_class(
         f"Fused{kind.__name__}", (FusedOptimizer, kind), exec_body=lambda ns: ns.update(body)

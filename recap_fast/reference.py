@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from recap_fast.assembly import OptimizerClasses, assemble
@@ -18,16 +17,16 @@ from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOp
 from recap_fast.keyed import CombinedOptimizer
 from recap_fast.scheduler import RecapLRShim
 from recap_fast.table_optimizers import LazyAdamW, RowwiseAdagrad
+from recap_fast.torch_classes import TORCH_CLASSES, Lion
 
-__all__ = ["LazyAdamW", "RowwiseAdagrad", "build_optimizer"]
+__all__ = ["LazyAdamW", "Lion", "RowwiseAdagrad", "build_optimizer"]
 
 _CLASSES = OptimizerClasses(
-    adam=torch.optim.Adam,
-    adamw=torch.optim.AdamW,
-    adagrad=torch.optim.Adagrad,
-    sgd=torch.optim.SGD,
-    rowwise_adagrad=RowwiseAdagrad,
-    lazy_adamw=LazyAdamW,
+    by_algorithm={
+        **TORCH_CLASSES,
+        "rowwise_adagrad": RowwiseAdagrad,
+        "lazy_adamw": LazyAdamW,
+    },
     combined=CombinedOptimizer,
 )
 

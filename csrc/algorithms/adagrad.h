@@ -5,11 +5,12 @@
 #pragma once
 
 #include "../numerics/arithmetic.h"
+#include "traits.h"
 
 namespace recap {
 
 struct AdagradHyper {
-  double lr, lr_decay, eps, weight_decay;
+  double lr_decay, eps, weight_decay;
 };
 
 template <typename T>
@@ -20,9 +21,10 @@ struct AdagradValues {
   T minus_step_size;
 };
 
-RECAP_INLINE AdagradValues<double> adagrad_values(const AdagradHyper& h, double step,
+RECAP_INLINE AdagradValues<double> adagrad_values(const AdagradHyper& h, const StepInputs& inputs,
                                                   double grad_factor) {
-  return {grad_factor, h.weight_decay, h.eps, -divide(h.lr, 1.0 + (step - 1.0) * h.lr_decay)};
+  const double minus_step_size = -divide(inputs.lr, 1.0 + (inputs.step - 1.0) * h.lr_decay);
+  return {grad_factor, h.weight_decay, h.eps, minus_step_size};
 }
 
 RECAP_INLINE AdagradValues<float> to_float(const AdagradValues<double>& h) {
@@ -47,6 +49,33 @@ struct Adagrad {
     T& sum = state[0];
     sum = fma(g, g, sum);
     param = fma(h.minus_step_size, divide(g, square_root(sum) + h.eps), param);
+  }
+};
+
+struct AdagradTraits {
+  using Hyper = AdagradHyper;
+  template <typename T>
+  using Values = AdagradValues<T>;
+
+  static constexpr Option kOptions[] = {
+      {"lr_decay", OptionKind::number, offsetof(AdagradHyper, lr_decay)},
+      {"eps", OptionKind::number, offsetof(AdagradHyper, eps)},
+      {"weight_decay", OptionKind::number, offsetof(AdagradHyper, weight_decay)},
+  };
+  static constexpr bool kCounts = true;
+  static constexpr bool kTakesSparse = true;
+
+  static StateNames states(const AdagradHyper&) { return StateNames("sum"); }
+  static int shape(const AdagradHyper&) { return 0; }
+
+  template <typename Update>
+  static RECAP_INLINE Update update(const AdagradHyper& h) {
+    return h.weight_decay != 0.0 ? Update::adagrad_l2 : Update::adagrad;
+  }
+  template <typename Power>
+  static RECAP_INLINE AdagradValues<double> values(const AdagradHyper& h, const StepInputs& inputs,
+                                                   double grad_factor, Power&&) {
+    return adagrad_values(h, inputs, grad_factor);
   }
 };
 

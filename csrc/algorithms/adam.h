@@ -13,12 +13,13 @@
 
 #include "../numerics/arithmetic.h"
 #include "../numerics/power.h"
+#include "traits.h"
 
 namespace recap {
 
 // Hyperparameters of one group as its param group holds them.
 struct AdamHyper {
-  double lr, beta1, beta2, eps, weight_decay;
+  double beta1, beta2, eps, weight_decay;
   bool amsgrad, decoupled_weight_decay;
   bool lazy;  // rows whose gradient is zero, or that have none, are left alone
 };
@@ -39,20 +40,20 @@ struct AdamValues {
 
 // `power(base, exponent)` computes what recap::power does.
 template <typename Power>
-RECAP_INLINE AdamValues<double> adam_values(const AdamHyper& h, double step, double grad_factor,
-                                            Power&& power) {
-  const double correction1 = 1.0 - power(h.beta1, step);
-  const double correction2 = 1.0 - power(h.beta2, step);
+RECAP_INLINE AdamValues<double> adam_values(const AdamHyper& h, const StepInputs& inputs,
+                                            double grad_factor, Power&& power) {
+  const double correction1 = 1.0 - power(h.beta1, inputs.step);
+  const double correction2 = 1.0 - power(h.beta2, inputs.step);
   return {
       grad_factor,
       h.decoupled_weight_decay ? 0.0 : h.weight_decay,
-      h.decoupled_weight_decay ? 1.0 - h.lr * h.weight_decay : 1.0,
+      h.decoupled_weight_decay ? 1.0 - inputs.lr * h.weight_decay : 1.0,
       lerp_factor(1.0 - h.beta1),
       1.0 - h.beta2,
       h.beta2,
       divide(1.0, square_root(correction2)),
       h.eps,
-      -divide(h.lr, correction1),
+      -divide(inputs.lr, correction1),
   };
 }
 
@@ -102,6 +103,42 @@ struct Adam {
     }
     const T denominator = fma(square_root(second), h.inverse_root_correction2, h.eps);
     param = fma(h.minus_step_size, divide(m, denominator), param * h.decay);
+  }
+};
+
+struct AdamTraits {
+  using Hyper = AdamHyper;
+  template <typename T>
+  using Values = AdamValues<T>;
+
+  static constexpr Option kOptions[] = {
+      {"betas", OptionKind::decay_rates, offsetof(AdamHyper, beta1)},
+      {"eps", OptionKind::number, offsetof(AdamHyper, eps)},
+      {"weight_decay", OptionKind::number, offsetof(AdamHyper, weight_decay)},
+      {"amsgrad", OptionKind::flag, offsetof(AdamHyper, amsgrad)},
+      {"decoupled_weight_decay", OptionKind::flag, offsetof(AdamHyper, decoupled_weight_decay)},
+      {"lazy", OptionKind::flag, offsetof(AdamHyper, lazy), false},
+  };
+  static constexpr bool kCounts = true;
+  static constexpr bool kTakesSparse = true;
+
+  static StateNames states(const AdamHyper& h) {
+    StateNames names("exp_avg", "exp_avg_sq");
+    if (h.amsgrad) names.add("max_exp_avg_sq");
+    return names;
+  }
+  static int shape(const AdamHyper& h) { return (h.amsgrad ? 1 : 0) | (h.lazy ? 2 : 0); }
+
+  template <typename Update>
+  static RECAP_INLINE Update update(const AdamHyper& h) {
+    const bool l2 = h.weight_decay != 0.0 && !h.decoupled_weight_decay;
+    if (h.amsgrad) return l2 ? Update::adam_amsgrad_l2 : Update::adam_amsgrad;
+    return l2 ? Update::adam_l2 : Update::adam;
+  }
+  template <typename Power>
+  static RECAP_INLINE AdamValues<double> values(const AdamHyper& h, const StepInputs& inputs,
+                                                double grad_factor, Power&& power) {
+    return adam_values(h, inputs, grad_factor, power);
   }
 };
 

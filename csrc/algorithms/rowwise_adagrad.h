@@ -8,11 +8,12 @@
 #pragma once
 
 #include "../numerics/arithmetic.h"
+#include "traits.h"
 
 namespace recap {
 
 struct RowwiseAdagradHyper {
-  double lr, eps, weight_decay;
+  double eps, weight_decay;
   bool decoupled_weight_decay;
 };
 
@@ -26,13 +27,14 @@ struct RowwiseAdagradValues {
 };
 
 RECAP_INLINE RowwiseAdagradValues<double> rowwise_adagrad_values(const RowwiseAdagradHyper& h,
+                                                                 const StepInputs& inputs,
                                                                  double grad_factor) {
   return {
       grad_factor,
       h.decoupled_weight_decay ? 0.0 : h.weight_decay,
-      h.decoupled_weight_decay ? 1.0 - h.lr * h.weight_decay : 1.0,
+      h.decoupled_weight_decay ? 1.0 - inputs.lr * h.weight_decay : 1.0,
       h.eps,
-      -h.lr,
+      -inputs.lr,
   };
 }
 
@@ -80,6 +82,36 @@ struct RowwiseAdagrad {
   template <typename T>
   static RECAP_INLINE T update(const RowwiseAdagradValues<T>& h, T multiplier, T grad, T param) {
     return fma(multiplier, gradient(h, grad, param), param * h.decay);
+  }
+};
+
+struct RowwiseAdagradTraits {
+  using Hyper = RowwiseAdagradHyper;
+  template <typename T>
+  using Values = RowwiseAdagradValues<T>;
+
+  static constexpr Option kOptions[] = {
+      {"eps", OptionKind::number, offsetof(RowwiseAdagradHyper, eps)},
+      {"weight_decay", OptionKind::number, offsetof(RowwiseAdagradHyper, weight_decay)},
+      {"decoupled_weight_decay", OptionKind::flag,
+       offsetof(RowwiseAdagradHyper, decoupled_weight_decay)},
+  };
+  static constexpr bool kCounts = true;
+  static constexpr bool kTakesSparse = true;
+
+  static StateNames states(const RowwiseAdagradHyper&) { return StateNames("sum"); }
+  static int shape(const RowwiseAdagradHyper&) { return 0; }
+
+  template <typename Update>
+  static RECAP_INLINE Update update(const RowwiseAdagradHyper& h) {
+    const bool l2 = h.weight_decay != 0.0 && !h.decoupled_weight_decay;
+    return l2 ? Update::rowwise_adagrad_l2 : Update::rowwise_adagrad;
+  }
+  template <typename Power>
+  static RECAP_INLINE RowwiseAdagradValues<double> values(const RowwiseAdagradHyper& h,
+                                                          const StepInputs& inputs,
+                                                          double grad_factor, Power&&) {
+    return rowwise_adagrad_values(h, inputs, grad_factor);
   }
 };
 

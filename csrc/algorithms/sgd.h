@@ -5,11 +5,12 @@
 #pragma once
 
 #include "../numerics/arithmetic.h"
+#include "traits.h"
 
 namespace recap {
 
 struct SgdHyper {
-  double lr, momentum, dampening, weight_decay;
+  double momentum, dampening, weight_decay;
   bool nesterov;
 };
 
@@ -22,15 +23,16 @@ struct SgdValues {
   T minus_lr;
 };
 
-// `first`: the momentum buffer is new and all zero, and starts as the gradient itself.
-RECAP_INLINE SgdValues<double> sgd_values(const SgdHyper& h, bool first, double grad_factor) {
+// `inputs.first`: the momentum buffer is new and all zero, and starts as the gradient itself.
+RECAP_INLINE SgdValues<double> sgd_values(const SgdHyper& h, const StepInputs& inputs,
+                                          double grad_factor) {
   return {
       grad_factor,
       h.weight_decay,
       h.momentum,
-      first ? 0.0 : h.momentum,
-      first ? 1.0 : 1.0 - h.dampening,
-      -h.lr,
+      inputs.first ? 0.0 : h.momentum,
+      inputs.first ? 1.0 : 1.0 - h.dampening,
+      -inputs.lr,
   };
 }
 
@@ -58,6 +60,39 @@ struct Sgd {
       g = kNesterov ? fma(h.momentum, buffer, g) : buffer;
     }
     param = fma(h.minus_lr, g, param);
+  }
+};
+
+struct SgdTraits {
+  using Hyper = SgdHyper;
+  template <typename T>
+  using Values = SgdValues<T>;
+
+  static constexpr Option kOptions[] = {
+      {"momentum", OptionKind::number, offsetof(SgdHyper, momentum)},
+      {"dampening", OptionKind::number, offsetof(SgdHyper, dampening)},
+      {"weight_decay", OptionKind::number, offsetof(SgdHyper, weight_decay)},
+      {"nesterov", OptionKind::flag, offsetof(SgdHyper, nesterov)},
+  };
+  static constexpr bool kCounts = false;
+  static constexpr bool kTakesSparse = true;
+
+  static StateNames states(const SgdHyper& h) {
+    return h.momentum != 0.0 ? StateNames("momentum_buffer") : StateNames();
+  }
+  static int shape(const SgdHyper& h) { return h.momentum != 0.0; }
+
+  template <typename Update>
+  static RECAP_INLINE Update update(const SgdHyper& h) {
+    const bool l2 = h.weight_decay != 0.0;
+    if (h.momentum == 0.0) return l2 ? Update::sgd_l2 : Update::sgd;
+    if (h.nesterov) return l2 ? Update::sgd_nesterov_l2 : Update::sgd_nesterov;
+    return l2 ? Update::sgd_momentum_l2 : Update::sgd_momentum;
+  }
+  template <typename Power>
+  static RECAP_INLINE SgdValues<double> values(const SgdHyper& h, const StepInputs& inputs,
+                                               double grad_factor, Power&&) {
+    return sgd_values(h, inputs, grad_factor);
   }
 };
 

@@ -1,113 +1,91 @@
-// Every update that a slot can take: the algorithms with their options resolved, so that an engine
-// runs a loop without a branch on hyperparameters.
+// The list of algorithms and of the updates that a slot can take. Enums, the tables of every engine
+// and the unions of hyperparameters and values follow from it; an algorithm says the rest of itself
+// in its traits (traits.h).
 #pragma once
 
 #include <cstdint>
 
 #include "adagrad.h"
 #include "adam.h"
+#include "lion.h"
+#include "rmsprop.h"
 #include "rowwise_adagrad.h"
 #include "sgd.h"
+#include "traits.h"
+
+// X(name, Traits): `name` is what Python's optimizers have as `algorithm`.
+#define RECAP_ALGORITHMS(X)                \
+  X(adam, AdamTraits)                      \
+  X(adagrad, AdagradTraits)                \
+  X(sgd, SgdTraits)                        \
+  X(rowwise_adagrad, RowwiseAdagradTraits) \
+  X(lion, LionTraits)                      \
+  X(rmsprop, RmspropTraits)
+
+// X(name, type): options resolved, so that an engine runs a loop without a branch on them.
+#define RECAP_ELEMENT_UPDATES(X)             \
+  X(adam, Adam<false, false>)                \
+  X(adam_l2, Adam<true, false>)              \
+  X(adam_amsgrad, Adam<false, true>)         \
+  X(adam_amsgrad_l2, Adam<true, true>)       \
+  X(adagrad, Adagrad<false>)                 \
+  X(adagrad_l2, Adagrad<true>)               \
+  X(sgd, Sgd<false, false, false>)           \
+  X(sgd_l2, Sgd<true, false, false>)         \
+  X(sgd_momentum, Sgd<false, true, false>)   \
+  X(sgd_momentum_l2, Sgd<true, true, false>) \
+  X(sgd_nesterov, Sgd<false, true, true>)    \
+  X(sgd_nesterov_l2, Sgd<true, true, true>)  \
+  X(lion, Lion)                              \
+  X(rmsprop, Rmsprop<false, false>)          \
+  X(rmsprop_momentum, Rmsprop<true, false>)  \
+  X(rmsprop_centered, Rmsprop<false, true>)  \
+  X(rmsprop_centered_momentum, Rmsprop<true, true>)
+
+// Of whole rows; on the CPU only.
+#define RECAP_ROW_UPDATES(X)                \
+  X(rowwise_adagrad, RowwiseAdagrad<false>) \
+  X(rowwise_adagrad_l2, RowwiseAdagrad<true>)
 
 namespace recap {
 
+#define RECAP_NAME_OF(name, ...) name,
+#define RECAP_ONE_OF(name, ...) +1
+enum class Algorithm : uint8_t { RECAP_ALGORITHMS(RECAP_NAME_OF) };
 enum class Update : uint8_t {
-  adam,
-  adam_l2,
-  adam_amsgrad,
-  adam_amsgrad_l2,
-  adagrad,
-  adagrad_l2,
-  sgd,
-  sgd_l2,
-  sgd_momentum,
-  sgd_momentum_l2,
-  sgd_nesterov,
-  sgd_nesterov_l2,
-  rowwise_adagrad,
-  rowwise_adagrad_l2,
+  RECAP_ELEMENT_UPDATES(RECAP_NAME_OF) RECAP_ROW_UPDATES(RECAP_NAME_OF)
 };
-constexpr int kUpdates = 12;     // of elements
-constexpr int kRowUpdates = 14;  // and with those that take whole rows
-constexpr int kMaxStates = 3;
+constexpr int kUpdates = 0 RECAP_ELEMENT_UPDATES(RECAP_ONE_OF);
+constexpr int kRowUpdates = kUpdates RECAP_ROW_UPDATES(RECAP_ONE_OF);  // and those of elements
+#undef RECAP_NAME_OF
+#undef RECAP_ONE_OF
 
 template <Update update>
 struct UpdateType;
-template <>
-struct UpdateType<Update::adam> {
-  using type = Adam<false, false>;
-};
-template <>
-struct UpdateType<Update::adam_l2> {
-  using type = Adam<true, false>;
-};
-template <>
-struct UpdateType<Update::adam_amsgrad> {
-  using type = Adam<false, true>;
-};
-template <>
-struct UpdateType<Update::adam_amsgrad_l2> {
-  using type = Adam<true, true>;
-};
-template <>
-struct UpdateType<Update::adagrad> {
-  using type = Adagrad<false>;
-};
-template <>
-struct UpdateType<Update::adagrad_l2> {
-  using type = Adagrad<true>;
-};
-template <>
-struct UpdateType<Update::sgd> {
-  using type = Sgd<false, false, false>;
-};
-template <>
-struct UpdateType<Update::sgd_l2> {
-  using type = Sgd<true, false, false>;
-};
-template <>
-struct UpdateType<Update::sgd_momentum> {
-  using type = Sgd<false, true, false>;
-};
-template <>
-struct UpdateType<Update::sgd_momentum_l2> {
-  using type = Sgd<true, true, false>;
-};
-template <>
-struct UpdateType<Update::sgd_nesterov> {
-  using type = Sgd<false, true, true>;
-};
-template <>
-struct UpdateType<Update::sgd_nesterov_l2> {
-  using type = Sgd<true, true, true>;
-};
-template <>
-struct UpdateType<Update::rowwise_adagrad> {
-  using type = RowwiseAdagrad<false>;
-};
-template <>
-struct UpdateType<Update::rowwise_adagrad_l2> {
-  using type = RowwiseAdagrad<true>;
-};
+#define RECAP_TYPE_OF(name, ...)    \
+  template <>                       \
+  struct UpdateType<Update::name> { \
+    using type = __VA_ARGS__;       \
+  };
+RECAP_ELEMENT_UPDATES(RECAP_TYPE_OF)
+RECAP_ROW_UPDATES(RECAP_TYPE_OF)
+#undef RECAP_TYPE_OF
 
 // The values of one update in the type it computes in; which member counts follows from the update.
 template <typename T>
 union UpdateValues {
-  AdamValues<T> adam;
-  AdagradValues<T> adagrad;
-  SgdValues<T> sgd;
-  RowwiseAdagradValues<T> rowwise_adagrad;
-
-  RECAP_INLINE const AdamValues<T>& get(const AdamValues<T>*) const { return adam; }
-  RECAP_INLINE const AdagradValues<T>& get(const AdagradValues<T>*) const { return adagrad; }
-  RECAP_INLINE const SgdValues<T>& get(const SgdValues<T>*) const { return sgd; }
-  RECAP_INLINE const RowwiseAdagradValues<T>& get(const RowwiseAdagradValues<T>*) const {
-    return rowwise_adagrad;
+#define RECAP_VALUES_OF(name, Traits)                          \
+  typename Traits::template Values<T> name;                    \
+  RECAP_INLINE const typename Traits::template Values<T>& get( \
+      const typename Traits::template Values<T>*) const {      \
+    return name;                                               \
   }
+  RECAP_ALGORITHMS(RECAP_VALUES_OF)
+#undef RECAP_VALUES_OF
 
-  template <typename Algorithm>
-  RECAP_INLINE const typename Algorithm::template Values<T>& of() const {
-    return get(static_cast<const typename Algorithm::template Values<T>*>(nullptr));
+  template <typename Type>
+  RECAP_INLINE const typename Type::template Values<T>& of() const {
+    return get(static_cast<const typename Type::template Values<T>*>(nullptr));
   }
 };
 

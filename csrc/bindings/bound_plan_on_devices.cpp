@@ -181,7 +181,7 @@ std::string BoundPlan::Rate::text() const {
 std::vector<BoundPlan::Rate> BoundPlan::rates() const {
   std::vector<Rate> rates;
   for (const Group& group : groups_) {
-    rates.push_back({group.reader.hyper().lr(), group.reader.device_lr()});
+    rates.push_back({group.reader.hyper().lr, group.reader.device_lr()});
   }
   return rates;
 }

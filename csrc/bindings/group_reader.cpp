@@ -2,7 +2,7 @@
 
 #include <limits>
 #include <map>
-#include <set>
+#include <string_view>
 #include <utility>
 
 #include "devices.h"
@@ -13,11 +13,17 @@ namespace {
 constexpr const char* kSparseAdam = "sparse_adam";
 
 Algorithm algorithm_named(const std::string& name) {
-  if (name == "adam" || name == kSparseAdam) return Algorithm::adam;
-  if (name == "adagrad") return Algorithm::adagrad;
-  if (name == "sgd") return Algorithm::sgd;
-  if (name == "rowwise_adagrad") return Algorithm::rowwise_adagrad;
+  if (name == kSparseAdam) return Algorithm::adam;
+#define RECAP_IF_NAMED(candidate, ...) \
+  if (name == #candidate) return Algorithm::candidate;
+  RECAP_ALGORITHMS(RECAP_IF_NAMED)
+#undef RECAP_IF_NAMED
   throw py::value_error("unknown algorithm '" + name + "'");
+}
+
+// Of torch.optim.SparseAdam's group, all that it has of Adam's.
+bool is_of_sparse_adam(const Option& option) {
+  return option.key == std::string_view("betas") || option.key == std::string_view("eps");
 }
 
 // Whether the number or pair of numbers can change without becoming another object, as those in a
@@ -37,76 +43,61 @@ bool can_change_in_place(PyObject* value) {
 
 GroupReader::GroupReader(const std::string& algorithm, py::dict group, std::string name,
                          bool device_values)
-    : algorithm_(algorithm_named(algorithm)),
-      group_(std::move(group)),
-      name_(std::move(name)),
-      device_values_(device_values) {
-  hyper_.algorithm = algorithm_;
+    : group_(std::move(group)), name_(std::move(name)), device_values_(device_values) {
+  hyper_.algorithm = algorithm_named(algorithm);
   hyper_.sparse_only = algorithm == kSparseAdam;
-  switch (algorithm_) {
-    case Algorithm::adam: hyper_.adam = {}; break;
-    case Algorithm::adagrad: hyper_.adagrad = {}; break;
-    case Algorithm::sgd: hyper_.sgd = {}; break;
-    case Algorithm::rowwise_adagrad: hyper_.rowwise_adagrad = {}; break;
-  }
+  hyper_.visit([](auto, auto& options) { options = {}; });
   for (auto entry : group_) {
-    const auto key = py::reinterpret_borrow<py::object>(entry.first);
-    const auto value = py::reinterpret_borrow<py::object>(entry.second);
-    const Field field =
-        py::isinstance<py::str>(key) ? field_of(key.cast<std::string>()) : Field::none;
-    items_.push_back(
-        {key, value, field, is_hyperparameter(field) && can_change_in_place(value.ptr())});
+    items_.push_back(item(py::reinterpret_borrow<py::object>(entry.first),
+                          py::reinterpret_borrow<py::object>(entry.second)));
     read(items_.back());
   }
-  static const std::map<Algorithm, std::set<std::string>> required = {
-      {Algorithm::adam,
-       {"lr", "betas", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay"}},
-      {Algorithm::adagrad, {"lr", "lr_decay", "eps", "weight_decay"}},
-      {Algorithm::sgd, {"lr", "momentum", "dampening", "weight_decay", "nesterov"}},
-      {Algorithm::rowwise_adagrad, {"lr", "eps", "weight_decay", "decoupled_weight_decay"}},
+  const auto require = [this](const char* key) {
+    if (group_.contains(key)) return;
+    throw py::key_error(name_ + " has no '" + key + "'; add it to the param group");
   };
-  static const std::set<std::string> of_sparse_adam = {"lr", "betas", "eps"};
-  for (const std::string& key : hyper_.sparse_only ? of_sparse_adam : required.at(algorithm_)) {
-    if (!group_.contains(key)) {
-      throw py::key_error(name_ + " has no '" + key + "'; add it to the param group");
+  require("lr");
+  hyper_.visit([&](auto traits, const auto&) {
+    for (const Option& option : traits.kOptions) {
+      if (option.required && option_named(option.key)) require(option.key);
     }
-  }
-  shape_then_ = shape();
+  });
+  shape_then_ = hyper_.shape();
   was_capturable_ = capturable_;
 }
 
-GroupReader::Field GroupReader::field_of(const std::string& key) const {
+GroupReader::Item GroupReader::item(py::object key, py::object value) const {
   static const std::map<std::string, Field> common = {
       {"params", Field::params},
       {"lr", Field::lr},
-      {"weight_decay", Field::weight_decay},
       {"maximize", Field::maximize},
       {"capturable", Field::capturable},
       {"differentiable", Field::differentiable},
   };
-  static const std::map<Algorithm, std::map<std::string, Field>> own = {
-      {Algorithm::adam,
-       {{"betas", Field::betas},
-        {"eps", Field::eps},
-        {"amsgrad", Field::amsgrad},
-        {"decoupled_weight_decay", Field::decoupled_weight_decay},
-        {"lazy", Field::lazy}}},
-      {Algorithm::adagrad, {{"lr_decay", Field::lr_decay}, {"eps", Field::eps}}},
-      {Algorithm::sgd,
-       {{"momentum", Field::momentum},
-        {"dampening", Field::dampening},
-        {"nesterov", Field::nesterov}}},
-      {Algorithm::rowwise_adagrad,
-       {{"eps", Field::eps}, {"decoupled_weight_decay", Field::decoupled_weight_decay}}},
-  };
-  if (const auto found = common.find(key); found != common.end()) {
-    return hyper_.sparse_only && key == "weight_decay" ? Field::none : found->second;
+  Field field = Field::none;
+  const Option* option = nullptr;
+  if (py::isinstance<py::str>(key)) {
+    const auto name = key.cast<std::string>();
+    const auto found = common.find(name);
+    if (found != common.end()) {
+      field = found->second;
+    } else if ((option = option_named(name))) {
+      field = Field::option;
+    }
   }
-  const auto& fields = own.at(algorithm_);
-  const auto found = fields.find(key);
-  if (found == fields.end()) return Field::none;
-  const bool is_known = !hyper_.sparse_only || key == "betas" || key == "eps";
-  return is_known ? found->second : Field::none;
+  const bool in_place = is_hyperparameter(field) && can_change_in_place(value.ptr());
+  return {std::move(key), std::move(value), field, option, in_place};
+}
+
+const Option* GroupReader::option_named(const std::string& key) const {
+  return hyper_.visit([&](auto traits, const auto&) -> const Option* {
+    for (const Option& option : traits.kOptions) {
+      if (option.key == key) {
+        return hyper_.sparse_only && !is_of_sparse_adam(option) ? nullptr : &option;
+      }
+    }
+    return nullptr;
+  });
 }
 
 double GroupReader::number(py::handle value, const char* key) const {
@@ -127,8 +118,8 @@ double GroupReader::number(py::handle value, const char* key) const {
 }
 
 // In the range of torch's constructors: beyond it, bias corrections divide by zero or worse.
-double GroupReader::decay_rate(py::handle value, const char* key) const {
-  const double rate = number(value, key);
+double GroupReader::decay_rate(py::handle value, const std::string& key) const {
+  const double rate = number(value, key.c_str());
   if (rate >= 0.0 && rate < 1.0) return rate;
   throw py::value_error(name_ + ": '" + key + "' is " + std::string(py::str(py::float_(rate))) +
                         "; it must be at least 0 and less than 1");
@@ -158,56 +149,36 @@ void GroupReader::read_lr(py::handle value, const char* key) {
                           "' must be one float32 or float64 number to be read on its device");
   }
   device_lr_ = std::move(on_device);
-  switch (algorithm_) {
-    case Algorithm::adam: hyper_.adam.lr = lr; break;
-    case Algorithm::adagrad: hyper_.adagrad.lr = lr; break;
-    case Algorithm::sgd: hyper_.sgd.lr = lr; break;
-    case Algorithm::rowwise_adagrad: hyper_.rowwise_adagrad.lr = lr; break;
+  hyper_.lr = lr;
+}
+
+void GroupReader::read_option(const Option& option, py::handle value) {
+  char* const place = reinterpret_cast<char*>(&hyper_.adam) + option.offset;
+  auto* const numbers = reinterpret_cast<double*>(place);
+  const std::string key = option.key;
+  switch (option.kind) {
+    case OptionKind::number: numbers[0] = number(value, option.key); break;
+    case OptionKind::decay_rate: numbers[0] = decay_rate(value, key); break;
+    case OptionKind::flag: *reinterpret_cast<bool*>(place) = flag(value, option.key); break;
+    case OptionKind::decay_rates: {
+      if (!PySequence_Check(value.ptr()) || PySequence_Size(value.ptr()) != 2) {
+        throw py::type_error(name_ + ": '" + key + "' must be a pair of numbers");
+      }
+      const auto rates = py::reinterpret_borrow<py::sequence>(value);
+      numbers[0] = decay_rate(py::object(rates[0]), key + "[0]");
+      numbers[1] = decay_rate(py::object(rates[1]), key + "[1]");
+      break;
+    }
   }
 }
 
 void GroupReader::read(const Item& item) {
-  if (!is_hyperparameter(item.field)) return;
   const py::handle value = item.value;
-  AdamHyper& adam = hyper_.adam;
-  AdagradHyper& adagrad = hyper_.adagrad;
-  SgdHyper& sgd = hyper_.sgd;
-  RowwiseAdagradHyper& rowwise = hyper_.rowwise_adagrad;
-  const bool is_adam = algorithm_ == Algorithm::adam;
-  const bool is_adagrad = algorithm_ == Algorithm::adagrad;
-  const bool is_rowwise = algorithm_ == Algorithm::rowwise_adagrad;
   switch (item.field) {
     case Field::none:
     case Field::params: break;
     case Field::lr: read_lr(value, "lr"); break;
-    case Field::weight_decay:
-      (is_adam      ? adam.weight_decay
-       : is_adagrad ? adagrad.weight_decay
-       : is_rowwise ? rowwise.weight_decay
-                    : sgd.weight_decay) = number(value, "weight_decay");
-      break;
-    case Field::eps:
-      (is_adam ? adam.eps : is_adagrad ? adagrad.eps : rowwise.eps) = number(value, "eps");
-      break;
-    case Field::betas: {
-      if (!PySequence_Check(value.ptr()) || PySequence_Size(value.ptr()) != 2) {
-        throw py::type_error(name_ + ": 'betas' must be a pair of numbers");
-      }
-      const auto betas = py::reinterpret_borrow<py::sequence>(value);
-      adam.beta1 = decay_rate(py::object(betas[0]), "betas[0]");
-      adam.beta2 = decay_rate(py::object(betas[1]), "betas[1]");
-      break;
-    }
-    case Field::amsgrad: adam.amsgrad = flag(value, "amsgrad"); break;
-    case Field::decoupled_weight_decay:
-      (is_adam ? adam.decoupled_weight_decay : rowwise.decoupled_weight_decay) =
-          flag(value, "decoupled_weight_decay");
-      break;
-    case Field::lazy: adam.lazy = flag(value, "lazy"); break;
-    case Field::lr_decay: adagrad.lr_decay = number(value, "lr_decay"); break;
-    case Field::momentum: sgd.momentum = number(value, "momentum"); break;
-    case Field::dampening: sgd.dampening = number(value, "dampening"); break;
-    case Field::nesterov: sgd.nesterov = flag(value, "nesterov"); break;
+    case Field::option: read_option(*item.option, value); break;
     case Field::maximize: hyper_.maximize = flag(value, "maximize"); break;
     case Field::capturable: capturable_ = flag(value, "capturable"); break;
     case Field::differentiable:
@@ -232,7 +203,7 @@ bool GroupReader::refresh() {
     if (!PyDict_Next(group, &position, &key, &value) || key != item.key.ptr()) return false;
     if (value == item.value.ptr() && !item.in_place) continue;
     if (item.field == Field::params) return false;
-    Item now = {item.key, py::reinterpret_borrow<py::object>(value), item.field,
+    Item now = {item.key, py::reinterpret_borrow<py::object>(value), item.field, item.option,
                 is_hyperparameter(item.field) && can_change_in_place(value)};
     read(now);  // may raise: only what was read becomes known
     any_in_place |= now.in_place;
@@ -246,17 +217,7 @@ bool GroupReader::refresh() {
 
 // Against what the plan was made with: an earlier call may have read a switch and then raised.
 bool GroupReader::fits_plan() const {
-  return shape_then_ == shape() && was_capturable_ == capturable_;
-}
-
-int GroupReader::shape() const {
-  switch (algorithm_) {
-    case Algorithm::adam: return (hyper_.adam.amsgrad ? 1 : 0) | (hyper_.adam.lazy ? 2 : 0);
-    case Algorithm::sgd: return hyper_.sgd.momentum != 0.0;
-    case Algorithm::adagrad:
-    case Algorithm::rowwise_adagrad: return 0;
-  }
-  return 0;
+  return shape_then_ == hyper_.shape() && was_capturable_ == capturable_;
 }
 
 }  // namespace recap

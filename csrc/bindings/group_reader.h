@@ -45,47 +45,29 @@ class GroupReader {
   }
 
  private:
-  enum class Field {
-    none,
-    params,
-    lr,
-    betas,
-    eps,
-    weight_decay,
-    amsgrad,
-    decoupled_weight_decay,
-    lazy,
-    lr_decay,
-    momentum,
-    dampening,
-    nesterov,
-    maximize,
-    capturable,
-    differentiable,
-  };
+  enum class Field { none, params, lr, maximize, capturable, differentiable, option };
 
   struct Item {
     py::object key, value;
     Field field;
-    bool in_place;  // a tensor, whose value may change while the object stays
+    const Option* option;  // of the algorithm; null: one that all have
+    bool in_place;         // a tensor, whose value may change while the object stays
   };
 
   static bool is_hyperparameter(Field field) {
     return field != Field::none && field != Field::params;
   }
 
-  Field field_of(const std::string& key) const;
+  Item item(py::object key, py::object value) const;
+  const Option* option_named(const std::string& key) const;
   void read(const Item& item);
+  void read_option(const Option& option, py::handle value);
   double number(py::handle value, const char* key) const;
-  double decay_rate(py::handle value, const char* key) const;
+  double decay_rate(py::handle value, const std::string& key) const;
   bool flag(py::handle value, const char* key) const;
   void read_lr(py::handle value, const char* key);
-  // What the options that need another plan are set to: those of which a state depends or what a
-  // tile is.
-  int shape() const;
   bool fits_plan() const;
 
-  Algorithm algorithm_;
   py::dict group_;
   std::string name_;
   bool device_values_;
@@ -94,7 +76,7 @@ class GroupReader {
   std::vector<Item> items_;
   DictVersion version_;
   Hyper hyper_;
-  int shape_then_ = 0;           // `shape` of the plan
+  int shape_then_ = 0;           // of the plan's hyper()
   bool was_capturable_ = false;  // `capturable` of the plan
 };
 

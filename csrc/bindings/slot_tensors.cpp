@@ -83,20 +83,6 @@ bool is_aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
 }
 
-std::vector<const char*> state_names(const Hyper& hyper) {
-  switch (hyper.algorithm) {
-    case Algorithm::adam:
-      if (hyper.adam.amsgrad) return {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-      return {"exp_avg", "exp_avg_sq"};
-    case Algorithm::adagrad:
-    case Algorithm::rowwise_adagrad: return {"sum"};
-    case Algorithm::sgd:
-      if (hyper.sgd.momentum != 0.0) return {"momentum_buffer"};
-      return {};
-  }
-  return {};
-}
-
 SlotTensors::SlotTensors(std::string name, py::object object, py::object state, const Hyper& hyper)
     : name_(std::move(name)),
       object_(std::move(object)),
@@ -211,8 +197,8 @@ int64_t SlotTensors::row_size() const {
 }
 
 void SlotTensors::take_state(const Hyper& hyper) {
-  const std::vector<const char*> names = state_names(hyper);
-  if (names.empty()) {
+  const StateNames names = hyper.state_names();
+  if (names.count == 0) {
     has_state_ = true;
     return;
   }
@@ -273,7 +259,7 @@ void SlotTensors::take_state(const Hyper& hyper) {
     PyObject* const shard = local_shard(object.ptr());
     states_.push_back(shard ? py::reinterpret_borrow<py::object>(shard) : object);
   }
-  if (hyper.algorithm != Algorithm::sgd) {
+  if (hyper.counts()) {
     count_in_tensor();
     step_ = entry("step");
     const at::Tensor& step = step_count();
@@ -321,8 +307,9 @@ void SlotTensors::check_row_state(const char* key, const at::Tensor& state) cons
 }
 
 void SlotTensors::watch_entries(const Hyper& hyper) {
-  std::vector<const char*> names = state_names(hyper);
-  if (hyper.algorithm != Algorithm::sgd) names.push_back("step");
+  const StateNames states = hyper.state_names();
+  std::vector<const char*> names(states.begin(), states.end());
+  if (hyper.counts()) names.push_back("step");
   entries_.clear();
   for (const char* name : names) {
     py::object key = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));

@@ -16,9 +16,6 @@
 
 namespace recap {
 
-// The state tensors of an algorithm as torch.optim names them, in the order of its update.
-std::vector<const char*> state_names(const Hyper& hyper);
-
 // Whether its memory was given up, as sharded training does by storage().resize_(0).
 bool is_freed(const at::Tensor& tensor);
 

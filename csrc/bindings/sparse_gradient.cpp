@@ -28,6 +28,7 @@ constexpr const char* kRemedy =
 
 // What torch's own step refuses as well, and SGD's momentum, which would move every row.
 void check_options(const SlotTensors& tensors, const Hyper& hyper) {
+  if (!hyper.takes_sparse()) refuse(tensors, ", which this optimizer does not take", kRemedy);
   const auto refuse_option = [&](const char* option, const auto& value) {
     refuse(tensors, ", which the fused step does not take with ", option, "=", value,
            ": set it to 0", kRemedy);
@@ -50,7 +51,7 @@ void check_options(const SlotTensors& tensors, const Hyper& hyper) {
              ", or lazy=True, which updates the rows that were looked up by Adam's own rule",
              kRemedy);
     }
-    case Algorithm::rowwise_adagrad: return;
+    default: return;
   }
 }
 

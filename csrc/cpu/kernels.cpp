@@ -92,20 +92,9 @@ double sum_of_squares(const void* elements, int64_t size) {
 
 template <typename T>
 constexpr void fill(Kernel (&row)[kUpdates]) {
-#define RECAP_KERNEL(name) \
-  row[static_cast<int>(Update::name)] = kernel<typename UpdateType<Update::name>::type, T>
-  RECAP_KERNEL(adam);
-  RECAP_KERNEL(adam_l2);
-  RECAP_KERNEL(adam_amsgrad);
-  RECAP_KERNEL(adam_amsgrad_l2);
-  RECAP_KERNEL(adagrad);
-  RECAP_KERNEL(adagrad_l2);
-  RECAP_KERNEL(sgd);
-  RECAP_KERNEL(sgd_l2);
-  RECAP_KERNEL(sgd_momentum);
-  RECAP_KERNEL(sgd_momentum_l2);
-  RECAP_KERNEL(sgd_nesterov);
-  RECAP_KERNEL(sgd_nesterov_l2);
+#define RECAP_KERNEL(name, ...) \
+  row[static_cast<int>(Update::name)] = kernel<typename UpdateType<Update::name>::type, T>;
+  RECAP_ELEMENT_UPDATES(RECAP_KERNEL)
 #undef RECAP_KERNEL
 }
 

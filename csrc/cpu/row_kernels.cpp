@@ -144,14 +144,9 @@ constexpr void fill(RowKernels& kernels, Dtype dtype) {
 // A sum of rows of float or double is a gradient like any other, and needs no kernel of its own.
 template <typename T>
 constexpr void fill_of_sum(Kernel (&row)[kUpdates]) {
-#define RECAP_KERNEL(name) \
-  row[static_cast<int>(Update::name)] = update_by_sum<typename UpdateType<Update::name>::type, T>
-  RECAP_KERNEL(adam);
-  RECAP_KERNEL(adam_l2);
-  RECAP_KERNEL(adam_amsgrad);
-  RECAP_KERNEL(adam_amsgrad_l2);
-  RECAP_KERNEL(adagrad);
-  RECAP_KERNEL(sgd);
+#define RECAP_KERNEL(name, ...) \
+  row[static_cast<int>(Update::name)] = update_by_sum<typename UpdateType<Update::name>::type, T>;
+  RECAP_ELEMENT_UPDATES(RECAP_KERNEL)
 #undef RECAP_KERNEL
 }
 

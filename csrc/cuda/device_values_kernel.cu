@@ -23,7 +23,7 @@ struct Found {
 };
 
 RECAP_DEVICE double learning_rate(const DeviceGroup& group) {
-  if (!group.lr) return group.hyper.lr();
+  if (!group.lr) return group.hyper.lr;
   return group.lr_is_double ? load_from<double>(group.lr) : load_from<float>(group.lr);
 }
 

@@ -10,7 +10,7 @@
 //    would take the registers that keep those threads resident.
 //  * Where a tile ends, or is not aligned to 16 bytes, as a gradient in a communication bucket may
 //    be, neighbouring threads take neighbouring elements, as many per thread as a 16-byte access
-//    has. Both ways share the code of the update, of which there are 12 for each of 4 dtypes.
+//    has. Both ways share the code of the update, of which there is one for each of 4 dtypes.
 //  * Accesses bypass the first-level cache (.cg), since nothing is touched twice; in the second
 //    level they are ordinary, so that a small model still finds its parameters there.
 #pragma once
@@ -256,25 +256,13 @@ template <typename T>
 RECAP_DEVICE void update_tile_by(Update update,
                                  const UpdateValues<typename Compute<T>::type>& values,
                                  const TileEntry& tile, const void* grad) {
-#define RECAP_CASE(name) \
-  case Update::name:     \
-    return update_tile<typename UpdateType<Update::name>::type, T>(values, tile, grad)
-  switch (update) {
-    RECAP_CASE(adam);
-    RECAP_CASE(adam_l2);
-    RECAP_CASE(adam_amsgrad);
-    RECAP_CASE(adam_amsgrad_l2);
-    RECAP_CASE(adagrad);
-    RECAP_CASE(adagrad_l2);
-    RECAP_CASE(sgd);
-    RECAP_CASE(sgd_l2);
-    RECAP_CASE(sgd_momentum);
-    RECAP_CASE(sgd_momentum_l2);
-    RECAP_CASE(sgd_nesterov);
-    RECAP_CASE(sgd_nesterov_l2);
-    case Update::rowwise_adagrad:
-    case Update::rowwise_adagrad_l2: return;  // refused for parameters on these devices
-  }
+#define RECAP_CASE(name, ...) \
+  case Update::name:          \
+    return update_tile<typename UpdateType<Update::name>::type, T>(values, tile, grad);
+#define RECAP_NOT_HERE(name, ...) \
+  case Update::name: return;  // refused for parameters on these devices
+  switch (update) { RECAP_ELEMENT_UPDATES(RECAP_CASE) RECAP_ROW_UPDATES(RECAP_NOT_HERE) }
+#undef RECAP_NOT_HERE
 #undef RECAP_CASE
 }
 

@@ -10,7 +10,7 @@ Values ValuesMaker::make(const Hyper& hyper, double step, bool first, double gra
                          double clip) {
   Values values;
   const auto remembered = [this](double base, double exponent) { return power(base, exponent); };
-  compute_values(hyper, {hyper.lr(), step, first, grad_scale, clip}, remembered, values);
+  compute_values(hyper, {hyper.lr, step, first, grad_scale, clip}, remembered, values);
   return values;
 }
 

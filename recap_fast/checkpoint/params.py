@@ -25,6 +25,9 @@ from recap_fast.names import WRAPPER_SEGMENTS
 from recap_fast.state.memory import StateMemory
 from recap_fast.state.new import new_state
 
+# Where the classes are whose names say what is trained, and by which engine does not.
+_OF_ALGORITHMS = ("torch.optim.", "recap_fast.torch_classes")
+
 
 class TrainedParam(NamedTuple):
     """A parameter, and the optimizer that updates it.
@@ -59,7 +62,7 @@ class TrainedParam(NamedTuple):
             is_sgd = self.kernel.optimizer == EmbOptimType.EXACT_SGD
             return "SGD" if is_sgd else str(self.kernel.optimizer)
         for kind in type(self.owner).__mro__:
-            if kind.__module__.startswith("torch.optim.") and kind is not Optimizer:
+            if kind.__module__.startswith(_OF_ALGORITHMS) and kind is not Optimizer:
                 return kind.__name__
         return type(self.owner).__name__
 

@@ -50,6 +50,12 @@ class _Sgd(DenseSection):
         return self
 
 
+class _Rmsprop(DenseSection):
+    alpha: Fraction = 0.99
+    momentum: NonNegative = 0.0
+    centered: Flag = False
+
+
 # For all parameters alike
 
 
@@ -116,6 +122,47 @@ class AdagradConfig(DenseSection):
     initial_accumulator_value: NonNegative = 0.0
 
 
+class RmspropConfig(_Rmsprop):
+    """RMSprop, as `torch.optim.RMSprop`.
+
+    Attributes:
+        lr: The constant rate, where there is no schedule.
+        alpha: Decay of the averages of the gradient and of its square.
+        eps: Added to the denominator.
+        momentum: Decay of the momentum buffer; 0 keeps none.
+        centered: Divide by an estimate of the standard deviation.
+    """
+
+    lr: NonNegative
+    eps: NonNegative = 1e-8
+
+
+class LionConfig(DenseSection):
+    """Lion (Chen et al., 2023), whose weight decay is decoupled as that of AdamW.
+
+    Attributes:
+        lr: The constant rate, where there is no schedule; three to ten times less than Adam's.
+        betas: How much of the average is in the update, and how much it keeps of itself.
+    """
+
+    lr: NonNegative
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+
+
+class AlgorithmSections(BaseConfig):
+    """The algorithms to choose from, for all parameters alike."""
+
+    adam: AdamConfig | None = None
+    adamw: AdamWConfig | None = None
+    adagrad: AdagradConfig | None = None
+    sgd: SgdConfig | None = None
+    rmsprop: RmspropConfig | None = None
+    lion: LionConfig | None = None
+
+
+ALGORITHMS = tuple(AlgorithmSections.model_fields)
+
+
 # For the groups of a multi-task ranker
 
 
@@ -169,3 +216,36 @@ class RecapSgdConfig(_Sgd):
         dampening: A gradient enters the buffer by 1 - dampening, the first one whole.
         nesterov: Look ahead by the momentum; needs one, and no dampening.
     """
+
+
+class RecapRmspropConfig(_Rmsprop):
+    """RMSprop for the dense groups.
+
+    Attributes:
+        epsilon: Added to the denominator.
+        alpha, momentum, centered: As in `RmspropConfig`.
+    """
+
+    epsilon: NonNegative = 1e-8
+
+
+class RecapLionConfig(DenseSection):
+    """Lion for the dense groups.
+
+    Attributes:
+        beta_1, beta_2: How much of the average is in the update, and how much it keeps of itself.
+    """
+
+    beta_1: Fraction = 0.9
+    beta_2: Fraction = 0.99
+
+
+class RecapAlgorithmSections(BaseConfig):
+    """The algorithms to choose from, for the dense groups."""
+
+    adam: RecapAdamConfig | None = None
+    adamw: RecapAdamWConfig | None = None
+    adagrad: RecapAdagradConfig | None = None
+    sgd: RecapSgdConfig | None = None
+    rmsprop: RecapRmspropConfig | None = None
+    lion: RecapLionConfig | None = None

@@ -7,30 +7,25 @@ from typing import Annotated
 from pydantic import Field
 
 from recap_fast.config.algorithms import (
-    AdagradConfig,
-    AdamConfig,
-    AdamWConfig,
+    ALGORITHMS,
+    AlgorithmSections,
     DenseSection,
-    RecapAdagradConfig,
-    RecapAdamConfig,
-    RecapAdamWConfig,
-    RecapSgdConfig,
-    SgdConfig,
+    RecapAlgorithmSections,
 )
 from recap_fast.config.base import BaseConfig, PositiveOrInfinite
-from recap_fast.config.groups import ALGORITHMS, GroupConfig, RecapGroupConfig
+from recap_fast.config.groups import GroupConfig, RecapGroupConfig
 from recap_fast.config.rates import LearningRate
 
 _Name = Annotated[str, Field(min_length=1)]
 
 
-class OptimizerConfig(BaseConfig):
+class OptimizerConfig(AlgorithmSections):
     """One algorithm and one learning rate for all parameters.
 
     Attributes:
         learning_rate: The schedule. Without it, the `lr` of the chosen section is used as a
             constant; with it, that `lr` has no effect.
-        adam, adamw, sgd, adagrad: The algorithm: exactly one of them.
+        adam, adamw, adagrad, sgd, rmsprop, lion: The algorithm: exactly one of them.
         groups: What is different about some parameters, by the name of the entry; see
             `GroupOptions`. Without `learning_rate`, an entry with an algorithm has the `lr` of that
             section, which only its own `lr_multiplier` multiplies.
@@ -42,10 +37,6 @@ class OptimizerConfig(BaseConfig):
     exactly_one_of = (ALGORITHMS,)
 
     learning_rate: LearningRate | None = None
-    adam: AdamConfig | None = None
-    adamw: AdamWConfig | None = None
-    sgd: SgdConfig | None = None
-    adagrad: AdagradConfig | None = None
     groups: dict[_Name, GroupConfig] = Field(default_factory=dict)
     clip_grad_norm: PositiveOrInfinite | None = None
 
@@ -68,13 +59,13 @@ class MultiTaskLearningRates(BaseConfig):
     backbone_learning_rate: LearningRate | None = None
 
 
-class RecapOptimizerConfig(BaseConfig):
+class RecapOptimizerConfig(RecapAlgorithmSections):
     """The optimizer of a multi-task ranking model.
 
     Attributes:
         multi_task_learning_rates: A param group per task tower and one for the backbone.
         single_task_learning_rate: Instead of the above: a single group.
-        adam, adamw, adagrad, sgd: The algorithm of all dense groups: exactly one of them.
+        adam, adamw, adagrad, sgd, rmsprop, lion: The algorithm of all dense groups: exactly one.
         groups: What is different about some parameters, by the name of the entry; see
             `GroupOptions`.
         clip_grad_norm: The greatest global norm of the gradients of all dense groups; the argument
@@ -89,10 +80,6 @@ class RecapOptimizerConfig(BaseConfig):
 
     multi_task_learning_rates: MultiTaskLearningRates | None = None
     single_task_learning_rate: LearningRate | None = None
-    adam: RecapAdamConfig | None = None
-    adamw: RecapAdamWConfig | None = None
-    adagrad: RecapAdagradConfig | None = None
-    sgd: RecapSgdConfig | None = None
     groups: dict[_Name, RecapGroupConfig] = Field(default_factory=dict)
     clip_grad_norm: PositiveOrInfinite | None = None
 

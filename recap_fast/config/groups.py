@@ -8,19 +8,12 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from recap_fast.config.algorithms import (
-    AdagradConfig,
-    AdamConfig,
-    AdamWConfig,
+    ALGORITHMS,
+    AlgorithmSections,
     DenseSection,
-    RecapAdagradConfig,
-    RecapAdamConfig,
-    RecapAdamWConfig,
-    RecapSgdConfig,
-    SgdConfig,
+    RecapAlgorithmSections,
 )
 from recap_fast.config.base import BaseConfig, NonNegative
-
-ALGORITHMS = ("adam", "adamw", "adagrad", "sgd")
 
 
 def _check_pattern(pattern: str) -> str:
@@ -58,8 +51,8 @@ class GroupOptions(BaseConfig):
             does; the FQN is without what wrappers such as DDP add. Anchor it with ^ and $.
         lr_multiplier: Factor of the schedule, 0 or greater.
         weight_decay_multiplier: Factor of `weight_decay`, 0 or greater.
-        adam, adamw, adagrad, sgd: The algorithm, at most one of them; its hyperparameters replace
-            all others.
+        adam, adamw, adagrad, sgd, rmsprop, lion: The algorithm, at most one; its hyperparameters
+            replace all others.
     """
 
     at_most_one_of = (ALGORITHMS,)
@@ -76,19 +69,9 @@ class GroupOptions(BaseConfig):
         return None
 
 
-class GroupConfig(GroupOptions):
+class GroupConfig(GroupOptions, AlgorithmSections):
     """An entry of `groups` in an `OptimizerConfig`; see `GroupOptions`."""
 
-    adam: AdamConfig | None = None
-    adamw: AdamWConfig | None = None
-    adagrad: AdagradConfig | None = None
-    sgd: SgdConfig | None = None
 
-
-class RecapGroupConfig(GroupOptions):
+class RecapGroupConfig(GroupOptions, RecapAlgorithmSections):
     """An entry of `groups` in a `RecapOptimizerConfig`; see `GroupOptions`."""
-
-    adam: RecapAdamConfig | None = None
-    adamw: RecapAdamWConfig | None = None
-    adagrad: RecapAdagradConfig | None = None
-    sgd: RecapSgdConfig | None = None

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from torch import nn
 
 from recap_fast.config import LearningRate
-from recap_fast.groups.unfused_tables import TableAlgorithm
 
 # What the original calls the groups that are no task's.
 BACKBONE = "backbone"
@@ -26,7 +25,7 @@ class DenseGroup:
         role: What the group is. The name does not tell: a task may be called "backbone".
         params: By name, as in `model.named_parameters()`, and in that order; never empty.
         learning_rate: The group's schedule.
-        algorithm: A field of `recap_fast.assembly.OptimizerClasses`.
+        algorithm: Of `torch_classes.TORCH_CLASSES`, or a `groups.unfused_tables.TableAlgorithm`.
         hyperparameters: Arguments of that class.
     """
 
@@ -34,7 +33,7 @@ class DenseGroup:
     role: Literal["tower", "backbone", "dense_embeddings", "all"]
     params: dict[str, nn.Parameter]
     learning_rate: LearningRate
-    algorithm: Literal["adam", "adamw", "adagrad", "sgd"] | TableAlgorithm = "sgd"
+    algorithm: str = "sgd"
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -42,7 +42,7 @@ class TableGroup:
         name: "dense_ebc" for what holds for all tables, else "dense_ebc.<first table>".
         params: The weights, by the name of the parameter.
         learning_rate: The schedule.
-        algorithm: A field of `recap_fast.assembly.OptimizerClasses`.
+        algorithm: One of `recap_fast.assembly.OptimizerClasses`.
         hyperparameters: Arguments of that class.
     """
 

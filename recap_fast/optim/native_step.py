@@ -134,7 +134,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         # How the optimizer that wrote a checkpoint ran its step says nothing about this one.
         for group, own in zip(self.param_groups, before):  # noqa: B905 - a copy has none before
-            group["foreach"], group["fused"] = own.get("foreach"), own.get("fused")
+            for key in ("foreach", "fused"):
+                if key in group or key in own:  # not every class of torch's has both
+                    group[key] = own.get(key)
             if "lazy" in own:  # of which torch's checkpoints know nothing
                 group.setdefault("lazy", own["lazy"])
 

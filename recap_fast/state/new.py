@@ -69,15 +69,17 @@ def new_state(
     """Returns the state of ``param`` before its first step, under torch's names.
 
     Args:
-        optimizer: a `torch.optim.Adam` (or AdamW), `SparseAdam`, `Adagrad` or `SGD`, or a subclass;
-            or one whose ``algorithm`` is ``rowwise_adagrad``.
+        optimizer: a `torch.optim.Adam` (or AdamW), `SparseAdam`, `Adagrad`, `RMSprop` or `SGD`, a
+            `Lion` of `recap_fast.torch_classes`, or a subclass; or one whose ``algorithm`` is
+            ``rowwise_adagrad``.
         group: the param group of ``param``.
         param: a dense floating point tensor of any shape.
         memory: where the state goes; one for all parameters whose state is made together.
 
     Returns:
         Tensors of the shape, dtype, device and memory layout of ``param``, all zero (Adagrad's
-        ``sum``: its initial accumulator value), and for Adam and Adagrad a 0-dim ``step`` of zero.
+        ``sum``: its initial accumulator value), and for Adam, Adagrad and
+        RMSprop a 0-dim ``step`` of zero.
         Empty for SGD without momentum. For row-wise Adagrad `row_sums` and such a ``step``.
 
     Raises:
@@ -92,12 +94,20 @@ def new_state(
         start = optimizer.defaults["initial_accumulator_value"]
         step = memory.step_count(0, _step_dtype())
         return {"step": step, "sum": memory.full_like(param, start, 0)}
+    if isinstance(optimizer, torch.optim.RMSprop):
+        names = ["square_avg"] + ["momentum_buffer"] * (group["momentum"] > 0)
+        names += ["grad_avg"] * group["centered"]
+        averages = {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names)}
+        return {"step": memory.step_count(0, _step_dtype()), **averages}
+    if names_of := getattr(optimizer, "state_names", None):
+        return {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names_of(group))}
     if getattr(optimizer, "algorithm", None) == "rowwise_adagrad":
         return {"step": memory.step_count(0, _step_dtype()), "sum": row_sums(param, memory)}
     if isinstance(optimizer, torch.optim.SGD):
         return {"momentum_buffer": memory.full_like(param, 0.0, 0)} if group["momentum"] else {}
     raise TypeError(
-        f"cannot make state for {type(optimizer).__name__}; it must be Adam, AdamW, Adagrad or SGD"
+        f"cannot make state for {type(optimizer).__name__}; it must be Adam, AdamW, Adagrad, "
+        "RMSprop, SGD or Lion"
     )
 
 

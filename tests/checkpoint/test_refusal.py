@@ -251,14 +251,14 @@ def test_five_are_named(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_whose_state_is_unknown(tmp_path: Path) -> None:
-    training = plain(torch.optim.RMSprop).train(2)
+    training = plain(torch.optim.Adadelta).train(2)
     save(tmp_path, 2, *training.all)
-    new = plain(torch.optim.RMSprop, seed=2)
+    new = plain(torch.optim.Adadelta, seed=2)
     before = new.contents()
     with pytest.raises((TypeError, CheckpointMismatchError)) as raised:
         load(tmp_path, *new.all)
     assert new.contents() == before
-    assert "RMSprop" in str(raised.value)
-    trained = plain(torch.optim.RMSprop, seed=2).train(1)
+    assert "Adadelta" in str(raised.value)
+    trained = plain(torch.optim.Adadelta, seed=2).train(1)
     load(tmp_path, *trained.all)
     assert trained.contents() == training.contents()

@@ -345,7 +345,7 @@ def test_a_whole_configuration_is_not_its_section(config: Any, section: str) -> 
     [
         ({"adam": {"lr": 1, "betta": 2}}, "adam.betta\n  Extra inputs"),
         ({"adam": {}}, "adam.lr\n  Field required"),
-        ({}, "set exactly one of adam, adamw, adagrad, sgd; found none"),
+        ({}, "set exactly one of adam, adamw, adagrad, sgd, rmsprop, lion; found none"),
         (Settings(adam={"lr": 1.0}, single_task_learning_rate=Rate(0.5)), "adam.lr\n  Extra"),
         (Settings(adam={}, single_task_learning_rate=Rate()), "set exactly one of constant"),
         (Settings(adam={}, single_task_learning_rate=Rate(1), comment="x"), "comment\n  Extra"),

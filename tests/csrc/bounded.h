@@ -18,6 +18,12 @@ static_assert(std::numeric_limits<long double>::digits >= 64, "long double must 
 template <typename T>
 constexpr long double kRoundoff = 1.01L * std::numeric_limits<T>::epsilon() / 2;
 
+// Options of a group with its learning rate, which the code under test is given by itself.
+template <typename Hyper>
+struct WithLr : Hyper {
+  double lr;
+};
+
 struct Bounded {
   long double value;
   long double error = 0;

@@ -434,7 +434,10 @@ def test_a_pattern_of_tables_is_refused(fuse: bool) -> None:
     [
         ({"pattern": "("}, "'(' is not a regular expression"),
         ({"pattern": ""}, "at least 1 character"),
-        ({"adam": {}, "sgd": {}}, "set at most one of adam, adamw, adagrad, sgd; found adam and"),
+        (
+            {"adam": {}, "sgd": {}},
+            "set at most one of adam, adamw, adagrad, sgd, rmsprop, lion; found adam and",
+        ),
         ({"lr_multiplier": -1}, "lr_multiplier"),
         ({"weight_decay_multiplier": float("inf")}, "weight_decay_multiplier"),
         ({"lr": 0.5}, "lr\n  Extra inputs"),

@@ -54,6 +54,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "eps": lambda draw: draw.choice(_EPS),
         "maximize": lambda draw: draw.random() < 0.3,
     },
+    "rmsprop": {
+        # Not 0: the variance is 0 then, which torch rounds to less, and the root of that is NaN.
+        "alpha": lambda draw: draw.choice(_BETAS[1:]),
+        "eps": lambda draw: draw.choice(_EPS),
+        "weight_decay": lambda draw: draw.choice(_DECAYS),
+        "momentum": lambda draw: draw.choice([0, 0.0, 0.5, 0.9]),
+        "centered": lambda draw: draw.random() < 0.3,
+        "maximize": lambda draw: draw.random() < 0.3,
+    },
+    "lion": {
+        "betas": lambda draw: (draw.choice(_BETAS), draw.choice(_BETAS)),
+        "weight_decay": lambda draw: draw.choice(_DECAYS),
+        "maximize": lambda draw: draw.random() < 0.3,
+    },
     "sgd": {
         "momentum": lambda draw: draw.choice([0, 0.0, 0.5, 0.9]),
         "dampening": lambda draw: draw.choice([0, 0.0, 0.3]),

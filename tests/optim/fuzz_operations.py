@@ -73,18 +73,27 @@ def set_rate(round: Round) -> None:
             other["lr"] = _in_double(mine["lr"])
 
 
+# The state that an option needs.
+_ENTRIES = {
+    ("adam", "amsgrad"): "max_exp_avg_sq",
+    ("adamw", "amsgrad"): "max_exp_avg_sq",
+    ("rmsprop", "momentum"): "momentum_buffer",
+    ("rmsprop", "centered"): "grad_avg",
+}
+
+
 def edit_options(round: Round) -> None:
-    """Of one group. AMSGrad that begins when there is state is refused, until it ends."""
+    """Of one group. What needs state that there is not is refused, until it ends."""
     mine, other = round.draw.choice(round.groups)
     key = round.draw.choice(list(OPTIONS[round.algorithm]))
     value = OPTIONS[round.algorithm][key](round.draw)
     round.history.append(f"{key}={value}")
     before = mine[key]
     mine[key] = other[key] = value
-    if key == "amsgrad" and value and not before:
+    if (entry := _ENTRIES.get((round.algorithm, key))) and value and not before:
         step(round)
         for param in mine["params"]:
-            if round.ours.state.get(param) and "max_exp_avg_sq" not in round.ours.state[param]:
+            if round.ours.state.get(param) and entry not in round.ours.state[param]:
                 mine[key] = other[key] = False
 
 

@@ -20,6 +20,7 @@ from tests.support.optimizers import (
     SCALE,
     TORCH,
     UPDATES,
+    WAYS,
     combine,
     combined,
     for_loop,
@@ -231,6 +232,8 @@ def test_by_the_step_as_with_torchs_fused_step(
     update: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     algorithm, options = UPDATES[update]
+    if "fused" not in WAYS[algorithm]:
+        pytest.skip(f"torch has no fused step of {algorithm}")
     ours = FUSED[algorithm](
         _params(dtype, device), lr=0.01, step_supports_amp_scaling=True, **options
     )

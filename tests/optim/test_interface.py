@@ -25,6 +25,7 @@ from tests.support.optimizers import (
     LAYOUTS,
     TORCH,
     UPDATES,
+    WAYS,
     assert_same,
     for_loop,
     parameter,
@@ -112,9 +113,7 @@ def test_a_param_group_may_say_how_torch_would_step_it(algorithm: str) -> None:
     before = [param.detach().clone() for param in params]
     optimizer.step()
     assert not any(same_bits(param, old) for param, old in zip(params, before, strict=True))
-    theirs = TORCH[algorithm](
-        [{"params": params[:1]}, {"params": params[1:]}], lr=0.1, foreach=False
-    )
+    theirs = for_loop(algorithm, [{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
     theirs.load_state_dict(optimizer.state_dict())
     theirs.step()
 
@@ -330,7 +329,7 @@ def test_state_dicts_have_the_form_of_torchs(device: torch.device) -> None:
             assert list(ours["state"][number]) == list(state)
         groups = zip(ours["param_groups"], theirs["param_groups"], strict=True)
         for mine, other in groups:
-            expected = {**other, "foreach": None, "fused": None}
+            expected = {**other, **dict.fromkeys(WAYS[pair.algorithm])}
             assert list(mine.items()) == list(expected.items())
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support.optimizers import DTYPES, FUSED, LAYOUTS, for_loop, laid_out, numbers, parameter
-from tests.support.rounding import assert_rounded, double, magnitudes
+from tests.support.rounding import assert_rounded, decays_apart, double, magnitudes
 
 # The engine's tile has 8192 elements and its 16-bit block 512: below, at and beyond both.
 SHAPES = [
@@ -79,6 +79,19 @@ OPTIONS = {
             "eps": _eps,
             "maximize": st.booleans(),
         }
+    ),
+    "rmsprop": st.fixed_dictionaries(
+        {
+            "alpha": st.sampled_from([0.3, 0.9, 0.999]),
+            "eps": _eps,
+            "weight_decay": _decay,
+            "momentum": st.sampled_from([0.0, 0.5, 0.9]),
+            "centered": st.booleans(),
+            "maximize": st.booleans(),
+        }
+    ),
+    "lion": st.fixed_dictionaries(
+        {"betas": st.tuples(_beta, _beta), "weight_decay": _decay, "maximize": st.booleans()}
     ),
     "sgd": st.one_of(
         st.fixed_dictionaries(
@@ -207,7 +220,7 @@ class Checked:
                 continue
             assert value.dtype == param.dtype and value.shape == param.shape
             assert_rounded(f"{key} of {index}", value, after[key], sizes[key], 0.0)
-        decays = bool(group.get("decoupled_weight_decay")) and group["weight_decay"] != 0
+        decays = decays_apart(self.algorithm, group)
         again = before["param"].abs() if decays else 0.0
         assert_rounded(f"parameter {index}", param.data, after["param"], update, again)
 

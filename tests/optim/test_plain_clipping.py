@@ -32,6 +32,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 0.1, "eps": 1.0},
     "adagrad": {"lr": 0.1, "eps": 1.0},
     "sgd": {"lr": 0.1, "momentum": 0.9},
+    "rmsprop": {"lr": 0.1, "eps": 1.0},
+    "lion": {"lr": 0.1},
 }
 
 

@@ -18,6 +18,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "adagrad": {},
     "sgd": {"momentum": 0.9},
+    "rmsprop": {"centered": True, "momentum": 0.9},
+    "lion": {},
 }
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recap_fast.optim import FusedAdam
 from recap_fast.state.memory import StateMemory
 from recap_fast.state.new import has_state, new_state
+from recap_fast.torch_classes import Lion
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {}),
@@ -18,6 +19,9 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"amsgrad": True}),
     "fused adam": (FusedAdam, {}),
     "adagrad": (torch.optim.Adagrad, {"initial_accumulator_value": 0.5}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+    "rmsprop centered": (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
+    "lion": (Lion, {}),
     "sgd": (torch.optim.SGD, {}),
     "momentum": (torch.optim.SGD, {"momentum": 0.9}),
 }
@@ -84,8 +88,8 @@ def test_entries_do_not_share_memory() -> None:
 
 def test_another_optimizer_is_refused_by_name() -> None:
     param = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.RMSprop([param])
-    with pytest.raises(TypeError, match="RMSprop"):
+    optimizer = torch.optim.Adadelta([param])
+    with pytest.raises(TypeError, match="Adadelta"):
         new_state(optimizer, optimizer.param_groups[0], param, StateMemory())
 
 

@@ -1,9 +1,9 @@
-"""Tensors of every memory layout, the three algorithms by name, and comparison bit by bit."""
+"""Tensors of every memory layout, the algorithms by name, and comparison bit by bit."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from recap_fast import build_info
-from recap_fast.optim import FusedAdagrad, FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
+from recap_fast.optim import DENSE, FusedOptimizer
+from recap_fast.torch_classes import TORCH_CLASSES
 
 if TYPE_CHECKING:  # a test that needs torchrec is skipped without it, when it asks for one of these
     from torchrec.optim import keyed
@@ -20,17 +21,11 @@ if TYPE_CHECKING:  # a test that needs torchrec is skipped without it, when it a
     from recap_fast.keyed.fused import FusedCombinedOptimizer
     from recap_fast.scheduler import RecapLRShim
 
-FUSED: dict[str, type[FusedOptimizer]] = {
-    "adam": FusedAdam,
-    "adamw": FusedAdamW,
-    "adagrad": FusedAdagrad,
-    "sgd": FusedSGD,
-}
-TORCH: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adagrad": torch.optim.Adagrad,
-    "sgd": torch.optim.SGD,
+FUSED: Mapping[str, type[FusedOptimizer]] = DENSE
+TORCH: Mapping[str, type[torch.optim.Optimizer]] = TORCH_CLASSES
+# Which of torch's ways to step a class has.
+WAYS: Mapping[str, tuple[str, ...]] = {
+    name: {"rmsprop": ("foreach",), "lion": ()}.get(name, ("foreach", "fused")) for name in DENSE
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -61,12 +56,17 @@ UPDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "momentum_l2": ("sgd", {"momentum": 0.9, "weight_decay": 0.1}),
     "nesterov": ("sgd", {"momentum": 0.9, "nesterov": True}),
     "nesterov_l2": ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "rmsprop": ("rmsprop", {}),
+    "rmsprop_momentum": ("rmsprop", {"momentum": 0.9, "weight_decay": 0.1}),
+    "rmsprop_centered": ("rmsprop", {"centered": True, "maximize": True}),
+    "rmsprop_centered_momentum": ("rmsprop", {"centered": True, "momentum": 0.9}),
+    "lion": ("lion", {"weight_decay": 0.1}),
 }
 
 
 def for_loop(algorithm: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     """The oracle: torch's own class, one tensor and one operation at a time."""
-    return TORCH[algorithm](params, foreach=False, fused=False, **options)
+    return TORCH[algorithm](params, **dict.fromkeys(WAYS[algorithm], False), **options)
 
 
 # --- tensors of a given memory layout ------------------------------------------------------------

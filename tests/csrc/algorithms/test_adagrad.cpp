@@ -7,12 +7,12 @@
 namespace {
 
 using namespace bounded;
-using recap::AdagradHyper;
+using AdagradHyper = WithLr<recap::AdagradHyper>;
 using recap::AdagradValues;
 
 template <typename T>
 AdagradValues<T> values_in(const AdagradHyper& hyper, double step, double grad_factor) {
-  return in_type<T>(recap::adagrad_values(hyper, step, grad_factor));
+  return in_type<T>(recap::adagrad_values(hyper, {hyper.lr, step, false, 1.0}, grad_factor));
 }
 
 template <typename T>
@@ -102,7 +102,7 @@ void check_values() {
 TEST(values_in_double_are_those_of_the_formulas) { check_values<double>(); }
 TEST(values_in_float_are_those_of_the_formulas) { check_values<float>(); }
 
-constexpr AdagradHyper kUsual{0.01, 0.0, 1e-10, 0.0};
+constexpr AdagradHyper kUsual{{0.0, 1e-10, 0.0}, 0.01};
 
 TEST(a_zero_gradient_changes_nothing) {
   Random random(3);
@@ -147,8 +147,8 @@ TEST(the_sum_never_falls) {
 TEST(learning_rate_decay_leaves_the_first_step_alone) {
   AdagradHyper h = kUsual;
   h.lr_decay = 0.5;
-  CHECK_EQ(recap::adagrad_values(h, 1, 1).minus_step_size, -0.01);
-  CHECK_EQ(recap::adagrad_values(h, 3, 1).minus_step_size, -0.005);
+  CHECK_EQ(recap::adagrad_values(h, {h.lr, 1, false, 1}, 1).minus_step_size, -0.01);
+  CHECK_EQ(recap::adagrad_values(h, {h.lr, 3, false, 1}, 1).minus_step_size, -0.005);
 }
 
 TEST(maximizing_mirrors_minimizing) {

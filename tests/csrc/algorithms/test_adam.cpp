@@ -9,12 +9,13 @@
 namespace {
 
 using namespace bounded;
-using recap::AdamHyper;
+using AdamHyper = WithLr<recap::AdamHyper>;
 using recap::AdamValues;
 
 template <typename T>
 AdamValues<T> values_in(const AdamHyper& hyper, double step, double grad_factor) {
-  return in_type<T>(recap::adam_values(hyper, step, grad_factor, recap::power));
+  return in_type<T>(
+      recap::adam_values(hyper, {hyper.lr, step, false, 1.0}, grad_factor, recap::power));
 }
 
 template <typename T>
@@ -226,7 +227,7 @@ TEST(lerp_factor_starts_from_the_nearer_end) {
   CHECK_EQ(recap::lerp_factor(1.0), 0.0);
 }
 
-constexpr AdamHyper kUsual{0.01, 0.9, 0.999, 1e-8, 0.0, false, false};
+constexpr AdamHyper kUsual{{0.9, 0.999, 1e-8, 0.0, false, false, false}, 0.01};
 
 AdamHyper with_betas(double beta1, double beta2) {
   AdamHyper h = kUsual;

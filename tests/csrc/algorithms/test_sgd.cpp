@@ -7,12 +7,12 @@
 namespace {
 
 using namespace bounded;
-using recap::SgdHyper;
+using SgdHyper = WithLr<recap::SgdHyper>;
 using recap::SgdValues;
 
 template <typename T>
 SgdValues<T> values_in(const SgdHyper& hyper, bool first, double grad_factor) {
-  return in_type<T>(recap::sgd_values(hyper, first, grad_factor));
+  return in_type<T>(recap::sgd_values(hyper, {hyper.lr, 1.0, first, 1.0}, grad_factor));
 }
 
 template <bool kL2, typename T>
@@ -111,7 +111,7 @@ TEST(a_plain_step_is_rounded_once) {
 TEST(a_nesterov_look_ahead_is_rounded_once) {
   Random random(5);
   for (int run = 0; run < 100000; ++run) {
-    const SgdHyper h{1, uniform(random, 0.5, 1), 0, 0, true};
+    const SgdHyper h{{uniform(random, 0.5, 1), 0, 0, true}, 1};
     const float grad = static_cast<float>(normal(random));
     float param = 0, buffer = static_cast<float>(normal(random));
     update<float>(h, false, 1.0f, grad, param, buffer);
@@ -156,7 +156,7 @@ TEST(the_first_momentum_step_starts_the_buffer_as_the_gradient) {
 
 TEST(dampening_counts_from_the_second_step) {
   float param = 0, buffer = 0;
-  const SgdHyper h{1, 0.5, 0.75, 0, false};
+  const SgdHyper h{{0.5, 0.75, 0, false}, 1};
   update<float>(h, true, 1.0f, 4.0f, param, buffer);
   CHECK_EQ(buffer, 4.0f);
   CHECK_EQ(param, -4.0f);

@@ -32,31 +32,70 @@ enum class Numbers {
 };
 
 inline int states_of(Update update) {
-  if (update >= Update::sgd_momentum) return 1;
-  if (update >= Update::sgd) return 0;
-  if (update >= Update::adagrad) return 1;
-  return update >= Update::adam_amsgrad ? 3 : 2;
+#define RECAP_STATES_OF(name, ...) recap::UpdateType<Update::name>::type::kStates,
+  constexpr int kStates[] = {RECAP_ELEMENT_UPDATES(RECAP_STATES_OF)};
+#undef RECAP_STATES_OF
+  return kStates[static_cast<int>(update)];
 }
 
 // `slow`: averages that move by less than half of the way, so that lerps start from their old
 // value.
 inline recap::Hyper hyper_for(Update update, bool slow) {
   const double beta = slow ? 0.9 : 0.3;
-  const double weight_decay = static_cast<int>(update) % 2 ? 0.125 : 0.0;
   recap::Hyper hyper;
-  if (update >= Update::sgd) {
-    hyper.algorithm = recap::Algorithm::sgd;
-    const double momentum = update >= Update::sgd_momentum ? beta : 0.0;
-    hyper.sgd = {0.1, momentum, 0.25, weight_decay, update >= Update::sgd_nesterov};
-  } else if (update >= Update::adagrad) {
-    hyper.algorithm = recap::Algorithm::adagrad;
-    hyper.adagrad = {0.1, 0.01, 1e-10, weight_decay};
-  } else {
+  hyper.lr = 0.1;
+  const auto adam = [&](double weight_decay, bool amsgrad) {
     hyper.algorithm = recap::Algorithm::adam;
-    hyper.adam = {0.1,   beta, beta, 1e-8, weight_decay, update >= Update::adam_amsgrad,
-                  false, false};
+    hyper.adam = {beta, beta, 1e-8, weight_decay, amsgrad, false, false};
+  };
+  const auto adagrad = [&](double weight_decay) {
+    hyper.algorithm = recap::Algorithm::adagrad;
+    hyper.adagrad = {0.01, 1e-10, weight_decay};
+  };
+  const auto sgd = [&](double weight_decay, double momentum, bool nesterov) {
+    hyper.algorithm = recap::Algorithm::sgd;
+    hyper.sgd = {momentum, 0.25, weight_decay, nesterov};
+  };
+  const auto rmsprop = [&](double momentum, bool centered) {
+    hyper.algorithm = recap::Algorithm::rmsprop;
+    hyper.rmsprop = {beta, 1e-8, slow ? 0.125 : 0.0, momentum, centered};
+  };
+  constexpr double kDecay = 0.125;
+  switch (update) {
+    case Update::adam: adam(0, false); break;
+    case Update::adam_l2: adam(kDecay, false); break;
+    case Update::adam_amsgrad: adam(0, true); break;
+    case Update::adam_amsgrad_l2: adam(kDecay, true); break;
+    case Update::adagrad: adagrad(0); break;
+    case Update::adagrad_l2: adagrad(kDecay); break;
+    case Update::sgd: sgd(0, 0, false); break;
+    case Update::sgd_l2: sgd(kDecay, 0, false); break;
+    case Update::sgd_momentum: sgd(0, beta, false); break;
+    case Update::sgd_momentum_l2: sgd(kDecay, beta, false); break;
+    case Update::sgd_nesterov: sgd(0, beta, true); break;
+    case Update::sgd_nesterov_l2: sgd(kDecay, beta, true); break;
+    case Update::lion:
+      hyper.algorithm = recap::Algorithm::lion;
+      hyper.lion = {beta, slow ? 0.8 : 0.2, kDecay};
+      break;
+    case Update::rmsprop: rmsprop(0, false); break;
+    case Update::rmsprop_momentum: rmsprop(0.7, false); break;
+    case Update::rmsprop_centered: rmsprop(0, true); break;
+    case Update::rmsprop_centered_momentum: rmsprop(0.7, true); break;
+    case Update::rowwise_adagrad:
+    case Update::rowwise_adagrad_l2: break;  // of rows
   }
   return hyper;
+}
+
+// The first of the arrays that a root is taken of, as states are numbered; no state: -1.
+inline int first_squares(Update update) {
+  switch (hyper_for(update, true).algorithm) {
+    case recap::Algorithm::adam: return 1;
+    case recap::Algorithm::adagrad:
+    case recap::Algorithm::rmsprop: return 0;
+    default: return -1;
+  }
 }
 
 // Slots of all kinds and sizes, some without a gradient; enough work for many threads.
@@ -128,8 +167,10 @@ class Problem {
     const size_t element = recap::dtype_size(shape.dtype);
     auto array =
         std::make_unique<Guarded>(shape.size * element, (shape.shift + index) % 4 * element);
-    const bool adam = shape.update < Update::adagrad;
-    const bool not_negative = adam ? index >= 3 : shape.update < Update::sgd && index == 2;
+    const int squares = first_squares(shape.update);
+    const bool is_adam = squares == 1;  // of which all from there on are
+    const bool not_negative =
+        squares >= 0 && (is_adam ? index >= 2 + squares : index == 2 + squares);
     for (int64_t i = 0; i < shape.size; ++i) {
       double value = static_cast<double>(static_cast<int64_t>(random_())) * 0x1p-62;
       if (not_negative) value = std::fabs(value);

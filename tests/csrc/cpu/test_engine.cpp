@@ -217,7 +217,8 @@ TEST(tiles_beyond_32_bits_are_where_they_should_be) {
   const Sparse param(kSize * sizeof(recap::BFloat16)), grad(kSize * sizeof(recap::BFloat16));
   recap::Hyper hyper;
   hyper.algorithm = recap::Algorithm::sgd;
-  hyper.sgd = {1, 0, 0, 0, false};
+  hyper.lr = 1;
+  hyper.sgd = {0, 0, 0, false};
   recap::Plan plan;
   plan.slots.resize(1);
   plan.slots[0].param = param.data();

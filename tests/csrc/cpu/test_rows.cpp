@@ -138,7 +138,8 @@ class Table {
     if (static_cast<int>(update_) < recap::kUpdates) return hyper_for(update_, true);
     recap::Hyper hyper;
     hyper.algorithm = recap::Algorithm::rowwise_adagrad;
-    hyper.rowwise_adagrad = {0.1, 1e-8, 0.125, update_ == Update::rowwise_adagrad};
+    hyper.lr = 0.1;
+    hyper.rowwise_adagrad = {1e-8, 0.125, update_ == Update::rowwise_adagrad};
     return hyper;
   }
 

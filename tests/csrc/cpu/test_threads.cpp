@@ -51,7 +51,8 @@ TEST(every_element_is_updated_once) {
     Problem problem(shapes, Numbers::ordinary);
     recap::Hyper hyper;
     hyper.algorithm = recap::Algorithm::sgd;
-    hyper.sgd = {1, 0, 0, 0, false};
+    hyper.lr = 1;
+    hyper.sgd = {0, 0, 0, false};
     problem.step.values.assign(shapes.size(), recap::make_values(hyper, 1, false, 1));
     for (size_t slot = 0; slot < shapes.size(); ++slot) {
       float* param = reinterpret_cast<float*>(problem.array(slot, 0)->data());

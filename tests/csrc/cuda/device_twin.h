@@ -41,7 +41,7 @@ class DeviceTwin {
   void set_rate(double rate) {
     for (size_t i = 0; i < step.groups.size(); ++i) {
       recap::cuda::DeviceGroup& group = step.groups[i];
-      group.hyper.adam.lr = i % 3 == 0 ? rate : std::numeric_limits<double>::quiet_NaN();
+      group.hyper.lr = i % 3 == 0 ? rate : std::numeric_limits<double>::quiet_NaN();
       float_rates_[i] = static_cast<float>(rate);
       double_rates_[i] = rate;
       if (i % 3 == 1) group.lr = &float_rates_[i];
@@ -52,7 +52,7 @@ class DeviceTwin {
 
   double rate_of(size_t group) const {
     const recap::cuda::DeviceGroup& g = step.groups[group];
-    if (!g.lr) return g.hyper.lr();
+    if (!g.lr) return g.hyper.lr;
     return g.lr_is_double ? *static_cast<const double*>(g.lr) : *static_cast<const float*>(g.lr);
   }
 
@@ -64,7 +64,7 @@ class DeviceTwin {
     for (size_t slot = 0; slot < step.grads.size(); ++slot) {
       if (!step.grads[slot]) continue;
       recap::Hyper hyper = step.groups[step.group_of_slot[slot]].hyper;
-      hyper.adam.lr = rate_of(step.group_of_slot[slot]);
+      hyper.lr = rate_of(step.group_of_slot[slot]);
       float& count = expected_counts_[slot];
       cpu.values[slot] =
           recap::make_values(hyper, count + 1.0, count == 0, step.grad_scale ? grad_scale : 1.0);

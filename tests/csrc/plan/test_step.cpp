@@ -17,28 +17,48 @@ using recap::Values;
 Hyper adam(double weight_decay, bool amsgrad, bool decoupled) {
   Hyper hyper;
   hyper.algorithm = Algorithm::adam;
-  hyper.adam = {0.1, 0.9, 0.99, 1e-8, weight_decay, amsgrad, decoupled};
+  hyper.lr = 0.1;
+  hyper.adam = {0.9, 0.99, 1e-8, weight_decay, amsgrad, decoupled};
   return hyper;
 }
 
 Hyper adagrad(double weight_decay) {
   Hyper hyper;
   hyper.algorithm = Algorithm::adagrad;
-  hyper.adagrad = {0.1, 0.5, 1e-10, weight_decay};
+  hyper.lr = 0.1;
+  hyper.adagrad = {0.5, 1e-10, weight_decay};
   return hyper;
 }
 
 Hyper sgd(double momentum, double weight_decay, bool nesterov) {
   Hyper hyper;
   hyper.algorithm = Algorithm::sgd;
-  hyper.sgd = {0.1, momentum, 0.25, weight_decay, nesterov};
+  hyper.lr = 0.1;
+  hyper.sgd = {momentum, 0.25, weight_decay, nesterov};
   return hyper;
 }
 
 Hyper rowwise_adagrad(double weight_decay, bool decoupled) {
   Hyper hyper;
   hyper.algorithm = Algorithm::rowwise_adagrad;
-  hyper.rowwise_adagrad = {0.1, 1e-8, weight_decay, decoupled};
+  hyper.lr = 0.1;
+  hyper.rowwise_adagrad = {1e-8, weight_decay, decoupled};
+  return hyper;
+}
+
+Hyper lion(double weight_decay) {
+  Hyper hyper;
+  hyper.algorithm = Algorithm::lion;
+  hyper.lr = 0.1;
+  hyper.lion = {0.9, 0.75, weight_decay};
+  return hyper;
+}
+
+Hyper rmsprop(double momentum, bool centered) {
+  Hyper hyper;
+  hyper.algorithm = Algorithm::rmsprop;
+  hyper.lr = 0.1;
+  hyper.rmsprop = {0.75, 1e-8, 0.1, momentum, centered};
   return hyper;
 }
 
@@ -62,6 +82,11 @@ TEST(the_update_follows_from_the_hyperparameters) {
   CHECK_UPDATE(sgd(0.9, 0.1, false), sgd_momentum_l2);
   CHECK_UPDATE(sgd(0.9, 0, true), sgd_nesterov);
   CHECK_UPDATE(sgd(0.9, 0.1, true), sgd_nesterov_l2);
+  CHECK_UPDATE(lion(0), lion);
+  CHECK_UPDATE(rmsprop(0, false), rmsprop);
+  CHECK_UPDATE(rmsprop(0.9, false), rmsprop_momentum);
+  CHECK_UPDATE(rmsprop(0, true), rmsprop_centered);
+  CHECK_UPDATE(rmsprop(0.9, true), rmsprop_centered_momentum);
 }
 
 TEST(decoupled_weight_decay_is_no_l2_term) {
@@ -90,18 +115,14 @@ TEST(updates_with_a_momentum_or_a_maximum_have_their_states) {
 // The factor of every algorithm for these hyperparameters.
 std::vector<double> grad_factors(bool maximize, double grad_scale, double clip = 1.0) {
   std::vector<double> factors;
-  for (Hyper hyper :
-       {adam(0, false, false), adagrad(0), sgd(0, 0, false), rowwise_adagrad(0, false)}) {
+  for (Hyper hyper : {adam(0, false, false), adagrad(0), sgd(0, 0, false),
+                      rowwise_adagrad(0, false), lion(0), rmsprop(0, false)}) {
     hyper.maximize = maximize;
     const Values values = recap::make_values(hyper, 1, false, grad_scale, clip);
-    switch (hyper.algorithm) {
-      case Algorithm::adam: factors.push_back(values.float64.adam.grad_factor); break;
-      case Algorithm::adagrad: factors.push_back(values.float64.adagrad.grad_factor); break;
-      case Algorithm::sgd: factors.push_back(values.float64.sgd.grad_factor); break;
-      case Algorithm::rowwise_adagrad:
-        factors.push_back(values.float64.rowwise_adagrad.grad_factor);
-        break;
-    }
+#define RECAP_CASE(name, ...) \
+  case Algorithm::name: factors.push_back(values.float64.name.grad_factor); break;
+    switch (hyper.algorithm) { RECAP_ALGORITHMS(RECAP_CASE) }
+#undef RECAP_CASE
   }
   return factors;
 }
@@ -151,6 +172,22 @@ TEST(sgd_values_depend_on_whether_the_buffer_is_new) {
   }
 }
 
+TEST(lion_and_rmsprop_values_do_not_depend_on_the_step) {
+  const auto lions = recap::make_values(lion(0.1), 5, false, 1).float64.lion;
+  CHECK_EQ(lions.decay, 1 - 0.1 * 0.1);
+  CHECK_EQ(lions.blend, 1 - 0.9);
+  CHECK_EQ(lions.average, 0.25);
+  CHECK_EQ(lions.minus_lr, -0.1);
+  const auto rmsprops = recap::make_values(rmsprop(0.9, true), 5, false, 1).float64.rmsprop;
+  CHECK_EQ(rmsprops.l2, 0.1);
+  CHECK_EQ(rmsprops.square, 0.25);
+  CHECK_EQ(rmsprops.square_kept, 0.75);
+  CHECK_EQ(rmsprops.average, 0.25);
+  CHECK_EQ(rmsprops.momentum, 0.9);
+  CHECK_EQ(rmsprops.eps, 1e-8);
+  CHECK_EQ(rmsprops.minus_lr, -0.1);
+}
+
 // Every member, in the order of the struct.
 template <typename T, typename Struct>
 std::vector<T> members(const Struct& values) {
@@ -173,36 +210,26 @@ void check_rounding(const Type<float>& float32, const Type<double>& float64) {
 std::vector<double> all_values(const Hyper& hyper, const Values& values) {
   std::vector<double> all = {static_cast<double>(values.update)};
   const auto append = [&all](const auto& more) { all.insert(all.end(), more.begin(), more.end()); };
-  switch (hyper.algorithm) {
-    case Algorithm::adam:
-      append(members<double>(values.float64.adam));
-      append(members<float>(values.float32.adam));
-      break;
-    case Algorithm::adagrad:
-      append(members<double>(values.float64.adagrad));
-      append(members<float>(values.float32.adagrad));
-      break;
-    case Algorithm::sgd:
-      append(members<double>(values.float64.sgd));
-      append(members<float>(values.float32.sgd));
-      break;
-    case Algorithm::rowwise_adagrad:
-      append(members<double>(values.float64.rowwise_adagrad));
-      append(members<float>(values.float32.rowwise_adagrad));
-      break;
-  }
+#define RECAP_CASE(name, ...)                     \
+  case Algorithm::name:                           \
+    append(members<double>(values.float64.name)); \
+    append(members<float>(values.float32.name));  \
+    break;
+  switch (hyper.algorithm) { RECAP_ALGORITHMS(RECAP_CASE) }
+#undef RECAP_CASE
   return all;
 }
 
 TEST(a_values_maker_remembers_the_right_powers) {
   recap::ValuesMaker maker;
-  std::vector<Hyper> hypers = {adagrad(0.1), sgd(0.9, 0, true), adam(0.1, true, false),
-                               rowwise_adagrad(0.1, true)};
+  std::vector<Hyper> hypers = {
+      adagrad(0.1), sgd(0.9, 0, true), adam(0.1, true, false), rowwise_adagrad(0.1, true),
+      lion(0.1),    rmsprop(0.9, true)};
   for (int i = 0; i < 20; ++i) {  // more powers than it remembers
     hypers.push_back(adam(0, false, false));
     hypers.back().adam.beta1 = i % 7 / 8.0;
     hypers.back().adam.beta2 = 1 - i / 40.0;
-    hypers.back().adam.lr = i;
+    hypers.back().lr = i;
   }
   for (const double step : {1.0, 2.0, 2.0, 1000.0, 3.0, 1.0}) {
     for (const Hyper& hyper : hypers) {
@@ -226,6 +253,10 @@ TEST(float_values_are_the_double_ones_rounded) {
   const Values d = recap::make_values(rowwise_adagrad(0.1, true), 3, false, 7);
   check_rounding<recap::RowwiseAdagradValues>(d.in<float>().rowwise_adagrad,
                                               d.in<double>().rowwise_adagrad);
+  const Values e = recap::make_values(lion(0.1), 3, false, 7);
+  check_rounding<recap::LionValues>(e.in<float>().lion, e.in<double>().lion);
+  const Values f = recap::make_values(rmsprop(0.9, true), 3, false, 7);
+  check_rounding<recap::RmspropValues>(f.in<float>().rmsprop, f.in<double>().rmsprop);
 }
 
 }  // namespace
