@@ -29,8 +29,9 @@ DENSE: Final[Mapping[str, type[FusedOptimizer]]] = {
     "rmsprop": FusedRMSprop,
     "lion": FusedLion,
 }
+_NATIVE: tuple[type[FusedOptimizer], ...] = (*DENSE.values(), FusedSparseAdam)
 BY_TORCH_CLASS: Final[Mapping[type[Optimizer], type[FusedOptimizer]]] = {
-    kind.torch_class(): kind for kind in (*DENSE.values(), FusedSparseAdam)
+    kind.torch_class(): kind for kind in _NATIVE
 }
 
 __all__ = [

@@ -24,6 +24,8 @@ TORCH = {
     "adamw": torch.optim.AdamW,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "lion": reference.Lion,
 }
 # A section as the recap recommender spells it, and torch's arguments.
 SECTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -51,6 +53,18 @@ SECTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"eps": 1e-5, "lr_decay": 0.5, "weight_decay": 0.1, "initial_accumulator_value": 0.25},
     ),
     ("adagrad", {"eps": 1e-10, "maximize": True}, {"maximize": True}),
+    ("rmsprop", {}, {}),
+    (
+        "rmsprop",
+        {"alpha": 0.75, "epsilon": 1e-4, "momentum": 0.5, "centered": True, "weight_decay": 0.1},
+        {"alpha": 0.75, "eps": 1e-4, "momentum": 0.5, "centered": True, "weight_decay": 0.1},
+    ),
+    ("lion", {}, {}),
+    (
+        "lion",
+        {"beta_1": 0.5, "beta_2": 0.75, "weight_decay": 0.1, "maximize": True},
+        {"betas": (0.5, 0.75), "weight_decay": 0.1, "maximize": True},
+    ),
     ("sgd", {}, {}),
     *[
         ("sgd", options, options)

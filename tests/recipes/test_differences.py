@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recap_fast
-from recap_fast.optim import FusedAdagrad, FusedAdam, FusedSGD, FusedSparseAdam
+from recap_fast.optim import FusedAdagrad, FusedAdam, FusedRMSprop, FusedSGD, FusedSparseAdam
 from tests.recipes.page import PAGE
 from tests.support.optimizers import DTYPES, FUSED, TORCH, numbers, parameter, same_bits, set_grads
 
@@ -247,6 +247,20 @@ def test_dispatch() -> None:
         assert (operations.count > 0) == seen
         assert param._version == versions[0] + 1
         assert (average._version > versions[1]) == seen
+
+
+@shows("Centered RMSprop")
+def test_centered_rmsprop() -> None:
+    # A variance of 0, as the difference of two averages that are rounded.
+    results = []
+    for kind in (FusedRMSprop, torch.optim.RMSprop):
+        param = nn.Parameter(torch.zeros(1000))
+        optimizer = kind([param], lr=1e-3, alpha=0.5, eps=1e-3, centered=True)
+        for _ in range(100):
+            param.grad = torch.linspace(0.1, 1.0, 1000)
+            optimizer.step()
+        results.append(param.isnan())
+    assert results[1].any() and not results[0].any()
 
 
 @shows("State has a fixed size")
