@@ -261,7 +261,8 @@ def _fused_class(kind: type[Optimizer]) -> type[FusedOptimizer] | None:
     """
     if kind in BY_TORCH_CLASS:
         return BY_TORCH_CLASS[kind]
-    base = next((found for found in kind.__mro__ if found in BY_TORCH_CLASS), None)
+    bases: list[type[Optimizer]] = [found for found in kind.__mro__ if found in BY_TORCH_CLASS]
+    base = bases[0] if bases else None
     if base is None or issubclass(kind, FusedOptimizer):
         return None
     if unhooked(kind.step) is not unhooked(base.step):

@@ -14,7 +14,7 @@ from tests.support.native_build import SOURCES, build, needs_compiler, run, run_
 
 TESTS = sorted(
     str(path.relative_to(SOURCES).with_suffix(""))
-    for folder in ("algorithms", "plan", "cpu")
+    for folder in ("numerics", "algorithms", "plan", "cpu")
     for path in (SOURCES / folder).glob("test_*.cpp")
 )
 

@@ -125,7 +125,7 @@ TEST(a_zero_gradient_changes_nothing) {
   float param = 0.3f, buffer = 0;
   for (const bool nesterov : {false, true}) {
     for (const bool first : {false, true}) {
-      update<float>({0.1, 0.9, 0, 0, nesterov}, first, 1.0f, 0.0f, param, buffer);
+      update<float>({{0.9, 0, 0, nesterov}, 0.1}, first, 1.0f, 0.0f, param, buffer);
       CHECK_EQ(param, 0.3f);
       CHECK_EQ(buffer, 0.0f);
     }
@@ -134,7 +134,7 @@ TEST(a_zero_gradient_changes_nothing) {
 
 TEST(a_learning_rate_of_0_moves_the_buffer_alone) {
   float param = 0.3f, buffer = 0.5f;
-  update<float>({0, 0.5, 0, 0, false}, false, 1.0f, 2.0f, param, buffer);
+  update<float>({{0.5, 0, 0, false}, 0}, false, 1.0f, 2.0f, param, buffer);
   CHECK_EQ(param, 0.3f);
   CHECK_EQ(buffer, 2.25f);
 }
@@ -167,21 +167,21 @@ TEST(dampening_counts_from_the_second_step) {
 
 TEST(full_dampening_keeps_the_gradient_out) {
   float param = 1, buffer = 2;
-  update<float>({1, 0.5, 1, 0, false}, false, 1.0f, 1e6f, param, buffer);
+  update<float>({{0.5, 1, 0, false}, 1}, false, 1.0f, 1e6f, param, buffer);
   CHECK_EQ(buffer, 1.0f);
   CHECK_EQ(param, 0.0f);
 }
 
 TEST(nesterov_looks_ahead) {
   float param = 0, buffer = 2;
-  update<float>({1, 0.5, 0, 0, true}, false, 1.0f, 4.0f, param, buffer);
+  update<float>({{0.5, 0, 0, true}, 1}, false, 1.0f, 4.0f, param, buffer);
   CHECK_EQ(buffer, 5.0f);  // 0.5 * 2 + 4
   CHECK_EQ(param, -6.5f);  // 4 + 0.5 * 5
 }
 
 TEST(weight_decay_joins_the_gradient) {
   float param = 4, buffer = 0;
-  update<float>({0.5, 0, 0, 0.25, false}, false, 1.0f, 1.0f, param, buffer);
+  update<float>({{0, 0, 0.25, false}, 0.5}, false, 1.0f, 1.0f, param, buffer);
   CHECK_EQ(param, 3.0f);  // 4 - 0.5 * (1 + 0.25 * 4)
 }
 
