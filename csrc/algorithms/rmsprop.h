@@ -20,9 +20,7 @@ template <typename T>
 struct RmspropValues {
   T grad_factor;  // 1 / grad_scale, negative to maximize
   T l2;           // weight decay added to the gradient
-  T square;       // weight of the new gradient's square in square_avg
-  T square_kept;  // what square_avg keeps of itself where it does not lerp
-  T average;      // lerp factor of grad_avg
+  T average;      // weight of the new gradient in grad_avg, and of its square in square_avg
   T momentum;
   T eps;
   T minus_lr;
@@ -30,18 +28,13 @@ struct RmspropValues {
 
 RECAP_INLINE RmspropValues<double> rmsprop_values(const RmspropHyper& h, const StepInputs& inputs,
                                                   double grad_factor) {
-  return {
-      grad_factor, h.weight_decay, 1.0 - h.alpha, h.alpha, lerp_factor(1.0 - h.alpha),
-      h.momentum,  h.eps,          -inputs.lr,
-  };
+  return {grad_factor, h.weight_decay, 1.0 - h.alpha, h.momentum, h.eps, -inputs.lr};
 }
 
 RECAP_INLINE RmspropValues<float> to_float(const RmspropValues<double>& h) {
   return {
-      static_cast<float>(h.grad_factor), static_cast<float>(h.l2),
-      static_cast<float>(h.square),      static_cast<float>(h.square_kept),
-      static_cast<float>(h.average),     static_cast<float>(h.momentum),
-      static_cast<float>(h.eps),         static_cast<float>(h.minus_lr),
+      static_cast<float>(h.grad_factor), static_cast<float>(h.l2),  static_cast<float>(h.average),
+      static_cast<float>(h.momentum),    static_cast<float>(h.eps), static_cast<float>(h.minus_lr),
   };
 }
 
@@ -60,13 +53,15 @@ struct Rmsprop {
 
     T& v = state[0];
     const T distance = fma(g, g, -v);
-    const bool lerps = h.square < T(0.5) && magnitude(distance) < infinity<T>();
-    v = lerps ? fma(h.square, distance, v) : fma(h.square * g, g, h.square_kept * v);
+    const bool slow = h.average < T(0.5);
+    const bool lerps = slow && magnitude(distance) < infinity<T>();
+    v = lerps ? fma(h.average, distance, v) : fma(h.average * g, g, (1 - h.average) * v);
 
     T variance = v;
     if constexpr (kCentered) {
       T& m = state[1 + kMomentum];
-      m = fma(h.average, g - m, h.average > 0 ? m : g);
+      const T way = g - m;
+      m = slow ? fma(h.average, way, m) : fma(h.average, way, -way) + g;
       // Rounding may take it below zero where gradients hardly change; torch's is NaN then.
       variance = fma(-m, m, v);
       variance = variance < 0 ? T(0) : variance;

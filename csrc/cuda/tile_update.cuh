@@ -17,6 +17,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../numerics/storage.h"
 #include "launch_arguments.h"
 
@@ -225,7 +227,11 @@ struct Chunk {
 template <typename Algorithm, typename T>
 RECAP_DEVICE void update_tile(const UpdateValues<typename Compute<T>::type>& values,
                               const TileEntry& tile, const void* grad) {
-  const auto h = values.template of<Algorithm>();
+  // The values of the largest updates in double would not fit the registers beside their elements.
+  using Values = typename Algorithm::template Values<typename Compute<T>::type>;
+  constexpr bool kReloads = sizeof(T) == 8 && Algorithm::kStates == 3;
+  const std::conditional_t<kReloads, const Values&, const Values> h =
+      values.template of<Algorithm>();
   Arrays<Algorithm, T> arrays;
   arrays.param = static_cast<T*>(tile.param);
   arrays.grad = static_cast<const T*>(grad) + tile.begin;
