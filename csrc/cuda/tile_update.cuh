@@ -227,10 +227,9 @@ struct Chunk {
 template <typename Algorithm, typename T>
 RECAP_DEVICE void update_tile(const UpdateValues<typename Compute<T>::type>& values,
                               const TileEntry& tile, const void* grad) {
-  // The values of the largest updates in double would not fit the registers beside their elements.
+  // In double the values would not fit the registers beside the elements, and are read anew.
   using Values = typename Algorithm::template Values<typename Compute<T>::type>;
-  constexpr bool kReloads = sizeof(T) == 8 && Algorithm::kStates == 3;
-  const std::conditional_t<kReloads, const Values&, const Values> h =
+  const std::conditional_t<sizeof(T) == 8, const Values&, const Values> h =
       values.template of<Algorithm>();
   Arrays<Algorithm, T> arrays;
   arrays.param = static_cast<T*>(tile.param);
