@@ -93,17 +93,17 @@ struct RmspropTraits {
 
   static StateNames states(const RmspropHyper& h) {
     StateNames names("square_avg");
-    if (h.momentum != 0.0) names.add("momentum_buffer");
+    if (h.momentum > 0.0) names.add("momentum_buffer");
     if (h.centered) names.add("grad_avg");
     return names;
   }
   static int shape(const RmspropHyper& h) {
-    return (h.momentum != 0.0 ? 1 : 0) | (h.centered ? 2 : 0);
+    return (h.momentum > 0.0 ? 1 : 0) | (h.centered ? 2 : 0);
   }
 
   template <typename Update>
   static RECAP_INLINE Update update(const RmspropHyper& h) {
-    if (h.momentum != 0.0) {
+    if (h.momentum > 0.0) {
       return h.centered ? Update::rmsprop_centered_momentum : Update::rmsprop_momentum;
     }
     return h.centered ? Update::rmsprop_centered : Update::rmsprop;
