@@ -22,6 +22,8 @@ class Lion(Optimizer):
         exp_avg = beta2 * exp_avg + (1 - beta2) * grad
         param = param * (1 - lr * weight_decay) - lr * update
 
+    The sign of NaN is NaN, so that it shows; `torch.sign` makes 0 of it.
+
     State per parameter: ``exp_avg``, of its shape and dtype. `recap_fast.optim.FusedLion` has the
     same arguments, groups and state.
 

@@ -79,7 +79,8 @@ def new_state(
     Returns:
         Tensors of the shape, dtype, device and memory layout of ``param``, all zero (Adagrad's
         ``sum``: its initial accumulator value), and for Adam, Adagrad and RMSprop a 0-dim ``step``
-        of zero. Empty for SGD without momentum. For row-wise Adagrad `row_sums` and such a ``step``.
+        of zero. Empty for SGD without momentum. For row-wise Adagrad `row_sums` and such a
+        ``step``.
 
     Raises:
         TypeError: for any other class of optimizer.
