@@ -7,26 +7,13 @@ import os
 import platform
 import re
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from recap_fast import build_info
-
-
-def _processor() -> str:
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        cpuinfo = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return model.group(1).strip() if model else platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from recap_fast.diagnostics.versions import cores, processor, version
 
 
 def _caches() -> dict[str, str]:
@@ -46,13 +33,6 @@ def _huge_pages() -> str:
     return chosen.group(1) if chosen else "unknown"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _revision() -> str | None:
     """What git calls the code that runs, with `-dirty` if it has not been committed."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -67,18 +47,18 @@ def describe() -> dict[str, Any]:
     """Facts that can be committed; `busy` is the load average before the run, per core."""
     info = build_info()
     return {
-        "processor": _processor(),
-        "cores": _cores(),
+        "processor": processor(),
+        "cores": cores(),
         "caches": _caches(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "transparent_huge_pages": _huge_pages(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "deepspeed": _version("deepspeed"),
+        "deepspeed": version("deepspeed"),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "instruction_set": info["instruction_set"],
-        "busy": round(os.getloadavg()[0] / _cores(), 2),
+        "busy": round(os.getloadavg()[0] / cores(), 2),
         "revision": _revision(),
         "date": datetime.date.today().isoformat(),
     }

@@ -86,7 +86,7 @@ GroupReader::Item GroupReader::item(py::object key, py::object value) const {
     }
   }
   const bool in_place = is_hyperparameter(field) && can_change_in_place(value.ptr());
-  return {std::move(key), std::move(value), field, option, in_place};
+  return {std::move(key), std::move(value), option, field, in_place};
 }
 
 const Option* GroupReader::option_named(const std::string& key) const {
@@ -203,7 +203,7 @@ bool GroupReader::refresh() {
     if (!PyDict_Next(group, &position, &key, &value) || key != item.key.ptr()) return false;
     if (value == item.value.ptr() && !item.in_place) continue;
     if (item.field == Field::params) return false;
-    Item now = {item.key, py::reinterpret_borrow<py::object>(value), item.field, item.option,
+    Item now = {item.key, py::reinterpret_borrow<py::object>(value), item.option, item.field,
                 is_hyperparameter(item.field) && can_change_in_place(value)};
     read(now);  // may raise: only what was read becomes known
     any_in_place |= now.in_place;

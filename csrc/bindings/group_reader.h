@@ -45,13 +45,13 @@ class GroupReader {
   }
 
  private:
-  enum class Field { none, params, lr, maximize, capturable, differentiable, option };
+  enum class Field : uint8_t { none, params, lr, maximize, capturable, differentiable, option };
 
   struct Item {
     py::object key, value;
-    Field field;
     const Option* option;  // of the algorithm; null: one that all have
-    bool in_place;         // a tensor, whose value may change while the object stays
+    Field field;
+    bool in_place;  // a tensor, whose value may change while the object stays
   };
 
   static bool is_hyperparameter(Field field) {

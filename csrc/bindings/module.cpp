@@ -17,7 +17,7 @@ BoundPlan* plan_in(PyObject* self) {
   return holder.holder_constructed() ? static_cast<BoundPlan*>(holder.value_ptr()) : nullptr;
 }
 
-// As torch's own methods are called: pybind11's dispatch takes 20 us where caches are cold.
+// Called as torch's own methods are: pybind11's dispatch reads much that backward has evicted.
 PyObject* step_plainly(PyObject* self, PyObject*) {
   try {
     BoundPlan* const plan = plan_in(self);

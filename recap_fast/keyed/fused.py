@@ -136,8 +136,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
         )
         self._warned_of_scaled_tables = False
-        # Until then there is more to a step than the native call, and always if that is not all.
-        self._steps_plainly = False
+        self._schedulers_know = False
         self._prepared = count  # last: what is interrupted before is done again
 
     def init_state(
@@ -192,7 +191,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         scaled = grad_scale is not None or found_inf is not None
         hooked = bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
         stepper = self._stepper
-        alone = self._steps_plainly and not scaled and not hooked
+        alone = self._schedulers_know and not (self._others or scaled or hooked)
         if alone and stepper is not None and stepper.step_plainly():
             return loss
         fused_leaves = self.fused_leaves
@@ -204,9 +203,9 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             others = [part.step for part in self._together] if self._together else ()
             if hooked or any(self._inner_hooks):
                 self._step_with_hooks(stepper, grad_scale, found_inf, others)
-            elif scaled or others or not stepper.step_plainly():
+            elif alone or scaled or others or not stepper.step_plainly():
                 stepper.step(grad_scale, found_inf, self.unscale_grads, others)
-            if not self._steps_plainly:
+            if not self._schedulers_know:
                 self._tell_schedulers()
         if fused_leaves and step_is_skipped(fused_leaves, grad_scale, found_inf, self.grad_norm):
             self.sync_fused_learning_rates()
@@ -299,7 +298,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         """
         for optimizer in self._native:
             optimizer._opt_called = True
-        self._steps_plainly = not self._others
+        self._schedulers_know = True
 
     def _step_with_hooks(
         self,

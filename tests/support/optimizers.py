@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ FUSED: Mapping[str, type[FusedOptimizer]] = DENSE
 TORCH: Mapping[str, type[torch.optim.Optimizer]] = TORCH_CLASSES
 # Which of torch's ways to step a class has.
 WAYS: Mapping[str, tuple[str, ...]] = {
-    name: {"rmsprop": ("foreach",), "lion": ()}.get(name, ("foreach", "fused")) for name in DENSE
+    name: tuple(way for way in ("foreach", "fused") if way in inspect.signature(kind).parameters)
+    for name, kind in TORCH.items()
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
