@@ -9,8 +9,8 @@ What is timed:
 
 What is shown (`make bench`, `python -m benchmarks.report`):
 
-* `documents` writes `page` (with `targets`, what the figures must reach), `pictures` and `headline`
-  from the results of a run.
+* `documents` writes `page` (with `targets`, what the figures must reach), `bars` and `headline`
+  from the results of a run; `pictures` draws growth, when asked.
 
 More commands:
 

@@ -1,16 +1,14 @@
-"""Writes what a results file is shown in: pictures, `docs/performance.md`, the README's figures."""
+"""Writes what shows a results file: `docs/performance.md`, the README's figures and picture."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import bars, headline, page, pictures, sparse_page
-from benchmarks.growth import Curves
+from benchmarks import bars, headline, page, sparse_page
 
 ROOT: Final = Path(__file__).parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -24,18 +22,9 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     return json.loads(path.read_text()), os.path.relpath(path, ROOT)
 
 
-def _curves(results: Mapping[str, Any]) -> list[Curves]:
-    return [Curves(**data) for data in results.get("growth", ())]
-
-
-def page_of(path: Path, page_path: Path = PAGE) -> str:
-    """The page for the results in `path`, with links as from `page_path`."""
-    results, source = _read(path)
-    links = {
-        curves.name: os.path.relpath(pictures.path_of(path, curves), page_path.parent)
-        for curves in _curves(results)
-    }
-    figures = page.render(results, source, links)
+def page_of(path: Path) -> str:
+    """The page for the results in `path`."""
+    figures = page.render(*_read(path))
     sparse = sparse_page.section(sparse_page.read(RESULTS))
     return f"{figures}\n{sparse}" if sparse else figures
 
@@ -68,15 +57,13 @@ def write(path: Path) -> None:
     whole = path.parent.resolve() == RESULTS.resolve()
     page_path = PAGE if whole else path.with_suffix(".md")
     written = [page_path]
-    try:
-        written += pictures.draw(_curves(_read(path)[0]), path)
-        if whole:
-            written.append(bars.draw(_read(path)[0], BARS))
-    except ImportError as error:
-        print(f"no pictures: {error}", file=sys.stderr)
-    page_path.write_text(page_of(path, page_path))
+    page_path.write_text(page_of(path))
     if whole:
         README.write_text(readme_of(path, README.read_text()))
         written.append(README)
+        try:
+            written.append(bars.draw(_read(path)[0], BARS))
+        except ImportError as error:
+            print(f"no picture: {error}", file=sys.stderr)
     for file in written:
         print(f"wrote {file}", file=sys.stderr)

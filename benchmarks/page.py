@@ -60,6 +60,7 @@ and in an environment with the package built, `make bench` leaves one in `.venv`
 
     python -m benchmarks.report --quick --only B,E     # a first look
     python -m benchmarks.breakdown E                   # where the time of a small step goes
+    python -m benchmarks.pictures FILE                 # growth as pictures, from a results file
     pytest benchmarks --benchmark-enable --benchmark-only
 """
 
@@ -180,26 +181,24 @@ any of which may have been set, takes {in_dict:.0f} ns, and to compute its value
     )
 
 
-def _growth(curves: Curves, picture: str) -> str:
-    """The picture of one dimension, and its figures."""
+def _growth(curves: Curves) -> str:
+    """The figures of one dimension."""
 
     def cell(time: float | None) -> str:
         return "-" if time is None else number(time)
 
     rows = ([peer, *map(cell, times)] for peer, times in curves.microseconds.items())
     return (
-        f"### {curves.name.capitalize()}\n\n![Time over {curves.name}]({picture})\n\n"
-        f"Microseconds by number of {curves.axis}:\n\n"
+        f"### {curves.name.capitalize()}\n\nMicroseconds by number of {curves.axis}:\n\n"
     ) + table([curves.name, *(f"{size:,}" for size in curves.sizes)], rows)
 
 
-def render(results: Mapping[str, Any], source: str, pictures: Mapping[str, str]) -> str:
+def render(results: Mapping[str, Any], source: str) -> str:
     """The page.
 
     Args:
         results: as `benchmarks.report` writes them.
         source: the file they are in, for a link.
-        pictures: paths of the growth pictures by the name of the dimension, relative to the page.
     """
     measurements = [Measurement.from_json(data) for data in results["measurements"]]
     peers = "\n".join(f"* **{name}**: {text}." for name, text in DESCRIPTIONS.items())
@@ -220,6 +219,6 @@ def render(results: Mapping[str, Any], source: str, pictures: Mapping[str, str])
         parts.append(_small_steps(results["breakdown"]))
     if results.get("growth"):
         curves = (Curves(**data) for data in results["growth"])
-        parts += ["## Growth\n", _LARGE, *(_growth(c, pictures[c.name]) for c in curves)]
+        parts += ["## Growth\n", _LARGE, *(_growth(c) for c in curves)]
     parts += ["## How to reproduce\n", _REPRODUCE]
     return "\n".join(parts)

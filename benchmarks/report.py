@@ -1,4 +1,4 @@
-"""Runs the benchmarks and writes results, page and pictures: `python -m benchmarks.report`."""
+"""Runs the benchmarks and writes results and page: `python -m benchmarks.report`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
-        description="Times every workload and writes benchmarks/results/<machine>.json, pictures "
-        "beside it, docs/performance.md and the figures in README.md. With --quick, --only or "
-        "--threads, results, pictures and page go to build/benchmarks/ instead.",
+        description="Times every workload and writes benchmarks/results/<machine>.json, "
+        "docs/performance.md and the figures in README.md. With --quick, --only or --threads, "
+        "results and page go to build/benchmarks/ instead.",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a tenth of the time, for a first look"
@@ -49,7 +49,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--documents-from",
         type=Path,
         metavar="FILE",
-        help="measures nothing: writes pictures, page and figures of a results file",
+        help="measures nothing: writes page and figures of a results file",
     )
     return parser.parse_args(argv)
 

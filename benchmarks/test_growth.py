@@ -37,6 +37,6 @@ def test_every_size_is_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_p
     for name, times in curves.microseconds.items():
         assert [time is None for time in times] == [False, False, name not in LARGE_PEERS]
 
-    (path,) = pictures.draw([curves], tmp_path / "machine.json")
-    assert path == tmp_path / "machine-growth-elements.png"
+    (path,) = pictures.draw([curves], "machine", tmp_path / "new")
+    assert path == tmp_path / "new" / "machine-growth-elements.png"
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -154,7 +154,7 @@ def test_the_page_shows_losing_rows() -> None:
         timings=Timings({"recap_fast": [120.0], "torch fused": [100.0], "ceiling": [110.0]}),
     )
     results = {"machine": _FACTS, "measurements": [_measurement().to_json(), lost.to_json()]}
-    text = page.render(results, "x.json", {})
+    text = page.render(results, "x.json")
     assert "from `x.json`" in text
     assert "| A, Adam: time over torch fused | ≤ 0.97 / ≤ 0.9 | 0.90 (0.90 to 0.95) met | " in text
     assert "1.20 (1.20 to 1.20) **not met**; the ceiling 1.10 |" in text
@@ -171,7 +171,7 @@ def test_a_limit_with_the_checks() -> None:
     twin = _measurement(workload="F", timings=Timings({"recap_fast": [5.0]}))
     assert target.of_ceiling_and_checks([lost, twin], threads=1).median == 4.0
     results = {"machine": _FACTS, "measurements": [lost.to_json(), twin.to_json()]}
-    text = page.render(results, "x.json", {})
+    text = page.render(results, "x.json")
     assert "**not met**; the ceiling 5.00x; with the checks 4.00x |" in text
 
 
@@ -192,7 +192,7 @@ def test_the_page_shows_what_a_group_costs() -> None:
             {"workload": "F-1", "groups": 1, "microseconds": single},
         ],
     }
-    text = page.render(results, "x.json", {})
+    text = page.render(results, "x.json")
     assert "| optimizer.step() | 40.0 | 20.1 | 201 |" in text
     assert "61 ns are left" in text
     assert "takes 35 ns, and to compute its values\n20 ns;" in text
@@ -200,18 +200,18 @@ def test_the_page_shows_what_a_group_costs() -> None:
 
 def test_peak_memory_stands_beside_time() -> None:
     results = {"machine": _FACTS, "measurements": [_measurement().to_json()]}
-    text = page.render(results, "x.json", {})
+    text = page.render(results, "x.json")
     assert "| 1 thread, cold | peak memory |" in text
     assert "| recap_fast | 100 µs · 1.00x | 563 MB |" in text
     assert "| reference | 800 µs · 8.00x | - |" in text
     small = {"machine": _FACTS, "measurements": [_measurement(elements=999_999).to_json()]}
-    assert "| peak memory |" not in page.render(small, "x.json", {})
+    assert "| peak memory |" not in page.render(small, "x.json")
 
 
 def test_the_page_shows_growth() -> None:
     results = {"machine": _FACTS, "measurements": [_measurement().to_json()], "growth": [_CURVES]}
-    text = page.render(results, "x.json", {"groups": "../results/x-growth-groups.png"})
-    assert "![Time over groups](../results/x-growth-groups.png)" in text
+    text = page.render(results, "x.json")
+    assert "### Groups\n\nMicroseconds by number of groups of 1,000 tensors:" in text
     assert "| groups | 1 | 1,000 |" in text
     assert "| reference | 80.0 | - |" in text
 
@@ -289,18 +289,13 @@ def test_the_headline_block_is_replaced() -> None:
 
 
 def test_documents_of_a_run_that_is_not_whole_lie_beside_it(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "machine.json"
     results = {"machine": _FACTS, "measurements": [_recap(1)], "growth": [_CURVES]}
     path.write_text(report.to_text(results))
     readme = documents.README.read_bytes()
     documents.write(path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "machine-growth-groups.png",
-        "machine.json",
-        "machine.md",
-    ]
-    assert "(machine-growth-groups.png)" in (tmp_path / "machine.md").read_text()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["machine.json", "machine.md"]
+    assert "### Groups" in (tmp_path / "machine.md").read_text()
     assert documents.README.read_bytes() == readme
 
 
