@@ -9,15 +9,18 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/grad_norm.h"
 #include "../plan/plan.h"
 #include "../plan/step.h"
+#include "capture_guard.h"
 #include "device_plan.h"
-#include "group_reader.h"
+#include "host_clipping.h"
+#include "host_values.h"
 #include "new_state.h"
+#include "plan_group.h"
 #include "python.h"
+#include "shared_memory.h"
 #include "slot_tensors.h"
-#include "sparse_gradient.h"
+#include "step_gradients.h"
 #include "unscale.h"
 
 namespace recap {
@@ -29,24 +32,21 @@ enum class Outcome {
   needs_state,  // slots without state have a gradient: make their state and build another
 };
 
-// One param group, as Python hands it over.
-struct GroupSource {
-  std::string algorithm;           // "adam", "sparse_adam", "adagrad", "sgd" or "rowwise_adagrad"
-  std::string name;                // for errors
-  py::dict group;                  // the torch param group
-  py::dict state;                  // the optimizer's state
-  std::vector<std::string> names;  // one per parameter, for errors
-};
-
 class BoundPlan {
  public:
   // `optimizers` are those that the groups are from, in the same order; they must go on holding the
   // same groups and state, and outlive the plan's steps. `new_states` are those that the optimizers
   // do not have yet: the first step puts them there. With `device_values`, step counts of CUDA
   // parameters are kept on their device, and what follows from them is computed there: a step then
-  // never waits for the device. A group with capturable=True asks for the same.
+  // never waits for the device. A group with capturable=True asks for the same. Changes nothing
+  // that is the optimizers'.
   BoundPlan(const std::vector<GroupSource>& groups, const std::vector<py::object>& optimizers,
             const std::vector<NewState>& new_states, bool device_values);
+
+  // Has the optimizers' states hold what the engines step: counts where those count, and copies of
+  // tensors that they cannot step where they are. Once; until then, and after `clear`, every step
+  // is `stale`.
+  void adopt();
 
   // The first three are one-element tensors, numbers or None. `grad_scale` divides gradients as
   // they are read, `unscale_by` those in memory afterwards, unless `found_inf` is not 0. `others`
@@ -73,17 +73,17 @@ class BoundPlan {
       visit(owner.post_hooks);
       owner.groups.each_reference(visit);
     }
-    for (const Group& group : groups_) {
+    for (const PlanGroup& group : groups_) {
       group.reader.each_reference(visit);
       group.params.each_reference(visit);
     }
     for (const DictSnapshot& state : states_) state.each_reference(visit);
     for (const SlotTensors& slot : slots_) slot.each_reference(visit);
     new_states_.each_reference(visit);
-    visit(clipping_.total);
+    visit(clipping_.total());
   }
 
-  // And lets go of all of them: every step is `stale` from then on.
+  // And lets go of all of them.
   void clear();
 
   // With device values: `groups` have their learning rates, one after the other, in `rates`, which
@@ -91,15 +91,11 @@ class BoundPlan {
   void set_schedules(const std::vector<size_t>& groups, const at::Tensor& schedules,
                      const at::Tensor& rates, const at::Tensor& epoch);
 
-  // From now on gradients are scaled down so that their global norm is at most `max_norm`, by
-  // max_norm / (norm + 1e-6) as torch.nn.utils.clip_grad_norm_ does. Their squares are summed by
-  // parts, the one of each slot in `part_of_slot`, and `total` maps the list of `parts` sums to the
-  // sum over all processes; None adds them up. Not for a plan with CUDA devices.
-  void set_clipping(double max_norm, std::vector<uint32_t> part_of_slot, size_t parts,
-                    py::object total);
+  // From now on gradients are scaled down to a global norm. Not for a plan with CUDA devices.
+  void set_clipping(HostClipping clipping);
 
   // The norm that the last step found, before clipping.
-  double grad_norm() const { return clipping_.norm; }
+  double grad_norm() const { return clipping_.norm(); }
 
   // For a plan with CUDA devices: the sum of squares of each part's gradients, as a float64 tensor
   // on the device of the first slot. Empty if a step would build another plan first.
@@ -108,39 +104,16 @@ class BoundPlan {
   bool has_device_plans() const { return !device_plans_.empty(); }
 
   // Whether a CUDA graph has captured a step: it reads the memory of this plan ever after.
-  bool is_captured() const { return !captured_rates_.empty(); }
+  bool is_captured() const { return capture_.has_captured(); }
 
   // Raises RuntimeError if a learning rate on the host, or the tensor that has it, is not the one
   // that was captured.
-  void check_captured_rates();
-
-  // Whether a step would wait for the device to read the tensor, were the values not computed
-  // there.
-  bool wants_device_values(const py::object& scalar) const;
+  void check_captured_rates() { capture_.check_rates(groups_, scheduled_rates_); }
 
   // After `needs_state`: the flat indices of the slots to make state for.
   const std::vector<size_t>& slots_without_state() const { return slots_without_state_; }
 
  private:
-  // Where a slot's step count is; null if its algorithm does not count.
-  struct Counter {
-    void* data = nullptr;
-    bool is_double = false;
-
-    double add(double difference) const;  // returns the new count
-  };
-
-  // Slots of a group with the same step share their values.
-  struct Entry {
-    double step;
-    bool first;
-    bool sparse;  // of a sparse gradient
-
-    bool operator==(const Entry& other) const {
-      return step == other.step && first == other.first && sparse == other.sparse;
-    }
-  };
-
   // A torch optimizer, and what must still be its own.
   struct Owner {
     py::weakref optimizer;  // weak: it owns the plan
@@ -160,21 +133,6 @@ class BoundPlan {
     uint64_t released;
   };
 
-  struct Group {
-    GroupReader reader;
-    ListSnapshot params;
-    size_t begin, end;  // its slots
-  };
-
-  // A group's learning rate: a number, or NaN and a tensor on the device.
-  struct Rate {
-    double number;
-    at::Tensor tensor;
-
-    bool operator==(const Rate& other) const;
-    std::string text() const;
-  };
-
   // While it lives, no other thread steps the plan, and what `read_slots` has read stays in memory.
   class Turn {
    public:
@@ -186,80 +144,54 @@ class BoundPlan {
     BoundPlan& plan_;
   };
 
-  struct Clipping {
-    double max_norm = 0.0;  // 0: off
-    std::vector<uint32_t> part_of_slot;
-    size_t parts = 0;
-    py::object total;
-    double norm = 0.0;
-    cpu::GradNorm sums;
-  };
-
-  static void refuse_capture(const std::vector<GroupSource>& groups);
+  // Building.
   bool is_stepped_on_device(const SlotTensors& slot) const;
   void check_devices() const;
-  void make_parts(const std::vector<Slot>& slots);
-  void take_step_counts();
+  void make_engine_plans(const std::vector<Slot>& slots);
   void watch_slots();
 
-  bool blocks_unchanged();
+  // Stepping.
   bool groups_unchanged();
+  bool blocks_unchanged();
   bool read_slots();  // false: a slot changed since the plan was built
-  const Group& group_of(size_t slot) const;
-  // Whether it has one in this step.
-  bool has_gradient(size_t slot) const { return step_.grads[slot] || is_sparse_[slot]; }
-  void forget_sparse();
+  void read_unusual(size_t slot, const at::Tensor& grad);
   void sort_lookups();
-  void refuse_shared_memory() const;
-  bool check_capture() const;  // whether this step is captured; raises if a part of it would not be
-  double clip(double grad_scale, bool found_inf);
-  void fill_values(double grad_scale, double clip);
-  void prefetch_counts(size_t slot) const;
-  void undo_step_counts(size_t end);  // of the slots before that
+  std::vector<ScaledGradient> gradients_read();
   void call_others(const py::sequence& others);
   void put_new_states();
-  static const float* on_device(const py::object& number, const char* name, at::Device device,
-                                at::Tensor& kept);
   void run_device_plans(const py::object& grad_scale, const py::object& found_inf);
-  std::vector<ScaledGradient> gradients_read();
   void remember_gradients();
-  std::vector<Rate> rates() const;
 
   std::vector<Owner> owners_;
-  std::vector<Group> groups_;
+  std::vector<PlanGroup> groups_;
   std::vector<DictSnapshot> states_;  // one for each distinct optimizer state
   NewStates new_states_;
   std::vector<SlotTensors> slots_;
   std::vector<Probe> probes_;  // of slots_
   std::vector<WatchedBlock> blocks_;
-  std::vector<Counter> counters_;
   std::vector<char> has_state_;
   std::vector<char> first_;  // the momentum buffer is new
   bool any_first_ = false;
   bool has_host_values_ = false;
   bool has_inference_tensors_ = false;
-  std::vector<std::pair<size_t, size_t>> shared_memory_;  // slots that must not step together
+  SharedMemory shared_memory_;
   bool device_values_;
   Plan cpu_plan_;
   std::vector<DevicePlan> device_plans_;
   Step step_;
-  SparseGradients sparse_;
-  std::vector<char> is_sparse_;  // has such a gradient in this step
-  ValuesMaker values_maker_;
-  Clipping clipping_;
-  std::vector<Entry> entries_;  // of the group that is being filled in
+  StepGradients gradients_{step_};
+  HostValues host_values_;
+  HostClipping clipping_;
+  CaptureGuard capture_;
   cuda::DeviceStep device_step_;
   std::vector<const double*> scheduled_rates_;  // one per group, on the device; null: not scheduled
-  std::vector<Rate> captured_rates_;            // one per group; empty: no graph captured this plan
-  std::vector<char> stepped_last_;  // with device values: had a gradient in the last step
-  std::vector<uint32_t> copied_;    // slots that this step must copy in and out
+  std::vector<uint32_t> copied_;                // slots that this step must copy in and out
   std::vector<size_t> slots_without_state_;
   // Whether a step lets other threads run Python, which may drop a gradient: then it holds them.
   bool gives_up_gil_ = false;
   bool holds_ = false;  // in this step
-  std::vector<c10::Storage> held_;
   bool failed_elsewhere_ = false;
-  bool is_cleared_ = false;
+  bool is_adopted_ = false;
   std::mutex stepping_;
   std::thread::id stepped_by_;
 };

@@ -110,6 +110,7 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
                     const std::vector<NewState>&, bool>(),
            py::arg("groups"), py::arg("optimizers"), py::arg("new_states"),
            py::arg("device_values"))
+      .def("adopt", &BoundPlan::adopt)
       .def_property_readonly("is_captured", &BoundPlan::is_captured)
       .def("check_captured_rates", &BoundPlan::check_captured_rates)
       .def(
@@ -120,8 +121,13 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
                                THPVariable_Unpack(rates.ptr()), THPVariable_Unpack(epoch.ptr()));
           },
           py::arg("groups"), py::arg("schedules"), py::arg("rates"), py::arg("epoch"))
-      .def("set_clipping", &BoundPlan::set_clipping, py::arg("max_norm"), py::arg("part_of_slot"),
-           py::arg("parts"), py::arg("total"))
+      .def(
+          "set_clipping",
+          [](BoundPlan& plan, double max_norm, std::vector<uint32_t> part_of_slot, size_t parts,
+             py::object total) {
+            plan.set_clipping({max_norm, std::move(part_of_slot), parts, std::move(total)});
+          },
+          py::arg("max_norm"), py::arg("part_of_slot"), py::arg("parts"), py::arg("total"))
       .def_property_readonly("grad_norm", &BoundPlan::grad_norm)
       .def_property_readonly("has_device_plans", &BoundPlan::has_device_plans)
       .def(
@@ -134,7 +140,6 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
             return sums;
           },
           py::arg("part_of_slot"), py::arg("parts"))
-      .def("wants_device_values", &BoundPlan::wants_device_values, py::arg("scalar"))
       .def(
           "step",
           [](BoundPlan& plan, const py::object& grad_scale, const py::object& found_inf,
@@ -146,6 +151,17 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
       .def_property_readonly("failed_elsewhere", &BoundPlan::failed_elsewhere)
       .def_property_readonly("slots_without_state", &BoundPlan::slots_without_state);
 
+  m.def(
+      "any_on_cuda",
+      [](const std::vector<GroupSource>& groups) { return !cuda_devices_of(groups).empty(); },
+      py::arg("groups"));
+  m.def(
+      "is_on_cuda",
+      [](const py::handle& object) {
+        return THPVariable_Check(object.ptr()) &&
+               engine_for(THPVariable_Unpack(object.ptr()).device()) == EngineKind::cuda;
+      },
+      py::arg("object"));
   m.def("instruction_sets", &cpu::instruction_sets);
   m.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));
   m.def("instruction_set_in_use", &cpu::instruction_set_in_use);

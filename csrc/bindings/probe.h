@@ -28,6 +28,9 @@
 
 namespace recap {
 
+// How many slots ahead a step reads, to hide the latency of memory that backward has evicted.
+constexpr size_t kPrefetchSlots = 8;
+
 constexpr int kMaxProbed = kMaxStates + 1;  // the states and the step count
 
 // The gradient, without the warning that Tensor::grad() gives of tensors that are no leaves.

@@ -98,8 +98,7 @@ void find_pairs(const Extent* first, const Extent* last, Pairs& pairs) {
 
 }  // namespace
 
-Pairs slots_that_share(const std::vector<SlotTensors>& slots) {
-  Pairs pairs;
+SharedMemory::SharedMemory(const std::vector<SlotTensors>& slots) {
   std::map<const void*, size_t> seen;
   std::vector<Extent> extents;
   for (size_t i = 0; i < slots.size(); ++i) {
@@ -107,7 +106,7 @@ Pairs slots_that_share(const std::vector<SlotTensors>& slots) {
     const at::Tensor& param = slots[i].param();
     const auto [first, is_new] = seen.emplace(param.unsafeGetTensorImpl(), i);
     if (!is_new) {
-      pairs.emplace_back(first->second, i);
+      pairs_.emplace_back(first->second, i);
     } else if (param.numel() > 0) {
       extents.push_back(extent_of(param, i));
     }
@@ -119,9 +118,17 @@ Pairs slots_that_share(const std::vector<SlotTensors>& slots) {
     for (end = begin + 1; end < extents.size() && extents[end].begin < reached; ++end) {
       reached = std::max(reached, extents[end].end);
     }
-    if (end - begin > 1) find_pairs(&extents[begin], &extents[begin] + (end - begin), pairs);
+    if (end - begin > 1) find_pairs(&extents[begin], &extents[begin] + (end - begin), pairs_);
   }
-  return pairs;
+}
+
+void SharedMemory::refuse(const std::vector<SlotTensors>& slots,
+                          const StepGradients& gradients) const {
+  for (const auto& [a, b] : pairs_) {
+    if (!gradients.has(a) || !gradients.has(b)) continue;
+    throw py::value_error("parameters " + slots[a].name() + " and " + slots[b].name() +
+                          " share memory; pass each parameter once, in one param group");
+  }
 }
 
 }  // namespace recap

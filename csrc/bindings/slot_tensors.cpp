@@ -126,6 +126,7 @@ bool SlotTensors::has_gradient() const {
 void SlotTensors::make_inert() {
   inert_ = has_state_ = true;
   states_.clear();
+  replacements_.clear();
   step_ = {};
 }
 
@@ -251,17 +252,16 @@ void SlotTensors::take_state(const Hyper& hyper) {
                                       name_, " has the strides ", state.strides(),
                                       ", the parameter's ", layout.strides(), "; they must agree"));
       }
-      states_.push_back(py::reinterpret_steal<py::object>(
-          THPVariable_Wrap(dense_like(wanted).copy_(state.detach()))));
-      set_item(state_, key, states_.back());
+      states_.push_back(py::reinterpret_steal<py::object>(THPVariable_Wrap(dense_like(wanted))));
+      replacements_.push_back({key, object, states_.back()});
       continue;
     }
     PyObject* const shard = local_shard(object.ptr());
     states_.push_back(shard ? py::reinterpret_borrow<py::object>(shard) : object);
   }
   if (hyper.counts()) {
-    count_in_tensor();
-    step_ = entry("step");
+    step_ = counted_in_tensor(item_of(state_, "step"));
+    if (!step_) step_ = entry("step");
     const at::Tensor& step = step_count();
     if (step.numel() != 1 || step.is_complex() || step.scalar_type() == at::kBool) {
       throw std::runtime_error(text("the state 'step' of parameter ", name_, " is ", step.dtype(),
@@ -283,13 +283,13 @@ void SlotTensors::take_state(const Hyper& hyper) {
   }
 }
 
-// torch.optim.SparseAdam counts in a number, as other classes once did.
-void SlotTensors::count_in_tensor() {
-  const py::object step = item_of(state_, "step");
-  if (!step) return;
-  if (!PyLong_CheckExact(step.ptr()) && !PyFloat_CheckExact(step.ptr())) return;
+// torch.optim.SparseAdam counts in a number, as other classes once did. Null: this one does not.
+py::object SlotTensors::counted_in_tensor(py::object step) {
+  if (!step || (!PyLong_CheckExact(step.ptr()) && !PyFloat_CheckExact(step.ptr()))) return {};
   const at::Tensor counter = at::full({}, step.cast<double>(), at::kFloat);
-  set_item(state_, "step", py::reinterpret_steal<py::object>(THPVariable_Wrap(counter)));
+  auto tensor = py::reinterpret_steal<py::object>(THPVariable_Wrap(counter));
+  replacements_.push_back({"step", std::move(step), tensor});
+  return tensor;
 }
 
 // One number for each row, in the type in which the update is computed.
@@ -328,11 +328,26 @@ const at::Tensor& SlotTensors::step_count() const {
   return step_ ? THPVariable_Unpack(step_.ptr()) : none;
 }
 
+void SlotTensors::adopt() {
+  for (const auto& [key, former, tensor] : replacements_) {
+    if (THPVariable_Check(former.ptr())) {
+      at::Tensor copy = THPVariable_Unpack(tensor.ptr());
+      copy.copy_(THPVariable_Unpack(former.ptr()).detach());
+    }
+    replace_entry(key, tensor);
+  }
+  replacements_.clear();
+}
+
 void SlotTensors::set_step_count(const at::Tensor& counter) {
   step_ = py::reinterpret_steal<py::object>(THPVariable_Wrap(counter));
-  set_item(state_, "step", step_);
-  for (auto& [key, value] : entries_) {
-    if (key.equal(py::str("step"))) value = step_;
+  replace_entry("step", step_);
+}
+
+void SlotTensors::replace_entry(const char* key, const py::object& value) {
+  set_item(state_, key, value);
+  for (auto& [name, held] : entries_) {
+    if (name.equal(py::str(key))) held = value;
   }
 }
 

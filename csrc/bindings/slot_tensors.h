@@ -26,7 +26,7 @@ class SlotTensors {
  public:
   // `state` is the mapping with the parameter's state, nearly always a dict; an empty one means
   // that the state is still to be made. Raises an error naming the parameter if it has a gradient
-  // and is one that no engine can step.
+  // and is one that no engine can step. Changes nothing that is the user's.
   SlotTensors(std::string name, py::object param, py::object state, const Hyper& hyper);
 
   const std::string& name() const { return name_; }
@@ -48,6 +48,10 @@ class SlotTensors {
                : count >= 0.0 && static_cast<double>(static_cast<int64_t>(count)) == count;
   }
   std::string wrong_step_count(double count) const;
+
+  // Has the mapping hold what the engine steps: a copy of a state that is laid out otherwise than
+  // the parameter, and a tensor for a step count that is a number.
+  void adopt();
 
   // Makes `counter` the step count, in the mapping too.
   void set_step_count(const at::Tensor& counter);
@@ -94,6 +98,10 @@ class SlotTensors {
       visit(value);
     }
     for (const py::object& state : states_) visit(state);
+    for (const Replacement& each : replacements_) {
+      visit(each.former);
+      visit(each.tensor);
+    }
   }
 
  private:
@@ -101,12 +109,18 @@ class SlotTensors {
     bool is_type_error;
     std::string message;
   };
+  // Of an entry of the mapping, by a tensor that takes the former's values.
+  struct Replacement {
+    const char* key;
+    py::object former, tensor;
+  };
   std::optional<Refusal> refusal() const;  // why no engine can step the parameter
   std::optional<Refusal> refusal_of_rows() const;
   bool has_gradient() const;
   void make_inert();
   void take_state(const Hyper& hyper);
-  void count_in_tensor();
+  py::object counted_in_tensor(py::object step);
+  void replace_entry(const char* key, const py::object& value);
   void check_row_state(const char* key, const at::Tensor& state) const;
   void watch_entries(const Hyper& hyper);
   // The local shard of a DTensor that is sharded like the parameter, or a tensor that is none, like
@@ -132,6 +146,7 @@ class SlotTensors {
   std::vector<py::object> states_;  // of a DTensor its local shard
   std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>> state_geometry_;
   py::object step_;
+  std::vector<Replacement> replacements_;
 
   // Defined only for a parameter with gaps, with rows that have some, or not aligned.
   at::Tensor dense_param_;

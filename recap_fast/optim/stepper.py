@@ -84,6 +84,7 @@ class Stepper:
         self._simple_plan: BoundPlan | None = None  # that of `_built`, if it is all of a step
         self._captured: list[BoundPlan] = []
         self._device_values = False
+        self._scaled_on_device = False  # grad_scale or found_inf of some step
         self._device_rates: Sequence[DeviceRates] = ()
         self._building = threading.RLock()  # to step itself, threads take turns in the plan
         self._failed_elsewhere = False  # the last step: not the plan, but what is called by it
@@ -174,12 +175,12 @@ class Stepper:
     ) -> int:
         for plan in self._captured:
             plan.check_captured_rates()
+        if not self._scaled_on_device and _is_any_on_cuda(grad_scale, found_inf):
+            self._scaled_on_device = True
+            self._drop_plan()
         built = self._ready()
         if self._max_norm is not None and built.plan.has_device_plans:
             grad_scale, found_inf = self._clip_on_device(self._max_norm, grad_scale, found_inf)
-            built = self._ready()
-        elif grad_scale is not None or found_inf is not None:
-            self._avoid_waiting_for(built, grad_scale, found_inf)
             built = self._ready()
         arguments = (grad_scale, found_inf, unscale_by, others)
         outcome = self._run(built, *arguments)
@@ -211,6 +212,7 @@ class Stepper:
         now = [optimizer.state for optimizer in self._optimizers()]
         if not all(map(operator.is_, states, now)):
             return native.STALE  # or what was made would replace what another thread has loaded
+        built.plan.adopt()
         outcome = self._run(built, *arguments)
         if outcome == native.STEPPED:
             self._keep(built)
@@ -300,12 +302,6 @@ class Stepper:
         for plan in plans:
             plan.check_captured_rates()
 
-    def _avoid_waiting_for(self, built: _Built, *scalars: Tensor | None) -> None:
-        """Has values computed on the device from the first step on that would wait for it."""
-        if any(built.plan.wants_device_values(scalar) for scalar in scalars):
-            self._device_values = True
-            self._keep(self._build())
-
     def _optimizers(self) -> list[Stepped]:
         return [self._optimizer(number) for number in range(len(self._references))]
 
@@ -323,6 +319,7 @@ class Stepper:
 
     def _keep(self, built: _Built) -> _Built:
         """From now on, steps are those of ``built``."""
+        built.plan.adopt()
         self._drop_plan()
         self._built = built
         if built.is_simple and not self._captured:
@@ -331,7 +328,7 @@ class Stepper:
 
     @_not_compiled
     def _build(self, new_states: Sequence[NewState] = ()) -> _Built:
-        """Builds a plan; the present one stays."""
+        """Builds a plan; the present one stays, and so does all that is the user's."""
         self.check_captured_rates()
         if self._device_rates:
             self._check_places()
@@ -348,13 +345,12 @@ class Stepper:
                 params += group["params"]
                 all_names += names
                 sources.append(source)
-        # Before the plan, which changes where step counts are.
         max_norm = self._max_norm
         parts = None if max_norm is None else NormParts(params, all_names)
-        plan = native.BoundPlan(sources, optimizers, list(new_states), self._device_values)
-        if parts is not None and plan.has_device_plans and not self._device_values:
+        # What scales gradients is on the device, and a step that read it there would wait.
+        if (parts is not None or self._scaled_on_device) and native.any_on_cuda(sources):
             self._device_values = True
-            return self._build(new_states)
+        plan = native.BoundPlan(sources, optimizers, list(new_states), self._device_values)
         if max_norm is not None and parts is not None and not plan.has_device_plans:
             total = None if parts.is_local else parts.total
             plan.set_clipping(max_norm, parts.part_of_param, parts.count, total)
@@ -481,6 +477,10 @@ class Stepper:
             left_behind = None if owner is None else owner.state
             made.append(native.NewState(index, entries, is_new, left_behind))
         return made
+
+
+def _is_any_on_cuda(*scalars: Tensor | None) -> bool:
+    return any(native.is_on_cuda(scalar) for scalar in scalars if scalar is not None)
 
 
 def _sums_of_squares(built: _Built) -> tuple[NormParts, list[Tensor]]:

@@ -1,7 +1,8 @@
-"""A first step makes state; where that step is not taken after all, it leaves none."""
+"""What a plan changes of the optimizer's state: for a step that is taken, and for no other."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from recap_fast._native import native
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
 from tests.support.optimizers import (
@@ -131,3 +133,61 @@ def test_groups_and_parameters_may_be_tuples(
     assert len(builds) == built
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def _strided(state: dict[str, Any]) -> None:
+    state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+
+
+def _counted_in_a_number(state: dict[str, Any]) -> None:
+    state["step"] = int(state["step"])
+
+
+def _counted_in_half(state: dict[str, Any]) -> None:
+    state["step"] = state["step"].half()
+
+
+TO_ADOPT = [_strided, _counted_in_a_number, _counted_in_half]
+
+
+def _trained() -> tuple[FusedAdam, list[torch.Tensor]]:
+    params = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
+    optimizer = FusedAdam(params)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    return optimizer, params
+
+
+@pytest.mark.parametrize("edit", TO_ADOPT)
+def test_to_build_a_plan_changes_nothing(edit: Callable[[dict[str, Any]], None]) -> None:
+    """To adopt it does, by a copy with the same values."""
+    optimizer, params = _trained()
+    edit(optimizer.state[params[0]])
+    states = [dict(optimizer.state[param]) for param in params]
+    values = copy.deepcopy(states)
+    group = optimizer.param_groups[0]
+    source = native.GroupSource("adam", "group", group, optimizer.state, ["p", "q"])
+    plan = native.BoundPlan([source], [optimizer], [], False)
+    assert plan.step(None, None) == native.STALE
+    for param, state in zip(params, states, strict=True):
+        assert all(optimizer.state[param][key] is value for key, value in state.items())
+    plan.adopt()
+    for param, state in zip(params, values, strict=True):
+        for key, value in state.items():
+            assert torch.equal(
+                torch.as_tensor(value), optimizer.state[param][key].to(torch.as_tensor(value))
+            )
+    assert plan.step(None, None) == native.STEPPED
+
+
+@pytest.mark.parametrize("edit", TO_ADOPT)
+def test_a_plan_that_is_refused_changes_nothing(edit: Callable[[dict[str, Any]], None]) -> None:
+    optimizer, params = _trained()
+    edit(optimizer.state[params[0]])
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(5)
+    states = [dict(optimizer.state[param]) for param in params]
+    with pytest.raises(RuntimeError, match="'exp_avg' of parameter"):
+        optimizer.step()
+    for param, state in zip(params, states, strict=True):
+        assert all(optimizer.state[param][key] is value for key, value in state.items())
