@@ -1,8 +1,9 @@
-"""The arithmetic of docs/scaling.md against plain counting, and the page against its results."""
+"""The tables of docs/scaling.md: against a run, against FBGEMM, and against plain counting."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from itertools import product
 
@@ -11,51 +12,65 @@ import pytest
 pytest.importorskip("torchrec")
 
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
+from benchmarks import scaling, workloads
 from benchmarks.documents import ROOT
-from benchmarks.scaling import arithmetic, page, rows
-from benchmarks.scaling.arithmetic import Lookups
+from benchmarks.scaling import DIM, FEATURES, RATINGS, SHARDINGS
+from benchmarks.table import number
+from recap_fast.embeddings.algorithms import TABLE_ALGORITHMS
 
-SHARDINGS = ("table_wise", "column_wise", "row_wise")
+PAGE = (ROOT / "docs" / "scaling.md").read_text()
+GPUS = (8, 16, 32, 64, 128)
 
 
-def sent_by_all(sharding: str, lookups: Lookups, gpus: int) -> tuple[int, int]:
+def results() -> dict:
+    (name,) = set(re.findall(r"benchmarks/results/[\w-]+\.json", PAGE))
+    return json.loads((ROOT / name).read_text())
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    assert scaling.throughput_table(results()) in PAGE
+    assert scaling.traffic_table(results()) in PAGE
+    assert f"at revision {results()['machine']['revision']} on" in PAGE
+
+
+def sent_by_all(
+    sharding: str, gpus: int, ratings: int, features: int, ids: int, dim: int
+) -> tuple[int, int]:
     """Bytes of ids and of pooled embeddings, message by message; a table per feature."""
-    ids, pooled = 0, 0
-    for gpu, rating, feature in product(
-        range(gpus), range(lookups.ratings), range(lookups.features)
-    ):
+    of_ids, pooled = 0, 0
+    for gpu, rating, feature in product(range(gpus), range(ratings), range(features)):
         owner = feature % gpus  # of a whole table
         for other in range(gpus):
             if other == gpu:
                 continue
             if sharding == "table_wise" and other == owner:
-                ids += 8 + 8 * lookups.ids
-                pooled += 4 * lookups.dim  # comes back
+                of_ids += 8 + 8 * ids
+                pooled += 4 * dim  # comes back
             elif sharding == "column_wise":
-                ids += 8 + 8 * lookups.ids
-                pooled += 4 * lookups.dim // gpus
+                of_ids += 8 + 8 * ids
+                pooled += 4 * dim // gpus
             elif sharding == "row_wise":
-                ids += 8
-                pooled += 4 * lookups.dim  # a part of the sum, of rows that the other has
+                of_ids += 8
+                pooled += 4 * dim  # a part of the sum, of rows that the other has
         if sharding == "row_wise":
             # Id number i of the rating is in the block of GPU (rating + i) modulo GPUs.
-            ids += sum(8 for i in range(lookups.ids) if (rating + i) % gpus != gpu)
-    return ids, pooled
+            of_ids += sum(8 for i in range(ids) if (rating + i) % gpus != gpu)
+    return of_ids, pooled
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("gpus", [1, 2, 4])
 def test_traffic_of_tables_is_that_of_every_message(sharding: str, gpus: int) -> None:
-    lookups = Lookups(ratings=8, features=12, ids=3, dim=16)
-    ids, pooled = sent_by_all(sharding, lookups, gpus)
-    assert arithmetic.id_traffic(sharding, lookups, gpus) * gpus == pytest.approx(ids)
-    assert arithmetic.pooled_traffic(sharding, lookups, gpus) * gpus == pytest.approx(pooled)
+    ids, pooled = scaling.tables_by_formula(sharding, gpus, 8, 12, 3, 16)
+    expected = sent_by_all(sharding, gpus, 8, 12, 3, 16)
+    assert (ids * gpus, pooled * gpus) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("kind", "passes"), [("ddp", 2), ("fsdp", 3)])
@@ -63,58 +78,99 @@ def test_traffic_of_tables_is_that_of_every_message(sharding: str, gpus: int) ->
 def test_dense_traffic_is_that_of_rings(kind: str, passes: int, gpus: int) -> None:
     chunk = 100  # elements; in each of gpus - 1 rounds of a pass, every GPU sends one chunk on
     expected = sum(4 * chunk for _ in range(passes) for _ in range(gpus - 1))
-    assert arithmetic.dense_traffic(kind, chunk * gpus, gpus) == pytest.approx(expected)
+    assert scaling.dense_by_formula(kind, chunk * gpus, gpus) == pytest.approx(expected)
 
 
-def test_unknown_ways_are_refused() -> None:
-    lookups = Lookups(1, 1, 1, 4)
-    for traffic in (arithmetic.id_traffic, arithmetic.pooled_traffic):
-        with pytest.raises(ValueError, match="sharding='diagonal' must be"):
-            traffic("diagonal", lookups, 2)
-    with pytest.raises(ValueError, match="kind='copied' must be ddp or fsdp"):
-        arithmetic.dense_traffic("copied", 1, 2)
+def test_the_page_shows_what_the_formulas_say() -> None:
+    def of_tables(sharding: str, part: int, dim: int = 1) -> list[float]:
+        return [scaling.tables_by_formula(sharding, n, 4096, 26, 1, dim)[part] for n in GPUS]
+
+    rows = {}
+    for sharding in ("table_wise", "row_wise"):
+        name = sharding.replace("_", "-")
+        rows[f"{name}: ids"] = of_tables(sharding, 0)
+        for dim in (64, 128):
+            pooled = f"{name}: pooled, {dim} columns, forward; as much backward"
+            rows[pooled] = of_tables(sharding, 1, dim)
+    for kind, name in (("ddp", "DDP"), ("fsdp", "FSDP2, at most")):
+        elements = workloads.RECAP.elements
+        rows[f"dense part: {name}"] = [scaling.dense_by_formula(kind, elements, n) for n in GPUS]
+    for name, sent in rows.items():
+        assert f"\n| {name} | {' | '.join(number(bytes_ / 1e6) for bytes_ in sent)} |\n" in PAGE
+
+
+DTYPES = {"float32": SparseType.FP32, "float16": SparseType.FP16}
+
+
+def _table(algorithm: str, dtype: str, rows: int, dim: int, device: str):
+    where = {
+        "meta": (EmbeddingLocation.DEVICE, ComputeDevice.CUDA),  # as for a GPU
+        "cpu": (EmbeddingLocation.HOST, ComputeDevice.CPU),
+    }[device]
+    return SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, dim, *where)],
+        optimizer=TABLE_ALGORITHMS[algorithm].optimizer,
+        weights_precision=DTYPES[dtype],
+        device=torch.device(device),
+    )
+
+
+def bytes_per_row(algorithm: str, dtype: str, dim: int) -> tuple[float, float]:
+    """Of weights and of state, as FBGEMM lays them out for a GPU, where nothing is allocated."""
+    rows = 4096
+    kernel = _table(algorithm, dtype, rows, dim, "meta")
+    tensors = dict([*kernel.named_parameters(), *kernel.named_buffers()])
+    weights, state = (
+        sum(
+            tensor.numel() * tensor.element_size()
+            for name, tensor in tensors.items()
+            # Beside these there are a few integers for each table, not for each row.
+            if name.startswith(prefix) and name.endswith("_dev") and tensor.is_floating_point()
+        )
+        for prefix in ("weights", "momentum")
+    )
+    return weights / rows, state / rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "algorithm", ["sgd", "rowwise_adagrad", "partial_rowwise_adam", "adagrad", "adam"]
+)
+def test_the_page_shows_the_bytes_of_a_row(algorithm: str, dtype: str) -> None:
+    cells = []
+    for dim in (64, 128):
+        weights, state = bytes_per_row(algorithm, dtype, dim)
+        gpus = math.ceil(1e9 * (weights + state) / (0.8 * 80e9))
+        cells.append(f"{weights:g} + {state:g} | {gpus}")
+    assert f"\n| {algorithm}, {dtype} | {' | '.join(cells)} |\n" in PAGE
 
 
 @pytest.mark.parametrize("dim", [8, 64])
-@pytest.mark.parametrize("dtype", list(rows.DTYPES))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("algorithm", ["sgd", "rowwise_adagrad", "adagrad"])
 def test_bytes_of_a_row_are_those_of_real_tables(algorithm: str, dtype: str, dim: int) -> None:
     count = 100
-    kernel = SplitTableBatchedEmbeddingBagsCodegen(
-        [(count, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)],
-        optimizer=rows.ALGORITHMS[algorithm],
-        weights_precision=rows.DTYPES[dtype],
-        device=torch.device("cpu"),
-    )
+    kernel = _table(algorithm, dtype, count, dim, "cpu")
     (weights,) = kernel.split_embedding_weights()
     states = [state for table in kernel.split_optimizer_states() for state in table]
-    measured = rows.measure(algorithm, dtype, dim)
-    assert measured.weights * count == weights.numel() * weights.element_size()
-    assert measured.state * count == sum(s.numel() * s.element_size() for s in states)
-
-
-def results_path():
-    (name,) = set(re.findall(r"benchmarks/results/[\w-]+\.json", page.PAGE.read_text()))
-    return ROOT / name
-
-
-def test_the_page_shows_the_results() -> None:
-    assert page.page_of(results_path()) == page.PAGE.read_text()
+    expected = [
+        weights.numel() * weights.element_size(),
+        sum(s.numel() * s.element_size() for s in states),
+    ]
+    assert [each * count for each in bytes_per_row(algorithm, dtype, dim)] == expected
 
 
 def test_what_was_counted_is_what_the_formulas_say() -> None:
-    traffic = json.loads(results_path().read_text())["traffic"]
+    traffic = results()["traffic"]
     assert {(e["processes"], e["sharding"]) for e in traffic} >= set(product((2, 4), SHARDINGS))
     for e in traffic:
         if e["dense"] != "ddp":
             continue
-        ratings = 512 // e["processes"]
-        lookups = Lookups(ratings, 6, e["number_of_ids"] / ratings / 6, 32)
+        gpus, ratings = e["processes"], RATINGS // e["processes"]
+        each = e["number_of_ids"] / ratings / FEATURES
+        ids, pooled = scaling.tables_by_formula(e["sharding"], gpus, ratings, FEATURES, each, DIM)
         # Where a genre's ids go depends on the batch.
-        assert e["ids"] == pytest.approx(
-            arithmetic.id_traffic(e["sharding"], lookups, e["processes"]), rel=0.02
-        )
-        both_ways = 2 * arithmetic.pooled_traffic(e["sharding"], lookups, e["processes"])
-        assert e["floats"] == pytest.approx(both_ways)
-        dense = arithmetic.dense_traffic("ddp", e["dense_elements"], e["processes"])
+        assert e["ids"] == pytest.approx(ids, rel=0.02)
+        assert e["floats"] == pytest.approx(2 * pooled)
+        dense = scaling.dense_by_formula("ddp", e["dense_elements"], gpus)
         assert e["ddp"] == pytest.approx(dense)
