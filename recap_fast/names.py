@@ -3,34 +3,76 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+from torch import nn
 
 from recap_fast.config import EmbeddingOptimizerConfig
 
 # Path segments of torch.compile, torchrec's model parallel, FSDP and activation checkpointing.
-WRAPPER_SEGMENTS = frozenset(
+_WRAPPER_SEGMENTS = frozenset(
     {"_orig_mod", "_dmp_wrapped_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 )
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 # A table of a torchrec EmbeddingBagCollection is "<path>.embedding_bags.<table>.weight".
 TABLES = "embedding_bags"
 
 
-def without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Maps each name to the one that it would have if the model were not wrapped."""
-    bare = {
-        name: ".".join(part for part in name.split(".") if part not in WRAPPER_SEGMENTS)
-        for name in names
+def is_wrapped(model: nn.Module) -> bool:
+    """Returns whether ``model`` is a wrapper of torch's or torchrec's own."""
+    names = dict(model.named_children())
+    return isinstance(model, _PARALLEL) or any(name in _WRAPPER_SEGMENTS for name in names)
+
+
+def wrapped_module(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """Returns what a wrapper (DDP, torch.compile, model parallel) wraps, and its name there.
+
+    None for other modules. DDP, DeepSpeed and many more call it "module".
+    """
+    children = dict(module.named_children())
+    if len(children) == 1:
+        ((name, child),) = children.items()
+        if name == "module" or name in _WRAPPER_SEGMENTS:
+            return name, child
+    return None
+
+
+def bare_names(model: nn.Module) -> Callable[[str], str]:
+    """Returns what maps the path of a parameter, buffer or module to that in the unwrapped model.
+
+    A module of the model may be called "module" too: so is a wrapper's, if it is of torch's own
+    data parallel, or if nothing but wrappers is around it.
+    """
+    # Paths are compared without the segments, which some wrappers hide from names themselves.
+    holders = {
+        _without_segments(path)
+        for path, each in model.named_modules()
+        if isinstance(each, _PARALLEL)
     }
-    # DDP and others hold all of the model as "module"; a module of the model may be called so too.
-    while bare and all(name.startswith("module.") for name in bare.values()):
-        bare = {full: name.removeprefix("module.") for full, name in bare.items()}
+    outer, owner = "", model
+    while found := wrapped_module(owner):
+        if any(True for _ in owner.parameters(recurse=False)):
+            break  # a module of the model, with weights of its own
+        name, owner = found
+        if name == "module":
+            holders.add(_without_segments(outer))
+        outer = f"{outer}.{name}" if outer else name
+
+    def bare(path: str) -> str:
+        parts = _without_segments(path).split(".")
+        kept = [
+            part
+            for place, part in enumerate(parts)
+            if part != "module" or ".".join(parts[:place]) not in holders
+        ]
+        return ".".join(kept)
+
     return bare
 
 
-def modules_by_name(params: Iterable[str]) -> dict[str, list[str]]:
-    """Maps each parameter's name to those of the modules that it is in, from the outermost on."""
-    return {full: name.split(".")[:-1] for full, name in without_wrappers(params).items()}
+def _without_segments(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in _WRAPPER_SEGMENTS)
 
 
 def is_table(param_name: str) -> bool:

@@ -193,12 +193,12 @@ void BoundPlan::set_clipping(HostClipping clipping) {
 }
 
 void BoundPlan::set_schedules(const std::vector<size_t>& groups, const at::Tensor& schedules,
-                              const at::Tensor& rates, const at::Tensor& epoch) {
+                              const at::Tensor& rates, const at::Tensor& step) {
   for (size_t i = 0; i < groups.size(); ++i) {
     scheduled_rates_.at(groups[i]) = rates.const_data_ptr<double>() + i;
   }
   for (DevicePlan& plan : device_plans_) {
-    if (plan.device() == rates.device()) plan.set_schedules(schedules, rates, epoch);
+    if (plan.device() == rates.device()) plan.set_schedules(schedules, rates, step);
   }
 }
 

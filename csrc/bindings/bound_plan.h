@@ -89,7 +89,7 @@ class BoundPlan {
   // With device values: `groups` have their learning rates, one after the other, in `rates`, which
   // every step moves on by `schedules`; see DevicePlan::set_schedules.
   void set_schedules(const std::vector<size_t>& groups, const at::Tensor& schedules,
-                     const at::Tensor& rates, const at::Tensor& epoch);
+                     const at::Tensor& rates, const at::Tensor& step);
 
   // From now on gradients are scaled down to a global norm. Not for a plan with CUDA devices.
   void set_clipping(HostClipping clipping);

@@ -46,7 +46,7 @@ void DevicePlan::run(const Step& step) {
 void DevicePlan::run(const cuda::DeviceStep& step) {
   void* const stream = current_stream(device_);
   if (stream != last_stream_ && !is_capturing(device_)) {
-    for (const at::Tensor& tensor : {counts_, schedules_, rates_, epoch_}) {
+    for (const at::Tensor& tensor : {counts_, schedules_, rates_, step_}) {
       if (tensor.defined()) keep_for_current_stream(tensor);
     }
     last_stream_ = stream;
@@ -77,14 +77,14 @@ DevicePlan::~DevicePlan() = default;
 DevicePlan::DevicePlan(DevicePlan&&) noexcept = default;
 
 void DevicePlan::set_schedules(const at::Tensor& schedules, const at::Tensor& rates,
-                               const at::Tensor& epoch) {
+                               const at::Tensor& step) {
   // Made on whichever stream; `run` takes care of those to come.
-  for (const at::Tensor& tensor : {schedules, rates, epoch}) keep_for_current_stream(tensor);
+  for (const at::Tensor& tensor : {schedules, rates, step}) keep_for_current_stream(tensor);
   schedules_ = schedules;
   rates_ = rates;
-  epoch_ = epoch;
+  step_ = step;
   rate_table_ = {schedules.const_data_ptr<double>(), rates.mutable_data_ptr<double>(),
-                 epoch.mutable_data_ptr<int64_t>(), static_cast<uint32_t>(rates.numel())};
+                 step.mutable_data_ptr<int64_t>(), static_cast<uint32_t>(rates.numel())};
 }
 
 void DevicePlan::take_step_counts(std::vector<SlotTensors>& slots,

@@ -34,8 +34,8 @@ class DevicePlan {
   void run(const cuda::DeviceStep& step);
 
   // From now on every step moves these schedules on: float64 `schedules` as a cuda::RateTable
-  // describes, float64 `rates` and an int64 `epoch`, all on this device.
-  void set_schedules(const at::Tensor& schedules, const at::Tensor& rates, const at::Tensor& epoch);
+  // describes, float64 `rates` and an int64 `step`, all on this device.
+  void set_schedules(const at::Tensor& schedules, const at::Tensor& rates, const at::Tensor& step);
 
   // What of a device step is this part's own; the rest is the plan's.
   float* step_counts() const { return counts_.mutable_data_ptr<float>(); }
@@ -47,7 +47,7 @@ class DevicePlan {
   at::Device device_;
   std::unique_ptr<EngineHolder> engine_;
   at::Tensor counts_;  // float32, one per slot of the plan
-  at::Tensor schedules_, rates_, epoch_;
+  at::Tensor schedules_, rates_, step_;
   void* last_stream_ = nullptr;  // that used these
   cuda::RateTable rate_table_;
 };

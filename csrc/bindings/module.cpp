@@ -3,6 +3,7 @@
 #include <torch/version.h>
 
 #include "../cpu/engine.h"
+#include "../plan/schedule_table.h"
 #include "bound_plan.h"
 #include "devices.h"
 #include "python.h"
@@ -116,11 +117,11 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
       .def(
           "set_schedules",
           [](BoundPlan& plan, const std::vector<size_t>& groups, const py::handle& schedules,
-             const py::handle& rates, const py::handle& epoch) {
+             const py::handle& rates, const py::handle& step) {
             plan.set_schedules(groups, THPVariable_Unpack(schedules.ptr()),
-                               THPVariable_Unpack(rates.ptr()), THPVariable_Unpack(epoch.ptr()));
+                               THPVariable_Unpack(rates.ptr()), THPVariable_Unpack(step.ptr()));
           },
-          py::arg("groups"), py::arg("schedules"), py::arg("rates"), py::arg("epoch"))
+          py::arg("groups"), py::arg("schedules"), py::arg("rates"), py::arg("step"))
       .def(
           "set_clipping",
           [](BoundPlan& plan, double max_norm, std::vector<uint32_t> part_of_slot, size_t parts,
@@ -150,6 +151,17 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
           py::arg("others") = py::tuple())
       .def_property_readonly("failed_elsewhere", &BoundPlan::failed_elsewhere)
       .def_property_readonly("slots_without_state", &BoundPlan::slots_without_state);
+
+  py::class_<ScheduleTable>(m, "ScheduleTable")
+      .def(py::init())
+      .def("add_constant", &ScheduleTable::add_constant, py::arg("rate"))
+      .def("add_piecewise_constant", &ScheduleTable::add_piecewise_constant, py::arg("boundaries"),
+           py::arg("rates"))
+      .def("add_linear_ramp_to_constant", &ScheduleTable::add_linear_ramp_to_constant,
+           py::arg("rate"), py::arg("ramp"))
+      .def("add_linear_ramp_to_cosine", &ScheduleTable::add_linear_ramp_to_cosine, py::arg("rate"),
+           py::arg("ramp"), py::arg("final_rate"), py::arg("final_step"))
+      .def("numbers", &ScheduleTable::numbers);
 
   m.def(
       "any_on_cuda",

@@ -16,12 +16,12 @@ struct DeviceGroup {
   bool lr_is_double = false;  // float64, else float32
 };
 
-// Learning-rate schedules that each step moves on: `epoch` grows by one, and `rates` become those
-// of the new epoch. All of it lies in device memory.
+// Learning-rate schedules that each step moves on: `step` grows by one, and `rates` become those
+// of the new step. All of it lies in device memory.
 struct RateTable {
   const double* schedules = nullptr;  // as ../plan/schedules.h describes
   double* rates = nullptr;            // one per schedule; a group's lr may point to it
-  int64_t* epoch = nullptr;
+  int64_t* step = nullptr;
   uint32_t count = 0;  // of schedules
 };
 

@@ -4,7 +4,7 @@
 //  * Every block computes its own, rather than one block for all: nothing waits for another block,
 //    and there is one launch. It is some hundred dependent operations in double, next to a tile's
 //    thousands of elements.
-//  * The step changes what it starts from: counts, epoch and rates. So each block takes a ticket
+//  * The step changes what it starts from: counts, step and rates. So each block takes a ticket
 //    when it has read them, and the block that takes the last one changes them.
 #include "../numerics/power.h"
 #include "../plan/schedules.h"
@@ -17,7 +17,7 @@ namespace {
 // What the first thread of a block finds out for all of them.
 struct Found {
   Values values;
-  int64_t epoch;
+  int64_t step;
   bool skips;    // found_inf
   bool is_last;  // of the launch's blocks to read what the step changes
 };
@@ -37,7 +37,7 @@ RECAP_DEVICE bool take_last_ticket(const DeviceArgumentsHeader& header) {
 RECAP_DEVICE void find(const DeviceArgumentsHeader& header, SlotGrad grad, uint32_t slot,
                        Found& found) {
   found.skips = header.found_inf && load_from<float>(header.found_inf) != 0.0f;
-  found.epoch = header.rates.epoch ? load_from<int64_t>(header.rates.epoch) : 0;
+  found.step = header.rates.step ? load_from<int64_t>(header.rates.step) : 0;
   if (!grad.bits) {
     found.is_last = take_last_ticket(header);
     return;
@@ -63,10 +63,10 @@ RECAP_DEVICE void move_on(const DeviceArgumentsHeader& header, const Found& foun
   }
   const RateTable& rates = header.rates;
   for (uint32_t i = threadIdx.x; i < rates.count; i += kThreads) {
-    store_to(rates.rates + i, rate_at(rates.schedules, i, found.epoch + 1));
+    store_to(rates.rates + i, rate_at(rates.schedules, i, found.step + 1));
   }
   if (threadIdx.x == 0) {
-    if (rates.epoch) store_to(rates.epoch, found.epoch + 1);
+    if (rates.step) store_to(rates.step, found.step + 1);
     if (header.block_count > 1) store_to(header.ticket, 0u);
   }
 }

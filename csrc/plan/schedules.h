@@ -8,9 +8,9 @@
 //
 //   constant                  rate
 //   piecewise constant        where its pieces begin in the table, boundaries; there, `boundaries`
-//                             ascending epochs, and then one rate more
-//   linear ramp to constant   rate, epochs of the ramp
-//   linear ramp to cosine     rate, epochs of the ramp, final rate, epoch at which it is reached
+//                             ascending steps, and then one rate more
+//   linear ramp to constant   rate, steps of the ramp
+//   linear ramp to cosine     rate, steps of the ramp, final rate, step at which it is reached
 #pragma once
 
 #include <cstdint>
@@ -60,11 +60,11 @@ RECAP_INLINE double cos_pi(double x) {
   return x <= 0.5 ? cosine : -cosine;
 }
 
-RECAP_INLINE double piece_at(const double* boundaries, int64_t count, double epoch) {
-  int64_t first = 0, last = count;  // the number of boundaries at or before `epoch`
+RECAP_INLINE double piece_at(const double* boundaries, int64_t count, double step) {
+  int64_t first = 0, last = count;  // the number of boundaries at or before `step`
   while (first < last) {
     const int64_t middle = (first + last) / 2;
-    if (boundaries[middle] <= epoch) {
+    if (boundaries[middle] <= step) {
       first = middle + 1;
     } else {
       last = middle;
@@ -74,17 +74,17 @@ RECAP_INLINE double piece_at(const double* boundaries, int64_t count, double epo
 }
 
 RECAP_INLINE double ramp_to_cosine_at(double rate, double ramp, double final_rate,
-                                      double final_epoch, double epoch) {
-  if (epoch < ramp) return divide(rate, ramp) * epoch;
-  if (epoch > final_epoch) return final_rate;
-  const double share_left = 0.5 * (1.0 + cos_pi(divide(epoch - ramp, final_epoch - ramp)));
+                                      double final_step, double step) {
+  if (step < ramp) return divide(rate, ramp) * step;
+  if (step > final_step) return final_rate;
+  const double share_left = 0.5 * (1.0 + cos_pi(divide(step - ramp, final_step - ramp)));
   return final_rate + (rate - final_rate) * share_left;
 }
 
-// The rate of one schedule of `table` after `epoch` steps.
-RECAP_INLINE double rate_at(const double* table, int64_t schedule, int64_t epoch) {
+// The rate of one schedule of `table` after `step` steps.
+RECAP_INLINE double rate_at(const double* table, int64_t schedule, int64_t step) {
   const double* const arguments = table + schedule * kScheduleSize + 1;
-  const double at = static_cast<double>(epoch);
+  const double at = static_cast<double>(step);
   switch (static_cast<ScheduleKind>(static_cast<int>(arguments[-1]))) {
     case ScheduleKind::constant: break;
     case ScheduleKind::piecewise_constant:

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from recap_fast.checkpoint.params import TrainedParam, bare_names
+from recap_fast.checkpoint.params import TrainedParam
 from recap_fast.checkpoint.plain import check_plain, option_to_plain
-from recap_fast.names import is_table
+from recap_fast.names import bare_names, is_table
 from recap_fast.state.options import EXECUTION_OPTIONS
 
 # What says nothing about how parameters are trained.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recap_fast.checkpoint.contents import Description
 from recap_fast.checkpoint.errors import CheckpointMismatchError
+from recap_fast.state.fit import misfits
 
 Shape = Mapping[str, Any]
 """The "shape" and "dtype" of a tensor, as plain values."""
@@ -125,20 +126,21 @@ def _compare_optimizers(
         entries, own_state = saved.entries.get(name, {}), own_states.get(name, {})
         # A fused table counts its steps elsewhere: see `Description.forward_passes`.
         optional = {"step"} if saved_group["is_fused"] or group["is_fused"] else set()
+        shapes = {
+            key: None
+            if f"{name}.{key}" in {**saved.column_shards, **own.column_shards}
+            else saved_tensors[f"optimizer.{name}.{key}"]
+            for key, entry in entries.items()
+            if entry == "tensor"
+        }
+        state = misfits(shapes, own_state, optional)
         # A dense parameter that took no step has no state, and needs none.
         if entries or saved_group["is_fused"]:
-            found.missing += [
-                f"{key!r} of {name!r}" for key in own_state if key not in {*entries, *optional}
-            ]
-        for key, entry in entries.items():
-            shards = f"{name}.{key}" in {**saved.column_shards, **own.column_shards}
-            if entry != "tensor" or shards or key in optional:
-                continue
-            shape = saved_tensors[f"optimizer.{name}.{key}"]
-            if key not in own_state:
-                found.unexpected.append(f"{key!r} of {name!r}")
-            elif own_state[key] != shape:
-                found.other.append(f"{key!r} of {name!r} {_change(shape, own_state[key])}")
+            found.missing += [f"{key!r} of {name!r}" for key in state.missing if key not in entries]
+        found.unexpected += [f"{key!r} of {name!r}" for key in state.unexpected if shapes[key]]
+        for key in state.changed:
+            change = _change(saved_tensors[f"optimizer.{name}.{key}"], own_state[key])
+            found.other.append(f"{key!r} of {name!r} {change}")
 
 
 def _compare_column_shards(where: str, saved: Description, own: Description) -> None:

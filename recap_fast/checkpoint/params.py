@@ -6,7 +6,7 @@ that of fused tables has those of `recap_fast.embeddings`, whoever made the tabl
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,9 @@ from recap_fast.embeddings.algorithms import algorithm_of
 from recap_fast.embeddings.fused_optimizer import counts_forward_passes
 from recap_fast.embeddings.live_step import LiveStep
 from recap_fast.keyed import leaves, walk
-from recap_fast.names import WRAPPER_SEGMENTS
+from recap_fast.keyed.new_state import new_state_of
+from recap_fast.names import bare_names
 from recap_fast.state.memory import StateMemory
-from recap_fast.state.new import new_state
 
 # Where the classes are whose names say what is trained, and by which engine does not.
 _OF_ALGORITHMS = ("torch.optim.", "recap_fast.torch_classes")
@@ -94,7 +94,7 @@ class TrainedParam(NamedTuple):
         Raises:
             TypeError: The optimizer is of a class whose state is not known.
         """
-        return self._new_state(self.param, memory)
+        return new_state_of(self.owner, self.group, self.param, memory)
 
     def state_to_be(self) -> dict[str, Tensor] | None:
         """The shapes and dtypes of the state that there is or will be, as tensors.
@@ -106,14 +106,9 @@ class TrainedParam(NamedTuple):
             return state
         like = torch.empty(self.param.shape, dtype=self.param.dtype, device="meta")
         try:
-            return {**self._new_state(like, StateMemory()), **state}
+            return {**new_state_of(self.owner, self.group, like, StateMemory()), **state}
         except TypeError:
             return state or None
-
-    def _new_state(self, param: Tensor, memory: StateMemory) -> dict[str, Tensor]:
-        if isinstance(self.owner, WarmupOptimizer):
-            return {"warmup": torch.zeros(2, dtype=torch.long, device="cpu")}  # iteration and stage
-        return new_state(self.owner, self.group, param, memory)
 
     def column_shards(self, state: Tensor) -> list[list[int]] | None:
         """How a table is cut, if each of its column shards has an entry of `state` for every row.
@@ -172,22 +167,3 @@ def trained_params(model: nn.Module, optimizer: Optimizer) -> list[TrainedParam]
                     )
                 found.append(TrainedParam(own_names[id(param)], param, leaf, group))
     return found
-
-
-def bare_names(model: nn.Module) -> Callable[[str], str]:
-    """Returns what maps the name of a parameter or buffer to the one in the unwrapped model."""
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    holders = {path for path, module in model.named_modules() if isinstance(module, parallel)}
-
-    def bare(name: str) -> str:
-        path: list[str] = []
-        kept = []
-        for segment in name.split("."):
-            if segment not in WRAPPER_SEGMENTS and not (
-                segment == "module" and ".".join(path) in holders
-            ):
-                kept.append(segment)
-            path.append(segment)
-        return ".".join(kept)
-
-    return bare

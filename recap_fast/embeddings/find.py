@@ -18,7 +18,7 @@ from recap_fast.config.convert import kind_of
 from recap_fast.embeddings.follow import follow_tables
 from recap_fast.groups.fused_memory import memory_of, memory_range
 from recap_fast.keyed import leaves
-from recap_fast.names import WRAPPER_SEGMENTS, table_name
+from recap_fast.names import bare_names, table_name, wrapped_module
 
 # Under which torchrec's collections have their tables, pooled and not.
 _HOLDERS = ("embedding_bags", "embeddings")
@@ -43,7 +43,8 @@ def find_fused_optimizer(model: nn.Module) -> keyed.KeyedOptimizer | None:
     """
     owner: nn.Module | None = model
     while owner is not None and getattr(owner, "fused_optimizer", None) is None:
-        owner = _wrapped_module(owner)
+        wrapped = wrapped_module(owner)
+        owner = None if wrapped is None else wrapped[1]
     optimizer = _optimizer_of_parts(model) if owner is None else _optimizer_of(owner)
     if isinstance(optimizer, keyed.CombinedOptimizer):
         is_empty = not optimizer.optimizers
@@ -95,22 +96,23 @@ def _fused_collections(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _optimizer_of_parts(model: nn.Module) -> keyed.CombinedOptimizer:
+    bare = bare_names(model)
     optimizers = []
     for path, module in _modules_with_optimizer(model):
         optimizer = _optimizer_of(module)
-        optimizers.append((_key(path, module, optimizer), optimizer))
+        optimizers.append((_key(bare(path), module, optimizer), optimizer))
     return keyed.CombinedOptimizer(optimizers)
 
 
 def _modules_with_optimizer(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that have a fused optimizer, by path without wrappers."""
+    """The outermost modules that have a fused optimizer, by path."""
     for name, child in module.named_children():
-        own = [part for part in (path, name) if part and part not in WRAPPER_SEGMENTS]
+        own = f"{path}.{name}" if path else name
         found = getattr(child, "fused_optimizer", None)
         if isinstance(found, keyed.KeyedOptimizer) or isinstance(child, FusedOptimizerModule):
-            yield ".".join(own), child
+            yield own, child
         else:
-            yield from _modules_with_optimizer(child, ".".join(own))
+            yield from _modules_with_optimizer(child, own)
 
 
 def _key(path: str, module: nn.Module, optimizer: keyed.KeyedOptimizer) -> str:
@@ -132,14 +134,14 @@ def _check_all_tables_listed(model: nn.Module, optimizer: keyed.KeyedOptimizer) 
     """
     params = optimizer.params
     is_listed = memory_of(params.values())
+    bare = bare_names(model)
     for path, collection in model.named_modules():
         if not isinstance(collection, (FusedEmbeddingBagCollection, FusedEmbeddingCollection)):
             continue
         for name, param in collection.named_parameters():
             if param.is_meta or param.numel() == 0 or is_listed(param):
                 continue
-            parts = f"{path}.{name}".strip(".").split(".")
-            fqn = ".".join(part for part in parts if part not in WRAPPER_SEGMENTS)
+            fqn = bare(f"{path}.{name}".strip("."))
             if table_name(name) in map(table_name, params):
                 raise ValueError(
                     f"{fqn} is not the table that FBGEMM trains: was the model copied, moved or "
@@ -150,13 +152,3 @@ def _check_all_tables_listed(model: nn.Module, optimizer: keyed.KeyedOptimizer) 
                 "fused_optimizer of all fused modules (torchrec.optim.keyed.CombinedOptimizer), or "
                 "delete it, and they are found"
             )
-
-
-def _wrapped_module(module: nn.Module) -> nn.Module | None:
-    """Returns what a wrapper (DDP, torch.compile, model parallel) wraps; None for other modules."""
-    children = dict(module.named_children())
-    if len(children) == 1:
-        ((name, child),) = children.items()
-        if name == "module" or name in WRAPPER_SEGMENTS:
-            return child
-    return None

@@ -10,7 +10,7 @@ from torch import nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from recap_fast.names import WRAPPER_SEGMENTS
+from recap_fast.names import is_wrapped
 
 DTYPES = {DataType.FP32: torch.float32, DataType.FP16: torch.float16}
 
@@ -25,9 +25,7 @@ class Table(NamedTuple):
 
 def check_not_wrapped(model: nn.Module) -> None:
     """Raises if the model is inside DDP, torch.compile or the like, or has fused tables already."""
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or any(
-        name in WRAPPER_SEGMENTS for name, _ in model.named_children()
-    ):
+    if is_wrapped(model):
         raise ValueError(
             f"the model is wrapped in {type(model).__name__}: choose the optimizers of its "
             "embedding tables before that"

@@ -35,17 +35,18 @@ from recap_fast.groups.unfused_tables import (
 )
 from recap_fast.names import (
     TABLES,
+    bare_names,
     is_table,
-    modules_by_name,
     some,
     table_name,
     unused_name,
-    without_wrappers,
 )
 
 logger = logging.getLogger("recap_fast")
 
 _Parameters = dict[str, nn.Parameter]
+# Those that a parameter is in, from the outermost on, but for wrappers; by its name.
+_Modules = Mapping[str, list[str]]
 
 
 def group_parameters(
@@ -95,6 +96,8 @@ def group_parameters(
     optimizer_config = as_optimizer_config(optimizer_config)
     emb_optimizer_config = as_embedding_config(emb_optimizer_config)
     dense, updated_in_backward = _split(model, fused_params or {})
+    bare = bare_names(model)
+    paths = {name: bare(name) for name in (*dense, *updated_in_backward)}
     trains_in_backward = bool(fused_params or updated_in_backward)
     if not trains_in_backward and not any(param.requires_grad for param in dense.values()):
         found = f"frozen ones only: {some(dense)}" if dense else "no parameters at all"
@@ -121,8 +124,9 @@ def group_parameters(
     else:
         rates = optimizer_config.multi_task_learning_rates
         assert rates is not None, "a configuration has exactly one of the two"
-        _check_towers(rates, dense, updated_in_backward)
-        groups = _multi_task_groups(dense, rates, emb_optimizer_config)
+        modules = {name: path.split(".")[:-1] for name, path in paths.items()}
+        _check_towers(rates, dense, updated_in_backward, modules)
+        groups = _multi_task_groups(dense, rates, emb_optimizer_config, modules)
 
     dense_embeddings = any(group.role == "dense_embeddings" for group in groups)
     if emb_optimizer_config is not None and fused_params is None and not dense_embeddings:
@@ -137,8 +141,8 @@ def group_parameters(
     return apply_group_options(
         groups,
         optimizer_config,
-        without_wrappers(dense),
-        without_wrappers(updated_in_backward).values(),
+        {name: paths[name] for name in dense},
+        [paths[name] for name in updated_in_backward],
     )
 
 
@@ -150,14 +154,14 @@ def _split(
     A parameter with several names is there under each of them.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
-    bare = without_wrappers(named)
+    bare = bare_names(model)
     # A fused table may be listed as a parameter that is a view of what the optimizer updates.
     shares_memory = memory_of(fused_params.values())
     fused_ids = {id(tensor) for tensor in fused_params.values()}
     for name, param in named.items():
         # A name alone proves nothing: an optimizer may call a table "<table>.weight".
         by_name = TABLES in name or memory_range(param) is None
-        if shares_memory(param) or (by_name and {name, bare[name]} & fused_params.keys()):
+        if shares_memory(param) or (by_name and {name, bare(name)} & fused_params.keys()):
             fused_ids.add(id(param))
     own_ids = {id(p) for p in named.values() if getattr(p, "_in_backward_optimizers", None)}
     unscheduled = [
@@ -180,12 +184,13 @@ def _split(
 
 
 def _check_towers(
-    rates: MultiTaskLearningRates, dense: _Parameters, updated_in_backward: _Parameters
+    rates: MultiTaskLearningRates,
+    dense: _Parameters,
+    updated_in_backward: _Parameters,
+    modules: _Modules,
 ) -> None:
     """Raises if a task has no parameters, or shares its module name with another task."""
-    module_names = dict.fromkeys(
-        module for path in modules_by_name(dense).values() for module in path
-    )
+    module_names = dict.fromkeys(module for name in dense for module in modules[name])
     tasks: dict[str, str] = {}
     for task in rates.tower_learning_rates:
         tower = sanitize(task)
@@ -197,9 +202,7 @@ def _check_towers(
         tasks[tower] = task
         if tower in module_names:
             continue
-        fused = [
-            name for name, path in modules_by_name(updated_in_backward).items() if tower in path
-        ]
+        fused = [name for name in updated_in_backward if tower in modules[name]]
         if fused:
             raise ValueError(
                 f"tower_learning_rates: all parameters of the task {task!r} are updated during the "
@@ -217,17 +220,18 @@ def _multi_task_groups(
     dense: _Parameters,
     rates: MultiTaskLearningRates,
     emb_optimizer_config: EmbeddingOptimizerConfig | None,
+    modules: _Modules,
 ) -> list[DenseGroup]:
     towers = rates.tower_learning_rates
     backbone_name = unused_name(BACKBONE, towers)
     embeddings_name = unused_name(DENSE_EMBEDDINGS, towers)
     group_of: dict[str, str] = {}
     tables = _configured(dense, emb_optimizer_config)
-    for name, modules in modules_by_name(dense).items():
+    for name in dense:
         if name in tables:
             group_of[name] = embeddings_name
             continue
-        tasks = [task for task in towers if sanitize(task) in modules]
+        tasks = [task for task in towers if sanitize(task) in modules[name]]
         if len(tasks) > 1:
             raise ValueError(f"the parameter {name!r} matches several tasks: {some(tasks)}")
         rest = embeddings_name if TABLES in name else backbone_name
@@ -236,9 +240,7 @@ def _multi_task_groups(
 
     empty = [task for task in towers if task not in members]
     if empty:
-        configured = [
-            name for name in tables if sanitize(empty[0]) in modules_by_name([name])[name]
-        ]
+        configured = [name for name in tables if sanitize(empty[0]) in modules[name]]
         why = "those of another group, under an earlier name"
         if configured:
             why = f"tables that emb_optimizer_config configures ({some(configured)})"

@@ -156,7 +156,7 @@ class FusedCombinedOptimizer(CombinedOptimizer):
         }
         others = {name for name, param in self.params.items() if id(param) not in native}
         # The schedules are still at their step, and not at the next.
-        steps = [int(rates.epoch) for rates in self._device_rates]
+        steps = [int(rates.step) for rates in self._device_rates]
         super().init_state(others & (sparse_grad_parameter_names or set()), count_step)
         for rates, step in zip(self._device_rates, steps, strict=True):
             rates.move_to(step)

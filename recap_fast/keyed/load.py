@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchrec.optim.warmup import WarmupOptimizer
 
+from recap_fast.keyed.new_state import new_state_of
 from recap_fast.keyed.parts import Combined
 from recap_fast.keyed.walk import is_dense, walk
 from recap_fast.names import TABLES
+from recap_fast.state.fit import misfits
 from recap_fast.state.memory import StateMemory
-from recap_fast.state.new import has_state, new_state
+from recap_fast.state.new import has_state
 from recap_fast.state.options import EXECUTION_OPTIONS, option_like
 
 
@@ -32,21 +34,23 @@ def new_states(optimizer: Combined, wanted: Callable[[Tensor], bool]) -> list[Ne
     Raises:
         TypeError: An optimizer inside is of a class whose state is not known.
     """
-    found, memory = [], StateMemory()
+    memory = StateMemory()
+    return [
+        NewState(owner.state, group, param, new_state_of(owner, group, param, memory))
+        for owner, group, param in _stepped(optimizer)
+        if wanted(param) and not has_state(owner.state.get(param))
+    ]
+
+
+def _stepped(optimizer: Combined) -> Iterator[tuple[Any, Mapping[str, Any], Tensor]]:
+    """Each parameter that `step` changes, with its optimizer and param group; warm-ups first."""
     for wrapper in (each for _, part in optimizer.optimizers for each in walk(part)):
         if isinstance(wrapper, WarmupOptimizer):
-            param = wrapper._warmup_param
-            if wanted(param) and not has_state(wrapper.state.get(param)):
-                # Iteration and stage.
-                start = {"warmup": torch.zeros(2, dtype=torch.long, device="cpu")}
-                found.append(NewState(wrapper.state, {}, param, start))
+            yield wrapper, {}, wrapper._warmup_param
     for leaf in filter(is_dense, optimizer.leaves):
         for group in leaf.param_groups:
             for param in group["params"]:
-                if wanted(param) and not has_state(leaf.state.get(param)):
-                    entries = new_state(leaf, group, param, memory)
-                    found.append(NewState(leaf.state, group, param, entries))
-    return found
+                yield leaf, group, param
 
 
 def as_tables_have_it(
@@ -127,9 +131,10 @@ def check_state(
 
 
 def _check_entries(name: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    if saved.keys() != own.keys():
-        missing = ", ".join(key for key in own if key not in saved) or "none"
-        surplus = ", ".join(key for key in saved if key not in own) or "none"
+    found = misfits(_shapes(saved), _shapes(own))
+    if found.missing or found.unexpected:
+        missing = ", ".join(found.missing) or "none"
+        surplus = ", ".join(found.unexpected) or "none"
         raise ValueError(
             f"the state dict has other entries for {name!r} than this optimizer: missing "
             f"{missing}, unknown {surplus}; is it of another algorithm or option?"
@@ -142,11 +147,16 @@ def _check_entries(name: str, saved: Mapping[str, Any], own: Mapping[str, Any]) 
                 f"{key!r} of {name!r} is a {type(value).__name__} in the state dict, but a "
                 "tensor here"
             )
-        if type(value) is type(own[key]) is Tensor and value.shape != own[key].shape:
+        if key in found.changed and type(own[key]) is Tensor:
             raise ValueError(
                 f"{key!r} of {name!r} has shape {tuple(value.shape)} in the state dict, "
                 f"but {tuple(own[key].shape)} here; is it of another model?"
             )
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What is compared of each entry: the shape of plain tensors, which are whole."""
+    return {key: value.shape if type(value) is Tensor else None for key, value in state.items()}
 
 
 def match_param_groups(

@@ -355,7 +355,7 @@ class Stepper:
             total = None if parts.is_local else parts.total
             plan.set_clipping(max_norm, parts.part_of_param, parts.count, total)
         for rates in self._device_rates:
-            plan.set_schedules(rates.groups, rates.schedules, rates.rates, rates.epoch)
+            plan.set_schedules(rates.groups, rates.schedules, rates.rates, rates.step)
         computed = [each for each in params if type(each).grad is not Tensor.grad]
         is_simple = not (parts or self._may_leave or computed)
         return _Built(plan, groups, left, parts, computed, is_simple)

@@ -9,41 +9,29 @@ import torch
 from recap_fast.config import LearningRate
 from recap_fast.schedules.compute import compute_lr
 
-# As csrc/plan/schedules.h describes: the kind and its arguments.
-_KINDS = (
-    "constant",
-    "piecewise_constant",
-    "linear_ramp_to_constant",
-    "linear_ramp_to_cosine",
-)
-_NUMBERS_PER_SCHEDULE = 5
 
+def _table_of(schedules: Sequence[LearningRate]) -> list[float]:
+    """Returns ``schedules`` as the table of numbers that the step reads."""
+    from recap_fast._native import native  # which `recap_fast.keyed` does without
 
-def pack(schedules: Sequence[LearningRate]) -> list[float]:
-    """Returns ``schedules`` as the table of numbers that ``csrc/plan/schedules.h`` reads."""
-    table: list[float] = []
-    pieces: list[float] = []
+    table = native.ScheduleTable()
     for schedule in schedules:
-        kind = next(kind for kind in _KINDS if getattr(schedule, kind) is not None)
-        section = getattr(schedule, kind)
-        if kind == "constant":
-            arguments = [section]
-        elif kind == "piecewise_constant":
-            begin = _NUMBERS_PER_SCHEDULE * len(schedules) + len(pieces)
-            arguments = [begin, len(section.learning_rate_boundaries)]
-            pieces += section.learning_rate_boundaries + section.learning_rate_values
-        elif kind == "linear_ramp_to_constant":
-            arguments = [section.learning_rate, section.num_ramp_steps]
-        else:
-            arguments = [
-                section.learning_rate,
-                section.num_ramp_steps,
-                section.final_learning_rate,
-                section.final_num_steps,
-            ]
-        padding = [0.0] * (_NUMBERS_PER_SCHEDULE - 1 - len(arguments))
-        table += [_KINDS.index(kind), *arguments, *padding]
-    return table + pieces
+        if (rate := schedule.constant) is not None:
+            table.add_constant(rate)
+        elif (pieces := schedule.piecewise_constant) is not None:
+            table.add_piecewise_constant(
+                pieces.learning_rate_boundaries, pieces.learning_rate_values
+            )
+        elif (ramp := schedule.linear_ramp_to_constant) is not None:
+            table.add_linear_ramp_to_constant(ramp.learning_rate, ramp.num_ramp_steps)
+        elif (cosine := schedule.linear_ramp_to_cosine) is not None:
+            table.add_linear_ramp_to_cosine(
+                cosine.learning_rate,
+                cosine.num_ramp_steps,
+                cosine.final_learning_rate,
+                cosine.final_num_steps,
+            )
+    return table.numbers()
 
 
 class DeviceRates:
@@ -60,20 +48,20 @@ class DeviceRates:
         groups: the positions.
         schedules: float64, the table that the step reads.
         rates: float64, one per param group.
-        epoch: int64, 0-dim, the number of steps taken.
+        step: int64, 0-dim, the number of steps taken.
     """
 
     def __init__(self, schedules: Mapping[int, LearningRate], device: torch.device) -> None:
         self._configs = list(schedules.values())
         self.groups = list(schedules)
-        table = torch.tensor(pack(self._configs), dtype=torch.float64, device="cpu")
+        table = torch.tensor(_table_of(self._configs), dtype=torch.float64, device="cpu")
         self.schedules = table.to(device)
         self.rates = torch.zeros(len(schedules), dtype=torch.float64, device=device)
-        self.epoch = torch.zeros((), dtype=torch.int64, device=device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.move_to(0)
 
     def move_to(self, step: int) -> None:
         """Sets the rates to those of ``step``, from which the optimizer's next step goes on."""
         rates = [compute_lr(config, step) for config in self._configs]
         self.rates.copy_(torch.tensor(rates, dtype=torch.float64, device="cpu"))
-        self.epoch.fill_(step)
+        self.step.fill_(step)

@@ -33,7 +33,7 @@ def test_a_replayed_graph_follows_the_schedules(device: torch.device) -> None:
         expected = [compute_lr(config, step) for config in configs]
         # Within one unit in the last place of float32, and in fact far closer.
         torch.testing.assert_close(rates.rates.tolist(), expected, rtol=2**-24, atol=0.0)
-        assert rates.epoch.item() == step
+        assert rates.step.item() == step
         if step == 0:
             replayed.set_grads(0)
             replayed.step()

@@ -211,7 +211,7 @@ def test_rates_on_the_device_are_those_of_the_host(device: torch.device) -> None
         on_device = rates.rates.cpu()
         on_host = torch.tensor(scheduler.get_last_lr(), dtype=torch.float64)
         torch.testing.assert_close(on_device, on_host, rtol=1e-15, atol=0)
-        assert rates.epoch.item() == step
+        assert rates.step.item() == step
         optimizer.step()
         scheduler.step()
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "../plan/schedule_table.h"
+#include "../plan/random_schedules.h"
 #include "check.h"
 #include "cuda/launch_arguments.h"
 #include "device_twin.h"
@@ -74,15 +74,15 @@ std::vector<Tensor> one_of_each() {
 struct Rates {
   std::vector<Schedule> schedules;
   std::vector<double> table, rates;
-  int64_t epoch;
+  int64_t step;
   RateTable address;
 
-  explicit Rates(const std::vector<Schedule>& schedules, int64_t epoch = 0)
-      : schedules(schedules), table(pack(schedules)), epoch(epoch) {
+  explicit Rates(const std::vector<Schedule>& schedules, int64_t step = 0)
+      : schedules(schedules), table(pack(schedules)), step(step) {
     for (size_t i = 0; i < schedules.size(); ++i) {
-      rates.push_back(recap::rate_at(table.data(), static_cast<int64_t>(i), epoch));
+      rates.push_back(recap::rate_at(table.data(), static_cast<int64_t>(i), step));
     }
-    address = {table.data(), rates.data(), &this->epoch, static_cast<uint32_t>(schedules.size())};
+    address = {table.data(), rates.data(), &this->step, static_cast<uint32_t>(schedules.size())};
   }
   Rates(const Rates&) = delete;
 };
@@ -153,10 +153,10 @@ TEST(nothing_changes_where_infinities_were_found) {
     DeviceTwin device(one_of_each());
     device.found_inf = found;
     device.step.rates = &rates.address;
-    const int64_t epoch = rates.epoch;
+    const int64_t step = rates.step;
     check_steps(device, 2);
-    CHECK_EQ(rates.epoch, epoch + 2, "schedules go on");
-    CHECK_EQ(rates.rates[0], 0.01 * static_cast<double>(epoch + 2));
+    CHECK_EQ(rates.step, step + 2, "schedules go on");
+    CHECK_EQ(rates.rates[0], 0.01 * static_cast<double>(step + 2));
   }
 }
 
@@ -216,7 +216,7 @@ TEST(without_a_gradient_there_is_a_launch_for_the_rates_alone) {
   const std::vector<Tensor> without_grad = {{Update::adam, Dtype::float32, 5, false},
                                             {Update::sgd, Dtype::float64, 7, false}};
   for (const auto& tensors : {std::vector<Tensor>{}, without_grad}) {
-    rates.epoch = 0;
+    rates.step = 0;
     DeviceTwin device(tensors);
     Engine engine(0, device.twin.cuda.plan, stream);
     const size_t launches = random.machine.launches.size();
@@ -228,7 +228,7 @@ TEST(without_a_gradient_there_is_a_launch_for_the_rates_alone) {
     for (int i = 1; i <= 3; ++i) {
       engine.run(device.step, stream);
       random.machine.synchronize();
-      CHECK_EQ(rates.epoch, int64_t{i});
+      CHECK_EQ(rates.step, int64_t{i});
       CHECK_EQ(rates.rates[0], 0.1 * i);
     }
     CHECK_EQ(random.machine.launches.size(), launches + 3);
@@ -298,7 +298,7 @@ TEST(device_values_that_do_not_fit_follow_in_further_launches) {
       engine.run(device.step, stream);
       random.machine.synchronize();
       CHECK_EQ(device.difference(), "");
-      CHECK_EQ(rates.epoch, int64_t{3 + i});
+      CHECK_EQ(rates.step, int64_t{3 + i});
     }
     CHECK_EQ(random.machine.launches.size(), launches + 2 * expected);
   }
@@ -324,12 +324,11 @@ TEST(rates_follow_their_schedules_for_thousands_of_steps) {
     device.step.groups[i].lr_is_double = true;
   }
   Engine engine(0, device.twin.cuda.plan, stream);
-  for (int64_t epoch = 0; epoch <= 3000; ++epoch) {
-    CHECK_EQ(rates.epoch, epoch);
+  for (int64_t step = 0; step <= 3000; ++step) {
+    CHECK_EQ(rates.step, step);
     for (size_t i = 0; i < rates.rates.size(); ++i) {
-      const long double error = std::fabs(rates.rates[i] - exact_rate(rates.schedules[i], epoch));
-      CHECK(error <= 4e-16L * largest_rate(rates.schedules[i]), "schedule ", i, " at epoch ",
-            epoch);
+      const long double error = std::fabs(rates.rates[i] - exact_rate(rates.schedules[i], step));
+      CHECK(error <= 4e-16L * largest_rate(rates.schedules[i]), "schedule ", i, " at step ", step);
     }
     device.run_cpu();  // with the rates of now
     engine.run(device.step, stream);
@@ -384,7 +383,7 @@ TEST(nothing_that_the_last_block_changes_is_read_behind_a_ticket) {
     random.machine.synchronize();
     CHECK_EQ(device.difference(), "");
   }
-  CHECK_EQ(rates.epoch, int64_t{6});
+  CHECK_EQ(rates.step, int64_t{6});
   CHECK_EQ(tickets, 2 * (int(device.twin.cuda.plan.tiles.size()) - 1));
 }
 
@@ -435,7 +434,7 @@ TEST(a_captured_step_is_the_next_step_at_each_replay) {
     random.machine.synchronize();
     CHECK_EQ(device.difference(), "");
   }
-  CHECK_EQ(rates.epoch, int64_t{10});
+  CHECK_EQ(rates.step, int64_t{10});
   // What the graph needs is not freed, but nobody else's.
   CHECK_EQ(random.machine.allocated.size(), size_t{1});
   std::free(const_cast<void*>(random.machine.allocated.begin()->first));

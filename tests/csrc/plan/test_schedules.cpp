@@ -6,13 +6,13 @@
 #include <vector>
 
 #include "check.h"
-#include "schedule_table.h"
+#include "random_schedules.h"
 
 namespace {
 
-double rate(const Schedule& schedule, int64_t epoch) {
+double rate(const Schedule& schedule, int64_t step) {
   const std::vector<double> table = pack({{ScheduleKind::constant, {7}}, schedule});
-  return recap::rate_at(table.data(), 1, epoch);
+  return recap::rate_at(table.data(), 1, step);
 }
 
 TEST(the_cosine_is_off_by_half_a_unit_of_one) {
@@ -50,17 +50,17 @@ TEST(the_cosine_falls_and_is_symmetric) {
 }
 
 TEST(a_constant_rate_never_changes) {
-  for (const int64_t epoch : {0, 1, 1000000}) {
-    CHECK_EQ(rate({ScheduleKind::constant, {0.3}}, epoch), 0.3);
+  for (const int64_t step : {0, 1, 1000000}) {
+    CHECK_EQ(rate({ScheduleKind::constant, {0.3}}, step), 0.3);
   }
 }
 
 TEST(a_piece_begins_at_its_boundary) {
   const Schedule schedule = {
       ScheduleKind::piecewise_constant, {}, {10, 20, 20, 50}, {1, 2, 3, 4, 5}};
-  for (const auto& [epoch, expected] : std::vector<std::pair<int64_t, double>>{
+  for (const auto& [step, expected] : std::vector<std::pair<int64_t, double>>{
            {0, 1}, {9, 1}, {10, 2}, {19, 2}, {20, 4}, {49, 4}, {50, 5}, {int64_t{1} << 50, 5}}) {
-    CHECK_EQ(rate(schedule, epoch), expected, "at epoch ", epoch);
+    CHECK_EQ(rate(schedule, step), expected, "at step ", step);
   }
   CHECK_EQ(rate({ScheduleKind::piecewise_constant, {}, {}, {0.5}}, 3), 0.5);
   CHECK_EQ(rate({ScheduleKind::piecewise_constant, {}, {0}, {0.5, 0.25}}, 0), 0.25);
@@ -71,7 +71,7 @@ TEST(a_ramp_ends_at_its_rate) {
   CHECK_EQ(rate(schedule, 0), 0.0);
   CHECK_EQ(rate(schedule, 1), 0.3 / 7);
   CHECK_EQ(rate(schedule, 6), 0.3 / 7 * 6);
-  for (const int64_t epoch : {7, 8, 1000000}) CHECK_EQ(rate(schedule, epoch), 0.3);
+  for (const int64_t step : {7, 8, 1000000}) CHECK_EQ(rate(schedule, step), 0.3);
 }
 
 TEST(a_cosine_begins_after_its_ramp_and_ends_at_its_final_rate) {
@@ -80,7 +80,7 @@ TEST(a_cosine_begins_after_its_ramp_and_ends_at_its_final_rate) {
   CHECK_EQ(rate(schedule, 6), 0.3 / 7 * 6);
   CHECK_EQ(rate(schedule, 7), 0.1 + (0.3 - 0.1));
   CHECK(std::fabs(rate(schedule, 17) - 0.2) < 1e-16, "half way");
-  for (const int64_t epoch : {27, 28, 1000000}) CHECK_EQ(rate(schedule, epoch), 0.1);
+  for (const int64_t step : {27, 28, 1000000}) CHECK_EQ(rate(schedule, step), 0.1);
 }
 
 // Relative to the larger of a schedule's rates: where a cosine falls to 0, what the rate has left
@@ -91,11 +91,11 @@ TEST(rates_are_those_of_the_definitions_to_the_last_place) {
     const Schedule schedule = random_schedule(random);
     const std::vector<double> table = pack({schedule});
     for (int i = 0; i < 1000; ++i) {
-      const int64_t epoch = i < 500 ? i : static_cast<int64_t>(random() % 20000);
-      const long double expected = exact_rate(schedule, epoch);
-      const long double error = std::fabs(recap::rate_at(table.data(), 0, epoch) - expected);
+      const int64_t step = i < 500 ? i : static_cast<int64_t>(random() % 20000);
+      const long double expected = exact_rate(schedule, step);
+      const long double error = std::fabs(recap::rate_at(table.data(), 0, step) - expected);
       CHECK(error <= 4e-16L * largest_rate(schedule), "schedule ", static_cast<int>(schedule.kind),
-            " at epoch ", epoch, ": off by ", error, " of ", expected);
+            " at step ", step, ": off by ", error, " of ", expected);
     }
   }
 }

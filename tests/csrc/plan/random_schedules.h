@@ -1,5 +1,4 @@
-// Schedules for tests: packed as csrc/plan/schedules.h describes, and their definitions in
-// long double.
+// Schedules for tests, and their definitions in long double.
 #pragma once
 
 #include <algorithm>
@@ -8,48 +7,52 @@
 #include <random>
 #include <vector>
 
+#include "plan/schedule_table.h"
 #include "plan/schedules.h"
 
 using recap::ScheduleKind;
 
 struct Schedule {
   ScheduleKind kind;
-  std::vector<double> arguments;  // as packed, but for a piecewise constant one, which has these
+  std::vector<double> arguments;  // but for a piecewise constant one, which has these
   std::vector<double> boundaries = {}, pieces = {};
 };
 
 inline std::vector<double> pack(const std::vector<Schedule>& schedules) {
-  std::vector<double> table(schedules.size() * recap::kScheduleSize);
-  for (size_t i = 0; i < schedules.size(); ++i) {
-    const Schedule& schedule = schedules[i];
-    std::vector<double> arguments = schedule.arguments;
-    if (schedule.kind == ScheduleKind::piecewise_constant) {
-      arguments = {static_cast<double>(table.size()),
-                   static_cast<double>(schedule.boundaries.size())};
-      table.insert(table.end(), schedule.boundaries.begin(), schedule.boundaries.end());
-      table.insert(table.end(), schedule.pieces.begin(), schedule.pieces.end());
+  recap::ScheduleTable table;
+  for (const Schedule& each : schedules) {
+    const std::vector<double>& arguments = each.arguments;
+    switch (each.kind) {
+      case ScheduleKind::constant: table.add_constant(arguments.at(0)); break;
+      case ScheduleKind::piecewise_constant:
+        table.add_piecewise_constant(each.boundaries, each.pieces);
+        break;
+      case ScheduleKind::linear_ramp_to_constant:
+        table.add_linear_ramp_to_constant(arguments.at(0), arguments.at(1));
+        break;
+      case ScheduleKind::linear_ramp_to_cosine:
+        table.add_linear_ramp_to_cosine(arguments.at(0), arguments.at(1), arguments.at(2),
+                                        arguments.at(3));
+        break;
     }
-    const auto record = table.begin() + static_cast<int64_t>(i * recap::kScheduleSize);
-    *record = static_cast<double>(static_cast<int>(schedule.kind));
-    std::copy(arguments.begin(), arguments.end(), record + 1);
   }
-  return table;
+  return table.numbers();
 }
 
-inline long double exact_rate(const Schedule& schedule, int64_t epoch) {
+inline long double exact_rate(const Schedule& schedule, int64_t step) {
   if (schedule.kind == ScheduleKind::piecewise_constant) {
     size_t piece = 0;
-    for (const double boundary : schedule.boundaries) piece += boundary <= epoch;
+    for (const double boundary : schedule.boundaries) piece += boundary <= step;
     return schedule.pieces[piece];
   }
   const long double rate = schedule.arguments[0];
   if (schedule.kind == ScheduleKind::constant) return rate;
   const long double ramp = schedule.arguments[1];
-  if (epoch < ramp) return rate * epoch / ramp;
+  if (step < ramp) return rate * step / ramp;
   if (schedule.kind == ScheduleKind::linear_ramp_to_constant) return rate;
-  const long double final_rate = schedule.arguments[2], final_epoch = schedule.arguments[3];
-  if (epoch >= final_epoch) return final_rate;
-  const long double angle = std::acos(-1.0L) * (epoch - ramp) / (final_epoch - ramp);
+  const long double final_rate = schedule.arguments[2], final_step = schedule.arguments[3];
+  if (step >= final_step) return final_rate;
+  const long double angle = std::acos(-1.0L) * (step - ramp) / (final_step - ramp);
   return final_rate + (rate - final_rate) * (1 + std::cos(angle)) / 2;
 }
 
