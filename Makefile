@@ -15,7 +15,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 CSRC := $(shell find csrc tests/csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint format bench bench-compare matrix sanitize wheel clean
+.PHONY: demo test test-all lint format bench bench-suite bench-compare matrix sanitize wheel clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m examples.movielens
@@ -42,6 +42,11 @@ format: $(VENV)/built
 bench: export TORCH_EXTENSIONS_DIR ?= $(abspath build/torch_extensions)
 bench: $(VENV)/peers
 	$(BIN)/python -m benchmarks.report
+
+# Throughput of every workload and peer, a table for each: make bench-suite [SUITE='-k "scalars and adam"']
+bench-suite: export TORCH_EXTENSIONS_DIR ?= $(abspath build/torch_extensions)
+bench-suite: $(VENV)/peers
+	$(BIN)/python -m pytest benchmarks/test_throughput.py -q --benchmark-enable --benchmark-only $(SUITE)
 
 # The work tree against another revision: make bench-compare BASE=HEAD~1 [COMPARE="--all"]
 bench-compare: $(VENV)/built

@@ -23,7 +23,6 @@ import torch
 from benchmarks import peers, workloads
 from benchmarks.workloads import Workload
 
-_WORKLOADS: Final = ("B", "D", "E", "F", "DEMO")
 _ROUNDS: Final = 100
 _CALLS: Final = 10
 _FURTHER_ENTRIES: Final = 16
@@ -118,14 +117,15 @@ def nanoseconds_per_entry(workload: Workload) -> float:
 
 
 def measure() -> list[dict[str, Any]]:
-    """The parts of E, F and F in one group, with one thread, and what an entry costs in F."""
+    """The parts of steps of scalars with one thread, and what an entry of a param group costs."""
     torch.set_num_threads(1)
+    many = workloads.MANY_GROUPS_OF_SCALARS
     found = [
         {"workload": workload.name, "groups": len(workload.groups), "microseconds": parts(workload)}
-        for workload in (workloads.E, workloads.F, workloads.F.in_one_group())
+        for workload in (workloads.SCALARS, many, many.in_one_group())
     ]
-    found[1]["nanoseconds_per_entry"] = nanoseconds_per_entry(workloads.F)
-    found[1]["entries"] = len(_build(workloads.F).param_groups[0])
+    found[1]["nanoseconds_per_entry"] = nanoseconds_per_entry(many)
+    found[1]["entries"] = len(_build(many).param_groups[0])
     return found
 
 
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.breakdown",
         description="Where the time of one warm Adam step goes, by differences of medians.",
     )
-    parser.add_argument("workload", nargs="?", default="E", choices=_WORKLOADS)
+    parser.add_argument("workload", nargs="?", default="scalars", choices=workloads.NAMES)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)

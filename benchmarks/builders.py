@@ -67,17 +67,21 @@ def _keyed(combined: Callable[[list[Any]], Any], inner: type, groups: Groups) ->
     return _one_optimizer(optimizer)
 
 
-def _ours(groups: Groups, algorithm: str) -> Stepping:
-    # Not at the top of this file: it needs torchrec, which the other peers do without.
-    from recap_fast import FusedCombinedOptimizer
+def _combined() -> type:
+    """Not imported with this file: it needs torchrec, which the other peers do without."""
+    try:
+        from recap_fast import FusedCombinedOptimizer
+    except ImportError:  # a revision from before it could be had from there, to compare with
+        from recap_fast.optim.combined import FusedCombinedOptimizer
+    return FusedCombinedOptimizer
 
-    return _keyed(FusedCombinedOptimizer, _OURS[algorithm], groups)
+
+def _ours(groups: Groups, algorithm: str) -> Stepping:
+    return _keyed(_combined(), _OURS[algorithm], groups)
 
 
 def _ours_clipping(groups: Groups, algorithm: str) -> Stepping:
-    from recap_fast import FusedCombinedOptimizer
-
-    combined = functools.partial(FusedCombinedOptimizer, clip_grad_norm=MAX_NORM)
+    combined = functools.partial(_combined(), clip_grad_norm=MAX_NORM)
     return _keyed(combined, _OURS[algorithm], groups)
 
 

@@ -24,9 +24,8 @@ from benchmarks.workloads import Workload
 _ROOT: Final = Path(__file__).parent.parent
 _BUILDS: Final = _ROOT / "build" / "compare"
 
-_SMALL_C: Final = Workload("C / 10", "one tensor of 5 M elements", (((5_000_000,),),))
-_SHORT: Final = ("B", "D", "E", "F", "C / 10")
-_ALL: Final = ("A", "B", "C", "D", "E", "F", "RECAP", "DEMO")
+_5M: Final = Workload("one-5M-tensor", "one tensor of 5 M elements", (((5_000_000,),),))
+_SHORT: Final = ("mixed-sizes", "many-groups", "scalars", "many-groups-of-scalars", _5M.name)
 
 # Where a process happens to have its tensors makes its steps of small ones faster or slower than
 # another's of the same code, by some ten percent.
@@ -152,8 +151,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--all",
         action="store_true",
-        help=f"all of {', '.join(_ALL)} with every algorithm, instead of {', '.join(_SHORT)} with "
-        "Adam",
+        help=f"every workload with every algorithm, instead of {', '.join(_SHORT)} with Adam",
     )
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", default=[1, 2])
     parser.add_argument(
@@ -164,8 +162,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
-    names = _ALL if arguments.all else _SHORT
-    chosen = [_SMALL_C if name == _SMALL_C.name else workloads.by_name(name) for name in names]
+    names = workloads.NAMES if arguments.all else _SHORT
+    chosen = [_5M if name == _5M.name else workloads.by_name(name) for name in names]
     try:
         commit = revision.commit_of(_ROOT, arguments.base)
         print(f"building {commit[:12]}", file=sys.stderr)

@@ -14,12 +14,12 @@ _END: Final = "<!-- end of headline figures -->"
 _BLOCK: Final = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 
 WORKLOADS: Final = {
-    "RECAP": "the ranker of the-algorithm-ml, {elements} elements",
-    "DEMO": "the model of `make demo`, {elements} elements",
-    "B": "480 tensors of 64 to 4,096 elements in 12 groups",
-    "D": "400 tensors of 1,024 elements in 100 groups",
-    "F": "400 tensors of one element in 100 groups",
-    "C": "one tensor of 50 M elements",
+    "ranker-48M": "the ranker of the-algorithm-ml, {elements} elements",
+    "demo": "the model of `make demo`, {elements} elements",
+    "mixed-sizes": "480 tensors of 64 to 4,096 elements in 12 groups",
+    "many-groups": "400 tensors of 1,024 elements in 100 groups",
+    "many-groups-of-scalars": "400 tensors of one element in 100 groups",
+    "one-50M-tensor": "one tensor of 50 M elements",
 }
 """What is shown, in this order, and what it is called."""
 

@@ -13,11 +13,10 @@ from benchmarks.interleave import Cache, Timings, interleave
 from benchmarks.memory import peak_of
 from benchmarks.peers import Peer, Unavailable
 from benchmarks.plan import SLOW_PEERS, Entry
-from benchmarks.workloads import Workload
+from benchmarks.workloads import IN_ONE_GROUP, Workload
 
 # Whose steps are timed once more with all tensors in one param group.
 _ONE_GROUP_PEERS: Final = ("recap_fast", "torch fused", "torch fused per group")
-IN_ONE_GROUP: Final = " in one group"
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def measure(
     workload = workloads.by_name(entry.name)
     for algorithm in entry.algorithms:
         built = _build(workload, entry.peers, algorithm)
-        if workload.name == "F":
+        if workload is workloads.MANY_GROUPS_OF_SCALARS:
             one_group = _build(workload.in_one_group(), _ONE_GROUP_PEERS, algorithm)
             for name, peer in one_group.peers.items():
                 built.peers[name + IN_ONE_GROUP] = peer

@@ -13,6 +13,7 @@ from benchmarks.peers import DESCRIPTIONS
 from benchmarks.plan import LARGE_PEERS
 from benchmarks.table import number, plural, table, with_quartiles
 from benchmarks.targets import TARGETS, Target
+from benchmarks.workloads import IN_ONE_GROUP
 
 _ALGORITHMS: Final = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
 
@@ -30,8 +31,9 @@ is set between steps, as a scheduler does.
 Where a figure is not reached, two follow that it would be with less to do. *The ceiling* is a loop
 over the same elements that computes next to nothing, and knows without looking where they are; its
 memory is as torch allocates it, while our large states are in huge pages where the system grants
-them. *With the checks* adds the time of our step of as many groups and tensors of one element (E
-for B, F for D), which is that of finding the gradients and seeing that nothing else has changed.
+them. *With the checks* adds the time of our step of as many groups and tensors of one element
+(`scalars` for `mixed-sizes`, `many-groups-of-scalars` for `many-groups`), which is that of finding
+the gradients and seeing that nothing else has changed.
 """
 
 _COLUMNS: Final = """\
@@ -46,8 +48,8 @@ Warm Adam steps with one thread, ten in a row, by differences of medians, as
 """
 
 _LARGE: Final = f"""\
-Cold Adam steps with 1 thread. With 50 M elements and more there are only the peers that workload C
-has ({", ".join(LARGE_PEERS)}), for the sake of memory.
+Cold Adam steps with 1 thread. With 50 M elements and more there are only the peers that
+`one-50M-tensor` has ({", ".join(LARGE_PEERS)}), for the sake of memory.
 """
 
 _REPRODUCE: Final = """\
@@ -55,13 +57,13 @@ On a machine that does nothing else:
 
     make bench                         # all of this page; under ten minutes on 2 cores, 10 GB
     make bench-compare BASE=HEAD~1     # another revision and the work tree, step by step in turn
+    make bench-suite                   # throughput by pytest-benchmark, a table for each workload
 
 and in an environment with the package built, `make bench` leaves one in `.venv`:
 
-    python -m benchmarks.report --quick --only B,E     # a first look
-    python -m benchmarks.breakdown E                   # where the time of a small step goes
-    python -m benchmarks.pictures FILE                 # growth as pictures, from a results file
-    pytest benchmarks --benchmark-enable --benchmark-only
+    python -m benchmarks.report --quick --only mixed-sizes,scalars     # a first look
+    python -m benchmarks.breakdown scalars     # where the time of a small step goes
+    python -m benchmarks.pictures FILE         # growth as pictures, from a results file
 """
 
 
@@ -156,8 +158,8 @@ def _machine(facts: Mapping[str, Any]) -> str:
 def _small_steps(breakdown: Sequence[Mapping[str, Any]]) -> str:
     """A column per workload, and one of what each further param group costs."""
     times = {b["workload"]: b["microseconds"] for b in breakdown}
-    (many,) = [b for b in breakdown if b["workload"] == "F"]
-    whole, single = many["microseconds"], times["F-1"]
+    (many,) = [b for b in breakdown if b["workload"] == "many-groups-of-scalars"]
+    whole, single = many["microseconds"], times[f"many-groups-of-scalars{IN_ONE_GROUP}"]
     groups, entries = many["groups"], many["entries"]
     further = groups - 1
     each = {part: (whole[part] - single[part]) * 1e3 / further for part in whole}
@@ -172,8 +174,8 @@ def _small_steps(breakdown: Sequence[Mapping[str, Any]]) -> str:
             ),
         )
         + f"""
-F-1 is F in one group. For {groups} groups to take at most 1.3 times as long, {left:.0f} ns are left
-for each further one. To compare the {entries} entries of its dict with those of the step before,
+For {groups} groups to take at most 1.3 times as long as one, {left:.0f} ns are left for each
+further one. To compare the {entries} entries of its dict with those of the step before,
 any of which may have been set, takes {in_dict:.0f} ns, and to compute its values
 {each[VALUES]:.0f} ns; besides, its learning rate is read, and its optimizer's `state` and
 `param_groups` are looked up.

@@ -28,14 +28,14 @@ class Entry:
 
 # Steps over many megabytes are cold whatever came before them.
 ENTRIES: Final = (
-    Entry("A", caches=("cold",), peers=PEERS + CLIPPING_PEERS, budget_seconds=12),
-    Entry("B", peers=PEERS + CLIPPING_PEERS),
-    Entry("C", caches=("cold",), peers=LARGE_PEERS, budget_seconds=7),
-    Entry("D"),
-    Entry("E"),
-    Entry("F"),
-    Entry("RECAP", caches=("cold",), budget_seconds=8),
-    Entry("DEMO", caches=("cold",)),
+    Entry("ranker-36M", caches=("cold",), peers=PEERS + CLIPPING_PEERS, budget_seconds=12),
+    Entry("mixed-sizes", peers=PEERS + CLIPPING_PEERS),
+    Entry("one-50M-tensor", caches=("cold",), peers=LARGE_PEERS, budget_seconds=7),
+    Entry("many-groups"),
+    Entry("scalars"),
+    Entry("many-groups-of-scalars"),
+    Entry("ranker-48M", caches=("cold",), budget_seconds=8),
+    Entry("demo", caches=("cold",)),
 )
 
 GROWTH_BUDGET_SECONDS: Final = 1.0

@@ -41,7 +41,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a tenth of the time, for a first look"
     )
-    parser.add_argument("--only", type=some_of, metavar="A,E", help=f"some of {','.join(names)}")
+    parser.add_argument(
+        "--only", type=some_of, metavar="NAME,NAME", help=f"some of {','.join(names)}"
+    )
     parser.add_argument(
         "--threads", type=int, nargs="+", metavar="N", help="numbers of threads (default: 1 and 2)"
     )

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from benchmarks.interleave import Cache, Quartiles, Timings
-from benchmarks.measurement import IN_ONE_GROUP, Measurement
+from benchmarks.measurement import Measurement
+from benchmarks.workloads import IN_ONE_GROUP
 
 _OURS: Final = "recap_fast"
 
 # Of as many groups and tensors, of one element each.
-_ONE_ELEMENT_TWINS: Final = {"B": "E", "D": "F"}
+_ONE_ELEMENT_TWINS: Final = {"mixed-sizes": "scalars", "many-groups": "many-groups-of-scalars"}
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def _host_time(workload: str, most: float, cache: Cache) -> Target:
 
 def _groups(most: float, cache: Cache) -> Target:
     return Target(
-        text=f"F, {cache}: time with 100 groups over time with 1 group",
-        workload="F",
+        text=f"many-groups-of-scalars, {cache}: time with 100 groups over time with 1 group",
+        workload="many-groups-of-scalars",
         algorithm="adam",
         cache=cache,
         figure=lambda timings, peer: timings.ratio(peer, peer + IN_ONE_GROUP),
@@ -141,20 +142,23 @@ def _groups(most: float, cache: Cache) -> Target:
 
 
 TARGETS: Final = (
-    _time_over("torch fused", "A", {1: 0.97, 2: 0.90}),
-    _time_over("torch fused", "A", {1: 0.97, 2: 0.90}, "adagrad"),
-    _speed_up("reference", "A", 7),
-    *(_time_over("torch fused", "C", {1: 1.03, 2: 1.03}, algorithm) for algorithm in _NAMES),
-    _speed_up("torch fused", "B", 6),
-    _speed_up("torch fused", "B", 8, "warm"),
-    _speed_up("torch fused", "D", 8),
-    _speed_up("torch fused", "D", 15, "warm"),
-    _speed_up("DeepSpeed", "D", 4),
-    _speed_up("DeepSpeed", "D", 6, "warm"),
-    _host_time("E", 30, "warm"),
-    _host_time("E", 30, "cold"),
-    _host_time("F", 50, "warm"),
-    _host_time("F", 50, "cold"),
+    _time_over("torch fused", "ranker-36M", {1: 0.97, 2: 0.90}),
+    _time_over("torch fused", "ranker-36M", {1: 0.97, 2: 0.90}, "adagrad"),
+    _speed_up("reference", "ranker-36M", 7),
+    *(
+        _time_over("torch fused", "one-50M-tensor", {1: 1.03, 2: 1.03}, algorithm)
+        for algorithm in _NAMES
+    ),
+    _speed_up("torch fused", "mixed-sizes", 6),
+    _speed_up("torch fused", "mixed-sizes", 8, "warm"),
+    _speed_up("torch fused", "many-groups", 8),
+    _speed_up("torch fused", "many-groups", 15, "warm"),
+    _speed_up("DeepSpeed", "many-groups", 4),
+    _speed_up("DeepSpeed", "many-groups", 6, "warm"),
+    _host_time("scalars", 30, "warm"),
+    _host_time("scalars", 30, "cold"),
+    _host_time("many-groups-of-scalars", 50, "warm"),
+    _host_time("many-groups-of-scalars", 50, "cold"),
     _groups(1.3, "warm"),
     _groups(1.3, "cold"),
 )

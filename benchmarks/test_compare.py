@@ -72,9 +72,9 @@ def test_a_side_says_what_went_wrong(tmp_path: Path, same: Path) -> None:
 
 def test_the_table() -> None:
     quick, slow = Quartiles(9.0, 10.0, 11.0), Quartiles(19.0, 20.0, 21.0)
-    comparison = compare.Comparison("E, adam", slow, quick, Quartiles(0.4, 0.5, 0.6), 1e-7)
+    comparison = compare.Comparison("scalars, adam", slow, quick, Quartiles(0.4, 0.5, 0.6), 1e-7)
     text = compare.render([comparison], "v1")
-    assert "| E, adam | 20.0 µs | 10.0 µs | 0.50 (0.40 to 0.60) | differ by 1.0e-07 |" in text
+    assert "| scalars, adam | 20.0 µs | 10.0 µs | 0.50 (0.40 to 0.60) | differ by 1.0e-07 |" in text
 
 
 @pytest.fixture

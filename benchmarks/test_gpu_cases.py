@@ -48,18 +48,23 @@ def test_copies_are_together_larger_than_the_cache() -> None:
 def test_a_workload_has_the_cache_states_that_make_sense() -> None:
     cases = plan.cases(plan.NAMES, ("adam",), H100["l2_bytes"])
     seen = [(case.workload.name, case.cache) for case in cases]
-    expected = "A cold, B cold, B warm, C cold, D cold, D warm, E warm, F warm"
-    assert seen == [tuple(pair.split()) for pair in expected.split(", ")]
-    assert dict(zip(seen, cases, strict=True))["A", "cold"].copies == 1
+    assert seen == [
+        ("ranker-36M", "cold"),
+        *(("mixed-sizes", cache) for cache in ("cold", "warm")),
+        ("one-50M-tensor", "cold"),
+        *(("many-groups", cache) for cache in ("cold", "warm")),
+        *(("scalars", "warm"), ("many-groups-of-scalars", "warm")),
+    ]
+    assert dict(zip(seen, cases, strict=True))["ranker-36M", "cold"].copies == 1
 
 
 def test_slow_peers_have_no_rotating_copies() -> None:
-    one, many = (plan.Case(workloads.B, "adam", "cold", copies) for copies in (1, 9))
+    one, many = (plan.Case(workloads.MIXED_SIZES, "adam", "cold", copies) for copies in (1, 9))
     assert set(one.peers) - set(many.peers) == set(peers.SLOW_PEERS)
 
 
 def test_the_working_set_of_adam() -> None:
-    assert plan.working_set(workloads.C, "adam") == 4 * 4 * 50_000_000
+    assert plan.working_set(workloads.ONE_50M_TENSOR, "adam") == 4 * 4 * 50_000_000
 
 
 # --- peers ---------------------------------------------------------------------------------------
@@ -262,7 +267,16 @@ def small_run(
     builders = {name: each for name, each in peers.BUILDERS.items() if name not in graphs}
     monkeypatch.setattr(plan, "BUILDERS", builders)
     arguments = report._arguments(
-        ["--out", str(tmp_path), "--seconds", "1", "--only", "A,C", "--algorithms", "adam,sgd"]
+        [
+            "--out",
+            str(tmp_path),
+            "--seconds",
+            "1",
+            "--only",
+            "ranker-36M,one-50M-tensor",
+            "--algorithms",
+            "adam,sgd",
+        ]
     )
     results = report.run(arguments, "cpu")
     text = (tmp_path / "nvidia-h100.json").read_text()
@@ -275,20 +289,22 @@ def test_a_run_measures_every_case(small_run: tuple[int, dict[str, Any], str]) -
     assert results["failed"] == {}
     assert results["copy_gb_per_s"] == 3000.0
     seen = [(m["workload"], m["algorithm"], m["cache"]) for m in results["measurements"]]
-    assert seen == [(w, a, "warm") for a in ("adam", "sgd") for w in ("A", "C")]
+    assert seen == [
+        (w, a, "warm") for a in ("adam", "sgd") for w in ("ranker-36M", "one-50M-tensor")
+    ]
     first = results["measurements"][0]
     assert first["bytes"] == 28 * 12 and first["elements"] == 12
     for which in ("microseconds", "host_microseconds"):
         assert set(_EAGER) | {peers.COPY} <= first[which].keys()
     assert "apex" in first["skipped"]
-    assert results["activity"]["A"][peers.OURS] == [1, 0, 0]
+    assert results["activity"]["ranker-36M"][peers.OURS] == [1, 0, 0]
 
 
 def test_the_page_shows_it(small_run: tuple[int, dict[str, Any], str]) -> None:
     _, results, text = small_run
     assert text == page.render(results, "nvidia-h100.json")
     assert "# Performance on NVIDIA H100 80GB HBM3" in text
-    assert "3,000.0 GB/s" in text and "### C: tiny C" in text
+    assert "3,000.0 GB/s" in text and "### one-50M-tensor: tiny one-50M-tensor" in text
     assert "1 launch, 0 met" in text
     assert text.count("| recap_fast, one optimizer |") == 4
     for algorithm in ("Adam", "SGD"):
@@ -313,35 +329,43 @@ def test_a_failure_is_named_and_the_rest_goes_on(
     monkeypatch.setattr(report, "measure", fail)
     monkeypatch.setattr(report, "count", lambda name, device: {peers.OURS: [2, 1, 0]})
     results = report.run(
-        SimpleNamespace(out=tmp_path, seconds=1.0, only=("E",), algorithms=("adam",)), "cpu"
+        SimpleNamespace(out=tmp_path, seconds=1.0, only=("scalars",), algorithms=("adam",)), "cpu"
     )
-    assert results["failed"] == {"E adam warm": "RuntimeError: out of memory"}
-    assert results["activity"] == {"E": {peers.OURS: [2, 1, 0]}}
-    assert "**E adam warm failed**" in (tmp_path / "nvidia-h100.md").read_text()
+    assert results["failed"] == {"scalars adam warm": "RuntimeError: out of memory"}
+    assert results["activity"] == {"scalars": {peers.OURS: [2, 1, 0]}}
+    assert "**scalars adam warm failed**" in (tmp_path / "nvidia-h100.md").read_text()
 
 
 def _results(ours: float, copy: float) -> dict[str, Any]:
     names = {peers.OURS: ours, peers.COPY: copy, peers.REFERENCE: 11 * ours, "torch fused": ours}
     m = {
-        **{"workload": "A", "description": "", "groups": 12, "tensors": 128, "elements": 1},
+        **{
+            "workload": "ranker-36M",
+            "description": "",
+            "groups": 12,
+            "tensors": 128,
+            "elements": 1,
+        },
         **{"algorithm": "adam", "cache": "cold", "copies": 1, "bytes": 10**9, "state": {}},
         **{"skipped": {"apex": "not installed"}},
         "microseconds": {name: [time] * 3 for name, time in names.items()},
         "host_microseconds": {name: [25.0] * 3 for name in names},
     }
     common = {"card": H100, "state": {}, "copy_gb_per_s": None, "failed": {}}
-    return {**common, "measurements": [m], "activity": {"A": {peers.OURS: [2, 0, 0]}}}
+    return {**common, "measurements": [m], "activity": {"ranker-36M": {peers.OURS: [2, 0, 0]}}}
 
 
 def test_what_is_reached_is_said_and_what_is_not() -> None:
     text = page.render(_results(ours=400.0, copy=380.0), "x.json")
     lines = {line.split("|")[1].strip(): line for line in text.split("\n") if line[:2] == "| "}
-    assert "95.0 % (95.0 to 95.0) met" in lines["A, Adam: speed over that of a copy"]
-    assert "not measured" in lines["C, Adam: speed over that of a copy"]
-    assert "11.0x (11.0 to 11.0) met" in lines["A, Adam: speed-up over torch per group"]
-    assert "1.00x (1.00 to 1.00) **not met**" in lines["A, Adam: speed-up over torch fused"]
-    assert "**not met**" in lines["A, Adam: launches and copies of a step"]
-    assert "25.0 µs (25.0 to 25.0) **not met**" in lines["A, Adam: host time of a step"]
+    assert "95.0 % (95.0 to 95.0) met" in lines["ranker-36M, Adam: speed over that of a copy"]
+    assert "not measured" in lines["one-50M-tensor, Adam: speed over that of a copy"]
+    assert "11.0x (11.0 to 11.0) met" in lines["ranker-36M, Adam: speed-up over torch per group"]
+    assert (
+        "1.00x (1.00 to 1.00) **not met**" in lines["ranker-36M, Adam: speed-up over torch fused"]
+    )
+    assert "**not met**" in lines["ranker-36M, Adam: launches and copies of a step"]
+    assert "25.0 µs (25.0 to 25.0) **not met**" in lines["ranker-36M, Adam: host time of a step"]
     assert "2,500" in lines[peers.OURS] and "apex: not installed." in text
 
 

@@ -112,13 +112,13 @@ def test_the_ceiling_reads_and_writes_every_element(states: int, threads: int) -
 @pytest.mark.parametrize(
     ("workload", "groups", "tensors", "elements"),
     [
-        (workloads.A, 12, 128, 36_008_619),
-        (workloads.B, 12, 480, None),
-        (workloads.C, 1, 1, 50_000_000),
-        (workloads.D, 100, 400, 409_600),
-        (workloads.E, 12, 480, 480),
-        (workloads.F, 100, 400, 400),
-        (workloads.RECAP, 11, 104, None),
+        (workloads.RANKER_36M, 12, 128, 36_008_619),
+        (workloads.MIXED_SIZES, 12, 480, None),
+        (workloads.ONE_50M_TENSOR, 1, 1, 50_000_000),
+        (workloads.MANY_GROUPS, 100, 400, 409_600),
+        (workloads.SCALARS, 12, 480, 480),
+        (workloads.MANY_GROUPS_OF_SCALARS, 100, 400, 400),
+        (workloads.RANKER_48M, 11, 104, None),
     ],
     ids=lambda value: value.name if isinstance(value, Workload) else None,
 )
@@ -131,7 +131,9 @@ def test_the_workloads_have_their_sizes(
 
 
 def test_bytes_per_step() -> None:
-    assert [peers.bytes_per_step(workloads.C, a) // 50_000_000 for a in peers.ALGORITHMS] == [
+    assert [
+        peers.bytes_per_step(workloads.ONE_50M_TENSOR, a) // 50_000_000 for a in peers.ALGORITHMS
+    ] == [
         28,
         20,
         12,

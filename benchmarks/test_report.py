@@ -19,7 +19,7 @@ from benchmarks.targets import TARGETS
 
 def _measurement(**changes: Any) -> Measurement:
     values: dict[str, Any] = {
-        "workload": "A",
+        "workload": "ranker-36M",
         "description": "recap-like",
         "groups": 12,
         "tensors": 128,
@@ -108,7 +108,7 @@ def _target(text: str) -> Any:
 
 
 def test_verdicts() -> None:
-    target = _target("A, Adam: time over torch fused")
+    target = _target("ranker-36M, Adam: time over torch fused")
     figure = target.measured([_measurement()], threads=1)
     assert figure.median == 0.9
     assert target.met(figure, threads=1)
@@ -116,14 +116,14 @@ def test_verdicts() -> None:
     assert not target.met(Quartiles(0.8, 0.91, 1.0), threads=2)
     assert target.measured([_measurement()], threads=2) is None
 
-    speed_up = _target("A, cold: speed-up over reference")
+    speed_up = _target("ranker-36M, cold: speed-up over reference")
     assert speed_up.met(speed_up.measured([_measurement()], threads=1), threads=1)
     assert not speed_up.met(Quartiles(6.0, 6.9, 9.0), threads=1)
 
 
 def test_a_peer_that_did_not_run_is_not_measured() -> None:
     (target, *_) = [t for t in TARGETS if "DeepSpeed" in t.text]
-    measurement = _measurement(workload="D")
+    measurement = _measurement(workload="many-groups")
     assert target.measured([measurement], threads=1) is None
 
 
@@ -156,19 +156,22 @@ def test_the_page_shows_losing_rows() -> None:
     results = {"machine": _FACTS, "measurements": [_measurement().to_json(), lost.to_json()]}
     text = page.render(results, "x.json")
     assert "from `x.json`" in text
-    assert "| A, Adam: time over torch fused | ≤ 0.97 / ≤ 0.9 | 0.90 (0.90 to 0.95) met | " in text
+    assert (
+        "| ranker-36M, Adam: time over torch fused | ≤ 0.97 / ≤ 0.9 | 0.90 (0.90 to 0.95) met | "
+        in text
+    )
     assert "1.20 (1.20 to 1.20) **not met**; the ceiling 1.10 |" in text
     assert "DeepSpeed: not installed." in text
 
 
 def test_a_limit_with_the_checks() -> None:
-    target = _target("D, cold: speed-up over torch fused")
+    target = _target("many-groups, cold: speed-up over torch fused")
     lost = _measurement(
-        workload="D",
+        workload="many-groups",
         timings=Timings({"recap_fast": [50.0], "torch fused": [100.0], "ceiling": [20.0]}),
     )
     assert target.of_ceiling_and_checks([lost], threads=1) is None
-    twin = _measurement(workload="F", timings=Timings({"recap_fast": [5.0]}))
+    twin = _measurement(workload="many-groups-of-scalars", timings=Timings({"recap_fast": [5.0]}))
     assert target.of_ceiling_and_checks([lost, twin], threads=1).median == 4.0
     results = {"machine": _FACTS, "measurements": [lost.to_json(), twin.to_json()]}
     text = page.render(results, "x.json")
@@ -183,13 +186,17 @@ def test_the_page_shows_what_a_group_costs() -> None:
         "measurements": [_measurement().to_json()],
         "breakdown": [
             {
-                "workload": "F",
+                "workload": "many-groups-of-scalars",
                 "groups": 100,
                 "microseconds": parts,
                 "entries": 14,
                 "nanoseconds_per_entry": 2.5,
             },
-            {"workload": "F-1", "groups": 1, "microseconds": single},
+            {
+                "workload": "many-groups-of-scalars in one group",
+                "groups": 1,
+                "microseconds": single,
+            },
         ],
     }
     text = page.render(results, "x.json")
@@ -217,7 +224,7 @@ def test_the_page_shows_growth() -> None:
 
 
 def _recap(threads: int) -> dict[str, Any]:
-    return _measurement(workload="RECAP", elements=48_100_000, threads=threads).to_json()
+    return _measurement(workload="ranker-48M", elements=48_100_000, threads=threads).to_json()
 
 
 def test_the_headline_figures() -> None:
@@ -237,7 +244,7 @@ def test_the_headline_figures() -> None:
 def test_the_headline_tells_what_a_single_torch_optimizer_takes() -> None:
     times = {"recap_fast": [2000.0], "torch for-loop": [5000.0], "reference": [9000.0]}
     some = [
-        _measurement(workload="B", threads=threads, timings=Timings(times)).to_json()
+        _measurement(workload="mixed-sizes", threads=threads, timings=Timings(times)).to_json()
         for threads in (1, 2)
     ]
     text = headline.render({"machine": _FACTS, "measurements": [_recap(1), *some]}, "x.json")
@@ -251,8 +258,10 @@ def test_the_headline_tells_what_a_single_torch_optimizer_takes() -> None:
 def test_the_headline_tells_what_is_lost_on_any_machine() -> None:
     own = {"machine": _FACTS, "measurements": [_recap(1)]}
     times = {"recap_fast": [2000.0], "torch fused": [1992.0], "reference": [9000.0]}
-    lost = _measurement(workload="C", algorithm="sgd", threads=2, timings=Timings(times))
-    not_shown = _measurement(workload="A", timings=Timings(times))
+    lost = _measurement(
+        workload="one-50M-tensor", algorithm="sgd", threads=2, timings=Timings(times)
+    )
+    not_shown = _measurement(workload="ranker-36M", timings=Timings(times))
     facts = _FACTS | {"processor": "another processor"}
     other = {"machine": facts, "measurements": [lost.to_json(), not_shown.to_json()]}
     text = headline.render(own, "x.json", [other])

@@ -1,6 +1,6 @@
 """The workloads and peers as a pytest-benchmark suite, a table for each workload and algorithm:
 
-    pytest benchmarks --benchmark-enable --benchmark-only [-k "E and adam"]
+    make bench-suite [SUITE='-k "scalars and adam"']
 
 OMP_NUM_THREADS sets the number of threads. Without --benchmark-enable each case takes one step on a
 smaller workload, as a smoke test. pytest-benchmark times one case after another, so a drift of the
@@ -22,19 +22,18 @@ from benchmarks.workloads import Workload
 
 _EVICT = torch.zeros(96 * 2**20 // 4)
 
-# A, C and RECAP take long with the other peers, which the report measures.
+# These take long with the other peers, which the report measures.
 _PEERS = {
-    "A": ("recap_fast", "reference", "torch fused", "DeepSpeed", "ceiling"),
-    "C": LARGE_PEERS,
-    "RECAP": ("recap_fast", "reference", "torch fused", "DeepSpeed", "ceiling"),
+    "ranker-36M": ("recap_fast", "reference", "torch fused", "DeepSpeed", "ceiling"),
+    "one-50M-tensor": LARGE_PEERS,
+    "ranker-48M": ("recap_fast", "reference", "torch fused", "DeepSpeed", "ceiling"),
 }
-_WORKLOADS = ("A", "B", "C", "D", "E", "F", "RECAP", "DEMO")
 _CASES = [
     pytest.param(
         *(workload, algorithm, cache, peer),
         id=f"{workload}-{algorithm}-{cache}-{peer.replace(' ', '_')}",
     )
-    for workload in _WORKLOADS
+    for workload in workloads.NAMES
     for algorithm in peers.ALGORITHMS
     for cache in ("cold", "warm")
     for peer in _PEERS.get(workload, peers.PEERS)

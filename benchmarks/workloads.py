@@ -1,7 +1,7 @@
 """The workloads: sets of param groups, given by the shapes of their tensors.
 
-A to F are synthetic extremes; RECAP is the original's shipped model; DEMO is that of
-`make demo`.
+The rankers are of the-algorithm-ml's kind, `demo` is the model of `make demo`; the others are
+extremes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 Shape = tuple[int, ...]
+IN_ONE_GROUP: Final = " in one group"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Workload:
     def in_one_group(self) -> Workload:
         """The same tensors, all in one param group."""
         merged = tuple(shape for group in self.groups for shape in group)
-        return Workload(f"{self.name}-1", f"{self.name} in one group", (merged,))
+        return Workload(f"{self.name}{IN_ONE_GROUP}", self.description, (merged,))
 
 
 def _linear(inputs: int, outputs: int) -> list[Shape]:
@@ -82,26 +83,43 @@ def _mixed_sizes(groups: int, tensors: int) -> tuple[tuple[Shape, ...], ...]:
     return tuple(tuple((draw.randint(64, 4096),) for _ in range(tensors)) for _ in range(groups))
 
 
-# As in RECAP, with an eleventh task, affine maps after the towers, and the input cut to 1,746
-# features: 12 groups, 128 tensors, 36 M elements.
-A: Final = Workload(
-    "A",
-    "recap-like: 11 towers 256/128/1, MaskNet backbone 4 x 1024 and 2048",
+# As the one of 48 M, with an eleventh task, affine maps after the towers, and the input cut to
+# 1,746 features: 12 groups, 128 tensors, 36 M elements.
+RANKER_36M: Final = Workload(
+    "ranker-36M",
+    "like the ranker of the-algorithm-ml: 11 towers 256/128/1, MaskNet backbone 4 x 1024 and 2048",
     _recap_groups(11, True, continuous=1487, binary=59, embeddings=[200]),
 )
-B: Final = Workload("B", "tensors of 64 to 4,096 elements", _mixed_sizes(12, 40))
-C: Final = Workload("C", "one tensor of 50 M elements", (((50_000_000,),),))
-D: Final = Workload("D", "tensors of 1,024 elements in many groups", (((1024,),) * 4,) * 100)
-E: Final = Workload("E", "one-element tensors", (((1,),) * 40,) * 12)
-F: Final = Workload("F", "one-element tensors in many groups", (((1,),) * 4,) * 100)
+MIXED_SIZES: Final = Workload(
+    "mixed-sizes", "tensors of 64 to 4,096 elements", _mixed_sizes(12, 40)
+)
+ONE_50M_TENSOR: Final = Workload(
+    "one-50M-tensor", "one tensor of 50 M elements", (((50_000_000,),),)
+)
+MANY_GROUPS: Final = Workload(
+    "many-groups", "tensors of 1,024 elements in many groups", (((1024,),) * 4,) * 100
+)
+SCALARS: Final = Workload("scalars", "one-element tensors", (((1,),) * 40,) * 12)
+MANY_GROUPS_OF_SCALARS: Final = Workload(
+    "many-groups-of-scalars", "one-element tensors in many groups", (((1,),) * 4,) * 100
+)
 
 # The configuration that the original ships: 10 tasks; 2,117 continuous features (normalised with an
 # affine batch norm), 59 binary ones and three 200-dimensional embeddings.
-RECAP: Final = Workload(
-    "RECAP",
-    "the original's shipped model: 10 towers 256/128/1, MaskNet backbone 4 x 1024 and 2048",
+RANKER_48M: Final = Workload(
+    "ranker-48M",
+    "the ranker of the-algorithm-ml: 10 towers 256/128/1, MaskNet backbone 4 x 1024 and 2048",
     _recap_groups(10, False, continuous=2117, binary=59, embeddings=[200, 200, 200]),
 )
+
+_SYNTHETIC: Final = {
+    workload.name: workload
+    for workload in (
+        *(RANKER_36M, MIXED_SIZES, ONE_50M_TENSOR, MANY_GROUPS),
+        *(SCALARS, MANY_GROUPS_OF_SCALARS, RANKER_48M),
+    )
+}
+NAMES: Final = (*_SYNTHETIC, "demo")
 
 
 def demo() -> Workload:
@@ -120,7 +138,7 @@ def demo() -> Workload:
     assert fused is not None
     groups = group_parameters(model, dense_config, embedding_config, fused.params)
     return Workload(
-        "DEMO",
+        "demo",
         "the dense groups of `make demo`",
         tuple(tuple(tuple(p.shape) for p in group.params.values()) for group in groups),
     )
@@ -128,6 +146,6 @@ def demo() -> Workload:
 
 def by_name(name: str) -> Workload:
     """Raises KeyError for an unknown name, ImportError for a demo that cannot be built here."""
-    if name == "DEMO":
+    if name == "demo":
         return demo()
-    return {w.name: w for w in (A, B, C, D, E, F, RECAP)}[name]
+    return _SYNTHETIC[name]

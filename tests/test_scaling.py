@@ -93,7 +93,7 @@ def test_the_page_shows_what_the_formulas_say() -> None:
             pooled = f"{name}: pooled, {dim} columns, forward; as much backward"
             rows[pooled] = of_tables(sharding, 1, dim)
     for kind, name in (("ddp", "DDP"), ("fsdp", "FSDP2, at most")):
-        elements = workloads.RECAP.elements
+        elements = workloads.RANKER_48M.elements
         rows[f"dense part: {name}"] = [scaling.dense_by_formula(kind, elements, n) for n in GPUS]
     for name, sent in rows.items():
         assert f"\n| {name} | {' | '.join(number(bytes_ / 1e6) for bytes_ in sent)} |\n" in PAGE

@@ -50,7 +50,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--seconds", type=float, default=240, help="for all of it (default: %(default)s)"
     )
     parser.add_argument(
-        "--only", type=_some_of(plan.NAMES), default=plan.NAMES, metavar="A,E", help="workloads"
+        "--only",
+        type=_some_of(plan.NAMES),
+        default=plan.NAMES,
+        metavar="NAME,NAME",
+        help="workloads",
     )
     parser.add_argument(
         "--algorithms", type=_some_of(tuple(STATES)), default=tuple(STATES), metavar="adam,sgd"

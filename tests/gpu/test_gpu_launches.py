@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu import activity
-from benchmarks.workloads import A
+from benchmarks.workloads import RANKER_36M
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
 from tests.gpu.helpers import Mixed, captured
@@ -25,9 +25,9 @@ def _assert_launches(seen: activity.Activity, launches: int) -> None:
 
 
 def _groups(device: torch.device) -> list[dict[str, Any]]:
-    """Workload A, 128 tensors in 12 groups, each dimension at most 64."""
+    """The ranker of 36 M, 128 tensors in 12 groups, each dimension at most 64."""
     groups = []
-    for number, shapes in enumerate(A.groups):
+    for number, shapes in enumerate(RANKER_36M.groups):
         params = []
         for shape in shapes:
             param = nn.Parameter(torch.randn([min(size, 64) for size in shape], device=device))
