@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from typing import Any
 
 import torch
+
+from tests.support.processes import context
 
 DIED = 99  # exit status
 _EVENTS = frozenset(
@@ -88,5 +89,5 @@ def dies(function: Callable[[], Any]) -> bool:
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
     """Returns what `function`, of a module's own, returns in a new process with one thread."""
-    with ProcessPoolExecutor(1, get_context("forkserver"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(1, context("gloo"), torch.set_num_threads, (1,)) as pool:
         return pool.submit(function, *args).result()

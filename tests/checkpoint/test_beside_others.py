@@ -7,7 +7,6 @@ import shutil
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from recap_fast.checkpoint import CheckpointError, load, save
 from recap_fast.checkpoint.locks import ReaderLock, WriterLock
 from tests.checkpoint.small_training_state import small
-from tests.support.processes import run
+from tests.support.processes import context, run
 
 
 def names(directory: Path) -> list[str]:
@@ -48,7 +47,7 @@ def _hold(directory: str) -> None:
 
 
 def test_a_dead_writer_holds_nothing(tmp_path: Path) -> None:
-    process = get_context("forkserver").Process(target=_hold, args=(str(tmp_path),))
+    process = context("gloo").Process(target=_hold, args=(str(tmp_path),))
     process.start()
     while not (tmp_path / "held").exists():
         assert process.is_alive()
@@ -85,7 +84,7 @@ def test_a_reader_beside_a_writer_gets_whole_checkpoints(tmp_path: Path) -> None
     save(tmp_path, 0, *small().all)
     expected[0] = small().contents()
     own, found = small(seed=1), []
-    with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(1, context("gloo")) as pool:
         writing = pool.submit(_save_often, str(tmp_path), 1, last)
         while not (tmp_path / "done").exists():
             assert not writing.done() or writing.exception() is None

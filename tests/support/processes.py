@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -48,8 +49,14 @@ def context(backend: str) -> BaseContext:
     if backend == "nccl":
         return multiprocessing.get_context("spawn")
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torchrec.distributed", "recap_fast.checkpoint"])
+    server.set_forkserver_preload(["tests.support.preloaded"])
     return server
+
+
+def start_server() -> None:
+    """Has the server of `context` import, beside what this process does until it needs it."""
+    context("gloo")
+    forkserver.ensure_running()
 
 
 def join(rank: int, world_size: int, backend: str, store: str) -> None:
@@ -206,6 +213,7 @@ def _serve(rank: int, world_size: int, backend: str, store: str, pipe: Connectio
             pipe.send_bytes(pickle.dumps(function(*args)))
             del function, args
             gc.collect()
+            gc.freeze()  # what is left are modules: the next collection need not look at them
         dist.barrier()  # or a peer's connection is closed while it still works
         dist.destroy_process_group()
     except BaseException:
