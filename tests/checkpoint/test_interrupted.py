@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from recap_fast.checkpoint import CheckpointError, files, load, manifest, save
 from tests.checkpoint.file_faults import Faults, die, dies, disk_fails, in_own_process
-from tests.checkpoint.small_training_state import Training, small
+from tests.checkpoint.small_training_state import Training, built
 
 # The step that is saved, how many are kept, and what there is then.
 CASES = {
@@ -24,6 +26,12 @@ CASES = {
 
 def names(directory: Path) -> list[str]:
     return sorted(name for name in os.listdir(directory) if name != ".lock")
+
+
+def small(seed: int = 0) -> Training:
+    """With few tensors: as many files are used as for many."""
+    torch.manual_seed(seed)
+    return built(nn.Linear(3, 1))
 
 
 class Scene:

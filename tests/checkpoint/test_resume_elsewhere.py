@@ -13,11 +13,12 @@ from tests.checkpoint.resume_cases import (
     ELSEWHERE,
     LONG,
     LONG_REFUSED,
+    LONG_SAME,
     REFUSED,
     SAME,
     Resumed,
 )
-from tests.checkpoint.resuming import be_refused, load_and_train, on_all, train_and_save
+from tests.checkpoint.resuming import STEPS, be_refused, load_and_train, on_all, train_and_save
 from tests.checkpoint.snapshots import Snapshot, assemble_moments
 from tests.distributed.test_equivalence import TOLERANCE
 from tests.support.small_training import largest_difference
@@ -89,7 +90,9 @@ def found(tmp_path_factory, table_backend):
 
 @pytest.fixture(scope="module")
 def long_found(tmp_path_factory, table_backend):
-    return train_all(LONG, LONG_REFUSED, tmp_path_factory.mktemp("saved_long"), table_backend)
+    return train_all(
+        [*LONG_SAME, *LONG], LONG_REFUSED, tmp_path_factory.mktemp("saved_long"), table_backend
+    )
 
 
 def assert_equal(ours: Snapshot, expected: Snapshot) -> None:
@@ -121,13 +124,22 @@ def check_refused(case: Resumed, refusal: Refusal) -> None:
     assert_equal(refusal.after, refusal.before)
 
 
+def check_same(result: Result, backend: str) -> None:
+    """On the CPU; sums of a GPU may come in another order each time."""
+    check_resumed_elsewhere(result)
+    if backend == "gloo":
+        assert_equal(result.resumed_end, result.end)
+
+
 @pytest.mark.parametrize("case", SAME, ids=str)
 def test_on_as_many_processes_every_bit_is_the_same(case: Resumed, found, table_backend) -> None:
-    """On the CPU; sums of a GPU may come in another order each time."""
-    result = found[0][case]
-    check_resumed_elsewhere(result)
-    if table_backend == "gloo":
-        assert_equal(result.resumed_end, result.end)
+    check_same(found[0][case], table_backend)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LONG_SAME, ids=str)
+def test_every_bit_is_the_same_of_all(case: Resumed, long_found, table_backend) -> None:
+    check_same(long_found[0][case], table_backend)
 
 
 @pytest.mark.parametrize("case", ELSEWHERE, ids=str)
@@ -161,7 +173,7 @@ def test_what_is_compared_is_there_and_changes(found) -> None:
     """Or the tests above would pass with nothing trained."""
     for result in found[0].values():
         start, saved, end = result.start, result.saved, result.end
-        assert all(count == 12 for count in end.step_counts.values())
+        assert all(count == STEPS for count in end.step_counts.values())
         assert saved.rates != start.rates and saved.rates != end.rates
         for name, value in end.values.items():
             assert not torch.equal(value, saved.values[name]), name

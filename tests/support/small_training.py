@@ -28,7 +28,7 @@ from recap_fast.config import (
 from recap_fast.embeddings import fuse_embeddings
 from tests.support.processes import device
 
-STEPS = 20
+STEPS = 10
 BATCH_SIZE = 48
 RATINGS = 1000
 SIZES = {
