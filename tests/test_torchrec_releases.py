@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,26 +11,41 @@ import torch
 from recap_fast.torchrec_releases import PAIRS, REQUIREMENTS, how_to_install
 from tests.support.native_build import ROOT
 
+# In a fork for each of its arguments, executes it and prints what an import of each module and name
+# says; then the exit status. torch itself is imported once.
 _ALL = """
-import importlib, sys
-import recap_fast
-{broken}
+import importlib, os, sys
+import torch, recap_fast
+assert not [name for name in sys.modules if name.startswith(("recap_fast.", "torchrec"))]
+for broken in sys.argv[1:]:
+    if os.fork() == 0:
+        exec(broken)
+        break
+    print(os.wait()[1], end="\\1", flush=True)
+else:
+    sys.exit()
 for name in (
     "build", "scheduler", "reference", "embeddings", "keyed", "checkpoint", "keyed.fused"
 ):
     try:
-        importlib.import_module(f"recap_fast.{{name}}")
+        importlib.import_module(f"recap_fast.{name}")
     except ImportError as error:
-        print(name, error, end="\\0")
+        print(name, error, end="\\0", flush=True)
 for name in ("build_optimizer", "FusedCombinedOptimizer", "RecapLRShim"):
     try:
         getattr(recap_fast, name)
     except ImportError as error:
-        print(name, error, end="\\0")
+        print(name, error, end="\\0", flush=True)
 """
 
 # How a build for another torch fails.
 _LIBRARY = "Could not load this library: fbgemm_gpu_tbe_index_select.so"
+
+_NEITHER = """
+sys.modules["torchrec"] = sys.modules["fbgemm_gpu"] = None
+optimizer = recap_fast.fuse(torch.optim.Adam([torch.ones(2, requires_grad=True)]))
+assert isinstance(optimizer, recap_fast.optim.FusedAdam)
+"""
 
 _BROKEN = {
     "no torchrec": ('sys.modules["torchrec"] = None', "ModuleNotFoundError"),
@@ -41,20 +55,38 @@ _BROKEN = {
 }
 
 
-@pytest.mark.parametrize("how", _BROKEN)
-def test_without_torchrec_the_error_says_how_to_install_it(how: str, tmp_path: Path) -> None:
-    broken, found = _BROKEN[how]
-    kind, _, text = found.partition(": ")
-    if text:
-        (tmp_path / "fbgemm_gpu").mkdir()
-        (tmp_path / "fbgemm_gpu" / "__init__.py").write_text(f"raise {kind}({text!r})")
-    program = _ALL.format(broken=broken.format(folder=tmp_path))
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Of each of the ways, and the exit status."""
+    programs = []
+    for broken, found in _BROKEN.values():
+        kind, _, text = found.partition(": ")
+        folder = tmp_path_factory.mktemp("broken")
+        if text:
+            (folder / "fbgemm_gpu").mkdir()
+            (folder / "fbgemm_gpu" / "__init__.py").write_text(f"raise {kind}({text!r})")
+        programs.append(broken.format(folder=folder))
+    programs.append(_NEITHER)
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", _ALL, *programs],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
-    messages = result.stdout.split("\0")[:-1]
-    assert len(messages) == 10
-    for message in messages:
+    print(result.stderr)
+    said = result.stdout.split("\1")[:-1]
+    return {how: each.split("\0") for how, each in zip([*_BROKEN, "neither"], said, strict=True)}
+
+
+@pytest.mark.parametrize("how", _BROKEN)
+def test_without_torchrec_the_error_says_how_to_install_it(
+    how: str, messages: dict[str, list[str]]
+) -> None:
+    kind, _, text = _BROKEN[how][1].partition(": ")
+    *said, status = messages[how]
+    assert len(said) == 10 and status == "0"
+    for message in said:
         assert "need torchrec and FBGEMM" in message
         assert f"({kind}" in message and text in message
         assert message.count(how_to_install()) == 1
@@ -79,15 +111,8 @@ assert not hasattr(recap_fast, "optimizers")
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def test_optim_and_fuse_work_without_them() -> None:
-    program = """
-import sys
-sys.modules["torchrec"] = sys.modules["fbgemm_gpu"] = None
-import torch, recap_fast
-optimizer = recap_fast.fuse(torch.optim.Adam([torch.ones(2, requires_grad=True)]))
-assert isinstance(optimizer, recap_fast.optim.FusedAdam)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+def test_optim_and_fuse_work_without_them(messages: dict[str, list[str]]) -> None:
+    assert messages["neither"][-1] == "0"
 
 
 @pytest.mark.parametrize("release", PAIRS)

@@ -6,13 +6,8 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
-
-import torch
-
-from tests.support.processes import context
 
 DIED = 99  # exit status
 _EVENTS = frozenset(
@@ -85,9 +80,3 @@ def dies(function: Callable[[], Any]) -> bool:
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status in (0, DIED), f"neither died nor came to its end: {status}"
     return status == DIED
-
-
-def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns what `function`, of a module's own, returns in a new process with one thread."""
-    with ProcessPoolExecutor(1, context("gloo"), torch.set_num_threads, (1,)) as pool:
-        return pool.submit(function, *args).result()

@@ -79,17 +79,12 @@ ELSEWHERE = [
         Setup(2, "table_wise", "ddp", "rowwise_adagrad"),
         Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
     ),
-    *between(Setup(2, "row_wise", "fsdp", "adagrad"), Setup(2, "column_wise", "ddp", "adagrad")),
     # Unfused or data-parallel tables, and others.
     *between(UNFUSED, ONE),
     *between(replace(UNFUSED, tables="adagrad"), ADAGRAD),
     Resumed(ONE, UNFUSED, 2),
     Resumed(UNFUSED, ONE, 2),
     *between(ONE, Setup(2, "data_parallel", "ddp", "rowwise_adagrad")),
-    *between(
-        Setup(2, "data_parallel", "ddp", "rowwise_adagrad"),
-        Setup(2, "table_wise", "fsdp", "rowwise_adagrad"),
-    ),
     *between(UNFUSED_ADAM, Setup(2, "data_parallel", "ddp", "adam")),
     # The same shards of columns, on other processes.
     *between(COLUMN_SHARDS, Setup(1, "columns_on_00", "ddp", "rowwise_adagrad")),
@@ -133,6 +128,11 @@ LONG = [
     )
     for resumed in between(few, many)
 ] + [
+    *between(Setup(2, "row_wise", "fsdp", "adagrad"), Setup(2, "column_wise", "ddp", "adagrad")),
+    *between(
+        Setup(2, "data_parallel", "ddp", "rowwise_adagrad"),
+        Setup(2, "table_wise", "fsdp", "rowwise_adagrad"),
+    ),
     *between(ADAGRAD, Setup(4, "column_wise", "fsdp", "adagrad")),
     *between(Setup(2, "column_wise", "ddp", "adagrad"), Setup(4, "column_wise", "fsdp", "adagrad")),
     *between(SGD, Setup(2, "data_parallel", "ddp", "sgd")),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchrec.distributed.types import ShardedTensor
 
 from recap_fast.embeddings.fused_optimizer import counts_forward_passes
@@ -71,7 +72,10 @@ def is_table(name: str) -> bool:
 
 def _parts(value: torch.Tensor) -> tuple[tuple[int, ...], list[tuple[torch.Tensor, Any]]]:
     if isinstance(value, DTensor):
-        value = value.full_tensor()
+        layout = value.shape, value.device_mesh, value.placements
+        sizes, begins = compute_local_shape_and_global_offset(*layout)
+        place = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
+        return tuple(value.shape), [(value.to_local().to("cpu", copy=True), place)]
     shape = tuple(value.size() if isinstance(value, ShardedTensor) else value.shape)
     return shape, [(part.to("cpu", copy=True), place) for part, place in local_parts(value)]
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from recap_fast.checkpoint import CheckpointError, files, load, manifest, save
-from tests.checkpoint.file_faults import Faults, die, dies, disk_fails, in_own_process
+from tests.checkpoint.file_faults import Faults, die, dies, disk_fails
 from tests.checkpoint.small_training_state import Training, built
+from tests.support.processes import in_own_process
 
 # The step that is saved, how many are kept, and what there is then.
 CASES = {

@@ -26,7 +26,7 @@ from examples.movielens.errors import DemoError
 from examples.movielens.sharding import DENSE
 from tests.distributed import faulty_training
 from tests.distributed.test_equivalence import TOLERANCE
-from tests.support.processes import run
+from tests.support.processes import context, run
 from tests.support.small_training import largest_difference, train
 
 ROOT = Path(__file__).parents[2]
@@ -41,14 +41,7 @@ class Ranks:
 
     def __init__(self, backend: str, *arguments: str, **variables: str) -> None:
         self._processes: list[subprocess.Popen] = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._rendezvous = {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(free.getsockname()[1]),
-                "WORLD_SIZE": "2",
-                "LOCAL_WORLD_SIZE": "2",
-            }
+        self._rendezvous = rendezvous(2)
         self._backend, self._arguments, self._variables = backend, arguments, variables
 
     def start(self, rank: int) -> subprocess.Popen:
@@ -56,10 +49,8 @@ class Ranks:
             [sys.executable, SCRIPT, *self._arguments],
             env={
                 **environment(self._backend),
-                **self._rendezvous,
+                **self._rendezvous[rank],
                 **self._variables,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
             },
             stderr=subprocess.PIPE,
             text=True,
@@ -74,6 +65,24 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.communicate()
+
+
+def rendezvous(world_size: int) -> list[dict[str, str]]:
+    """What torchrun sets for each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [
+        {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+        for rank in range(world_size)
+    ]
 
 
 def environment(backend: str) -> dict[str, str]:
@@ -118,6 +127,43 @@ def torchrun(
             agent.kill()
     first, (out, err) = agents[0], ends[0]
     return subprocess.CompletedProcess(first.args, first.returncode, out, err)
+
+
+def example(arguments: tuple[str, ...], variables: dict[str, str], output: str) -> None:
+    """In a new process: the example on the CPU; what it prints goes to the file `output`."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(file, stream.fileno())
+    os.environ.pop("RANK", None)
+    os.environ.update(variables)
+    torch.cuda.is_available = lambda: False
+    torch.set_num_threads(1)
+    sys.argv = [SCRIPT, *arguments]
+    faulty_training.main()
+
+
+def run_forked(
+    folder: Path, variables: list[dict[str, str]], *arguments: str
+) -> list[tuple[int | None, str]]:
+    """Runs `example` on a process for each of the environments, which imports nothing again.
+
+    Returns:
+        The exit status and the output of each.
+    """
+    outputs = [folder / f"output{number}" for number in range(len(variables))]
+    started = [
+        context("gloo").Process(target=example, args=(arguments, own, str(output)))
+        for own, output in zip(variables, outputs, strict=True)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+        process.kill()
+    return [
+        (process.exitcode, output.read_text())
+        for process, output in zip(started, outputs, strict=True)
+    ]
 
 
 def last_line(text: str) -> str:
@@ -180,22 +226,15 @@ def test_nobody_waits_for_ever_for_one_that_never_came(present: int) -> None:
     )
 
 
-def test_without_torchrun_it_says_how_to_start() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", faulty_training.EXAMPLE],
-        env={name: value for name, value in environment("gloo").items() if name != "RANK"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1
-    assert "RANK" in result.stderr and "`torchrun --nproc-per-node N`" in result.stderr
+def test_without_torchrun_it_says_how_to_start(tmp_path: Path) -> None:
+    ((status, said),) = run_forked(tmp_path, [{}])
+    assert status == 1
+    assert "RANK" in said and "`torchrun --nproc-per-node N`" in said
 
 
-def test_a_wrong_argument_is_one_line() -> None:
-    with Ranks("gloo", "--clip-grad-norm", "0", WORLD_SIZE="1") as ranks:
-        process = ranks.start(0)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in said
+def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
+    ((status, said),) = run_forked(tmp_path, rendezvous(1), "--clip-grad-norm", "0")
+    assert status == 1 and "Traceback" not in said
     assert last_line(said).startswith("train_distributed.py: clip_grad_norm must be None or a num")
 
 
@@ -285,10 +324,21 @@ def test_tables_with_a_bad_gradient_are_not_saved(
     assert_trained_alike(resumed, undisturbed, table_backend)
 
 
+TABLE_END = r"2 processes, \d+ ratings/s, 0 batches skipped\n$"
+
+
+def test_two_processes_train_without_a_fault(tmp_path: Path) -> None:
+    """Joined as torchrun has them join."""
+    (status, said), (other_status, _) = run_forked(tmp_path, rendezvous(2))
+    assert (status, other_status) == (0, 0), said
+    assert re.search(TABLE_END, said)
+
+
+@pytest.mark.long
 def test_torchrun_trains_without_a_fault(table_backend: str) -> None:
     result = torchrun(table_backend, SCRIPT)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"2 processes, \d+ ratings/s, 0 batches skipped\n$", result.stdout)
+    assert re.search(TABLE_END, result.stdout)
 
 
 @pytest.mark.long

@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -114,6 +115,12 @@ def run(
         raise
     _groups[world_size, backend] = group
     return results
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns what `function`, of a module's own, returns in a new process with one thread."""
+    with ProcessPoolExecutor(1, context("gloo"), torch.set_num_threads, (1,)) as pool:
+        return pool.submit(function, *args).result()
 
 
 def end_all() -> None:

@@ -1,19 +1,33 @@
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessRaisedException, start_processes
 
+from examples.movielens import launch as starting
 from examples.movielens.errors import DemoError
 from examples.movielens.launch import launch
+from tests.support.processes import context, in_own_process
+
+
+def launch_forks(*args: Any) -> None:
+    """`launch` in a process that has one thread: it forks, and nothing is imported again.
+
+    As a user has it, it is in the long tests below, and in those of the command line.
+    """
+    starting.spawn = functools.partial(start_processes, start_method="fork")
+    launch(*args)
 
 
 def write_what_is_seen(folder: str) -> None:
@@ -32,20 +46,23 @@ def fail_on_the_second(how: str) -> None:
 
 
 def test_every_process_runs_and_reaches_the_others(tmp_path: Path) -> None:
-    launch(2, 1, write_what_is_seen, str(tmp_path))
+    in_own_process(launch_forks, 2, 1, write_what_is_seen, str(tmp_path))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2 1", "1": "2 1"}
 
 
+def check_failure(how: str, kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=said):
+        launch_forks(2, 1, fail_on_the_second, how)
+
+
 def test_an_error_shows_where_it_came_from() -> None:
-    with pytest.raises(
-        ProcessRaisedException, match=r"(?s)Process 1 .*fail_on_the_second.*a mistake"
-    ):
-        launch(2, 1, fail_on_the_second, "raise")
+    said = r"(?s)Process 1 .*fail_on_the_second.*a mistake"
+    in_own_process(check_failure, "raise", ProcessRaisedException, said)
 
 
 def test_a_killed_process_ends_the_others() -> None:
-    with pytest.raises(DemoError, match=r"one of the 2 processes has gone: process 1 .*SIGKILL"):
-        launch(2, 1, fail_on_the_second, "kill")
+    said = r"one of the 2 processes has gone: process 1 .*SIGKILL"
+    in_own_process(check_failure, "kill", DemoError, said)
 
 
 def stay(folder: str) -> None:
@@ -74,14 +91,51 @@ def is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def check_end(folder: Path, number: int, status: int, processes: int, early: bool) -> None:
-    """Sends a signal to the parent alone, when all children have joined or as they begin."""
-    folder.mkdir()
+def start(folder: Path, processes: int) -> subprocess.Popen:
+    """A parent from scratch."""
     script = folder.parent / "start.py"
     script.write_text(START)
     command = [sys.executable, str(script), str(folder), str(processes)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    parent = subprocess.Popen(command, env=environment, start_new_session=True)
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def launch_in_session(*args: Any) -> None:
+    os.setsid()
+    launch_forks(*args)
+
+
+class Forked:
+    """A parent that is forked, with the methods of a `Popen`."""
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        given = (processes, 1, stay, str(folder))
+        self._process = context("gloo").Process(target=launch_in_session, args=given)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
+
+
+def check_end(
+    start: Callable[[Path, int], Forked | subprocess.Popen],
+    folder: Path,
+    number: int,
+    status: int,
+    processes: int,
+    early: bool,
+) -> None:
+    """Sends a signal to the parent alone, when all children have joined or as they begin."""
+    folder.mkdir()
+    parent = start(folder, processes)
     try:
         children: list[int] = []
         while len(children) < processes:
@@ -107,7 +161,7 @@ def check_end(folder: Path, number: int, status: int, processes: int, early: boo
 
 
 def test_sigterm_to_the_parent_ends_the_children(tmp_path: Path) -> None:
-    check_end(tmp_path / "run", signal.SIGTERM, 128 + signal.SIGTERM, 2, early=False)
+    check_end(Forked, tmp_path / "run", signal.SIGTERM, 128 + signal.SIGTERM, 2, early=False)
 
 
 @pytest.mark.long
@@ -123,4 +177,4 @@ def test_sigterm_to_the_parent_ends_the_children(tmp_path: Path) -> None:
 def test_a_signal_to_the_parent_ends_the_children(
     tmp_path: Path, number: int, status: int, early: bool
 ) -> None:
-    check_end(tmp_path / "run", number, status, 3, early)
+    check_end(start, tmp_path / "run", number, status, 3, early)
