@@ -19,12 +19,12 @@ STATES: Final[Mapping[str, int]] = {"adam": 2, "adagrad": 1, "sgd": 0}
 MAX_NORM: Final = 1.0
 """What the peers that clip do so to; the gradients of every workload are larger."""
 
-_TORCH: Final = {
+TORCH_CLASSES: Final = {
     "adam": torch.optim.Adam,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
 }
-_OURS: Final = {"adam": FusedAdam, "adagrad": FusedAdagrad, "sgd": FusedSGD}
+OUR_CLASSES: Final = {"adam": FusedAdam, "adagrad": FusedAdagrad, "sgd": FusedSGD}
 
 Groups = list[list[nn.Parameter]]
 Stepping = tuple[Callable[[], Any], list[dict[str, Any]]]
@@ -40,13 +40,21 @@ def _learning_rates(groups: int) -> Iterator[float]:
     return (1e-4 * (1 + index / groups) for index in range(groups))
 
 
-def _torch_groups(groups: Groups) -> list[dict[str, Any]]:
+def with_rates(groups: Groups) -> list[dict[str, Any]]:
     rates = _learning_rates(len(groups))
     return [{"params": params, "lr": lr} for params, lr in zip(groups, rates, strict=True)]
 
 
 def _one_optimizer(optimizer: torch.optim.Optimizer) -> Stepping:
     return optimizer.step, optimizer.param_groups
+
+
+def step_each(optimizers: list[torch.optim.Optimizer]) -> Stepping:
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step, [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def _keyed(combined: Callable[[list[Any]], Any], inner: type, groups: Groups) -> Stepping:
@@ -69,43 +77,43 @@ def _keyed(combined: Callable[[list[Any]], Any], inner: type, groups: Groups) ->
 
 def _combined() -> type:
     """Not imported with this file: it needs torchrec, which the other peers do without."""
-    try:
-        from recap_fast import FusedCombinedOptimizer
-    except ImportError:  # a revision from before it could be had from there, to compare with
+    try:  # where older revisions have it, to compare with
         from recap_fast.optim.combined import FusedCombinedOptimizer
+    except ImportError:
+        from recap_fast import FusedCombinedOptimizer
     return FusedCombinedOptimizer
 
 
 def _ours(groups: Groups, algorithm: str) -> Stepping:
-    return _keyed(_combined(), _OURS[algorithm], groups)
+    return _keyed(_combined(), OUR_CLASSES[algorithm], groups)
 
 
 def _ours_clipping(groups: Groups, algorithm: str) -> Stepping:
     combined = functools.partial(_combined(), clip_grad_norm=MAX_NORM)
-    return _keyed(combined, _OURS[algorithm], groups)
+    return _keyed(combined, OUR_CLASSES[algorithm], groups)
 
 
 def _ours_one(groups: Groups, algorithm: str) -> Stepping:
-    return _one_optimizer(_OURS[algorithm](_torch_groups(groups)))
+    return _one_optimizer(OUR_CLASSES[algorithm](with_rates(groups)))
 
 
 def _reference(groups: Groups, algorithm: str) -> Stepping:
     # Not at the top of this file: revisions without it can still be compared.
     from recap_fast.keyed import CombinedOptimizer
 
-    return _keyed(CombinedOptimizer, _TORCH[algorithm], groups)
+    return _keyed(CombinedOptimizer, TORCH_CLASSES[algorithm], groups)
 
 
 def _torch_for_loop(groups: Groups, algorithm: str) -> Stepping:
-    return _one_optimizer(_TORCH[algorithm](_torch_groups(groups), foreach=False, fused=False))
+    return _one_optimizer(TORCH_CLASSES[algorithm](with_rates(groups), foreach=False, fused=False))
 
 
 def _torch_foreach(groups: Groups, algorithm: str) -> Stepping:
-    return _one_optimizer(_TORCH[algorithm](_torch_groups(groups), foreach=True))
+    return _one_optimizer(TORCH_CLASSES[algorithm](with_rates(groups), foreach=True))
 
 
 def _torch_fused(groups: Groups, algorithm: str) -> Stepping:
-    return _one_optimizer(_TORCH[algorithm](_torch_groups(groups), fused=True))
+    return _one_optimizer(TORCH_CLASSES[algorithm](with_rates(groups), fused=True))
 
 
 def _torch_fused_clipping(groups: Groups, algorithm: str) -> Stepping:
@@ -120,13 +128,9 @@ def _torch_fused_clipping(groups: Groups, algorithm: str) -> Stepping:
 
 
 def _torch_fused_per_group(groups: Groups, algorithm: str) -> Stepping:
-    optimizers = [_TORCH[algorithm]([group], fused=True) for group in _torch_groups(groups)]
-
-    def step() -> None:
-        for optimizer in optimizers:
-            optimizer.step()
-
-    return step, [group for optimizer in optimizers for group in optimizer.param_groups]
+    return step_each(
+        [TORCH_CLASSES[algorithm]([group], fused=True) for group in with_rates(groups)]
+    )
 
 
 @functools.cache
@@ -154,7 +158,7 @@ def _deepspeed(groups: Groups, algorithm: str) -> Stepping:
     if isinstance(optimizer, str):
         raise Unavailable(optimizer)
     options = {"adamw_mode": False} if algorithm == "adam" else {}
-    return _one_optimizer(optimizer(_torch_groups(groups), **options))
+    return _one_optimizer(optimizer(with_rates(groups), **options))
 
 
 def _ceiling(groups: Groups, algorithm: str) -> Stepping:

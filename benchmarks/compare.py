@@ -15,7 +15,8 @@ from typing import Final
 import torch
 
 from benchmarks import revision, workloads
-from benchmarks.interleave import Cache, Quartiles, Timings
+from benchmarks.clocks import Cache
+from benchmarks.interleave import Quartiles, Timings
 from benchmarks.peers import ALGORITHMS
 from benchmarks.side import Side
 from benchmarks.table import number, plural, table, with_quartiles

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import bars, headline, page, sparse_page
+from benchmarks import bars, gpu_page, headline, page, sparse
 
 ROOT: Final = Path(__file__).parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -23,16 +23,14 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def page_of(path: Path) -> str:
-    """The page for the results in `path`."""
-    figures = page.render(*_read(path))
-    sparse = sparse_page.section(sparse_page.read(RESULTS))
-    return f"{figures}\n{sparse}" if sparse else figures
-
-
-def write_sparse() -> None:
-    """Brings the section on sparse gradients of `docs/performance.md` up to date."""
-    figures = PAGE.read_text().partition(f"\n{sparse_page.HEADING}")[0]
-    PAGE.write_text(f"{figures}\n{sparse_page.section(sparse_page.read(RESULTS))}")
+    """The page for the results in `path`; of a GPU or a CPU."""
+    results, source = _read(path)
+    if "card" in results["machine"]:
+        return gpu_page.render(results, path.name)
+    files = dict.fromkeys([*sorted(RESULTS.glob("*.json")), path])
+    with_sparse = [each for each in (_read(file)[0] for file in files) if "sparse" in each]
+    figures = page.render(results, source)
+    return f"{figures}\n{sparse.section(with_sparse)}" if with_sparse else figures
 
 
 def readme_of(path: Path, readme: str) -> str:
@@ -43,7 +41,9 @@ def readme_of(path: Path, readme: str) -> str:
     others = [
         each
         for other in sorted(RESULTS.glob("*.json"))
-        if other.name != path.name and "measurements" in (each := _read(other)[0])
+        if other.name != path.name
+        and "measurements" in (each := _read(other)[0])
+        and "card" not in each["machine"]
     ]
     return headline.replace(readme, headline.render(*_read(path), others))
 
@@ -51,10 +51,10 @@ def readme_of(path: Path, readme: str) -> str:
 def write(path: Path) -> None:
     """Writes everything for the results in `path`.
 
-    Results of a whole run are in `benchmarks/results/`; for others the page goes beside them, and
-    the README stays as it is.
+    Results of a whole run on a CPU are in `benchmarks/results/`; for others the page goes beside
+    them, and the README stays as it is.
     """
-    whole = path.parent.resolve() == RESULTS.resolve()
+    whole = path.parent.resolve() == RESULTS.resolve() and "card" not in _read(path)[0]["machine"]
     page_path = PAGE if whole else path.with_suffix(".md")
     written = [page_path]
     page_path.write_text(page_of(path))

@@ -134,7 +134,7 @@ if part build 240 bash -c build; then
     measuring=$((deadline - SECONDS - 150))  # keeps the rest for the parts that follow
     ((measuring > 240)) && measuring=240
     ((measuring < 40)) && measuring=40
-    part measure "$measuring" "$python" -m benchmarks.gpu --out "$out" --seconds "$((measuring - 20))"
+    part measure "$measuring" "$python" -m benchmarks.report --gpu --out "$out" --seconds "$((measuring - 20))"
     # What the CPU engine steps is tested on any machine.
     part tests-step 120 "${pytest[@]}" "${parallel[@]}" tests/optim -k 'cuda or device_values'
     part sanitizer 150 "${pytest[@]}" tests/gpu/test_gpu_sanitizer.py

@@ -8,9 +8,11 @@ from typing import Final
 
 import torch
 
-from benchmarks import peers
+from benchmarks import measurement
+from benchmarks.clocks import HostClock
 from benchmarks.interleave import interleave
-from benchmarks.plan import LARGE_PEERS, SLOW_PEERS
+from benchmarks.peers import SLOW_PEERS
+from benchmarks.plan import LARGE_PEERS
 from benchmarks.workloads import Workload
 
 _PEERS: Final = (
@@ -86,25 +88,20 @@ class Curves:
     microseconds: dict[str, list[float | None]]
 
 
-def _medians(workload: Workload, budget_seconds: float) -> dict[str, float]:
-    initial = peers.initial_values(workload)
-    built = {}
-    for name in LARGE_PEERS if workload.elements >= _LARGE_ELEMENTS else _PEERS:
-        try:
-            built[name] = peers.build(name, initial, "adam")
-        except peers.Unavailable:
-            continue
-    timings = interleave(built, cache="cold", budget_seconds=budget_seconds, slow=SLOW_PEERS)
+def _medians(workload: Workload, seconds: float) -> dict[str, float]:
+    names = LARGE_PEERS if workload.elements >= _LARGE_ELEMENTS else _PEERS
+    built = measurement.build(workload, names, "adam").peers
+    (timings,) = interleave(built, HostClock("cold"), seconds=seconds, slow=SLOW_PEERS)
     return {name: round(timings.time(name).median, 2) for name in built}
 
 
-def measure(budget_seconds: float, dimensions: Iterable[Dimension] = DIMENSIONS) -> list[Curves]:
+def measure(seconds: float, dimensions: Iterable[Dimension] = DIMENSIONS) -> list[Curves]:
     """Times cold Adam steps with one thread, for so long for each size."""
     torch.set_num_threads(1)
     curves = []
     for dimension in dimensions:
         points = [
-            _medians(Workload(f"{size} {dimension.name}", "", dimension.make(size)), budget_seconds)
+            _medians(Workload(f"{size} {dimension.name}", "", dimension.make(size)), seconds)
             for size in dimension.sizes
         ]
         measured = [name for name in _PEERS if any(name in point for point in points)]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
 from benchmarks.breakdown import VALUES, WHOLE
 from benchmarks.growth import Curves
 from benchmarks.measurement import Measurement
-from benchmarks.peers import DESCRIPTIONS
+from benchmarks.peers import CLIPPING_PEERS, DESCRIPTIONS, PEERS
 from benchmarks.plan import LARGE_PEERS
 from benchmarks.table import number, plural, table, with_quartiles
 from benchmarks.targets import TARGETS, Target
 from benchmarks.workloads import IN_ONE_GROUP
 
-_ALGORITHMS: Final = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
+ALGORITHMS: Final = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
 
 # Below it, what the allocator keeps and returns outweighs the tensors.
 _LEAST_ELEMENTS_FOR_MEMORY: Final = 1_000_000
@@ -88,16 +88,22 @@ def _verdict(target: Target, measurements: Sequence[Measurement], threads: int) 
     return "; ".join([f"{text} **not met**", *shown])
 
 
+def target_rows(
+    targets: Iterable[Target], measurements: Sequence[Measurement], threads: Sequence[int]
+) -> list[list[str]]:
+    """What each figure must reach, and what it is with each number of threads."""
+    return [
+        [t.text, _limit(t, threads), *(_verdict(t, measurements, n) for n in threads)]
+        for t in targets
+    ]
+
+
 def _targets(measurements: Sequence[Measurement]) -> str:
     threads = [n for n in (1, 2) if any(m.threads == n for m in measurements)]
     workloads = {m.workload for m in measurements}
     return table(
         ["figure", "must reach", *(plural(n, "thread") for n in threads)],
-        (
-            [t.text, _limit(t, threads), *(_verdict(t, measurements, n) for n in threads)]
-            for t in TARGETS
-            if t.workload in workloads
-        ),
+        target_rows((t for t in TARGETS if t.workload in workloads), measurements, threads),
     )
 
 
@@ -113,7 +119,7 @@ def _of_one_algorithm(measurements: Sequence[Measurement]) -> str:
     """A row per peer; a column per number of threads and cache state, and one of peak memory."""
     m = measurements[0]
     peers = list(m.timings.microseconds)
-    header = [f"{_ALGORITHMS[m.algorithm]}, {m.bytes / 1e6:,.4g} MB a step"]
+    header = [f"{ALGORITHMS[m.algorithm]}, {m.bytes / 1e6:,.4g} MB a step"]
     header += [f"{plural(m.threads, 'thread')}, {m.cache}" for m in measurements]
     rows = [[peer, *(_cell(m, peer) for m in measurements)] for peer in peers]
     if m.peak_memory_mb and m.elements >= _LEAST_ELEMENTS_FOR_MEMORY:
@@ -126,19 +132,31 @@ def _of_one_algorithm(measurements: Sequence[Measurement]) -> str:
 def _side_by_side(measurements: Sequence[Measurement]) -> str:
     """A section per workload, a table per algorithm."""
     parts = []
-    for workload, group in groupby(measurements, key=lambda m: m.workload):
+    for _, group in groupby(measurements, key=lambda m: m.workload):
         of_workload = list(group)
-        m = of_workload[0]
-        parts.append(
-            f"### {workload}: {m.description}\n\n"
-            f"{plural(m.groups, 'group')}, {plural(m.tensors, 'tensor')}, "
-            f"{m.elements:,} elements.\n"
-        )
+        parts.append(heading(of_workload[0]))
         for _, of_algorithm in groupby(of_workload, key=lambda m: m.algorithm):
             columns = list(of_algorithm)
             parts.append(_of_one_algorithm(columns))
             parts += [f"{name}: {reason}.\n" for name, reason in columns[0].skipped.items()]
     return "\n".join(parts)
+
+
+def described(peers: Iterable[str]) -> str:
+    return "".join(f"* **{name}**: {DESCRIPTIONS[name]}.\n" for name in peers)
+
+
+def failures(results: Mapping[str, Any]) -> list[str]:
+    return [f"**{what} failed**: {why}\n" for what, why in results.get("failed", {}).items()]
+
+
+def heading(m: Measurement) -> str:
+    """That of a workload."""
+    return (
+        f"### {m.workload}: {m.description}\n\n"
+        f"{plural(m.groups, 'group')}, {plural(m.tensors, 'tensor')}, "
+        f"{m.elements:,} elements.\n"
+    )
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
@@ -203,17 +221,17 @@ def render(results: Mapping[str, Any], source: str) -> str:
         source: the file they are in, for a link.
     """
     measurements = [Measurement.from_json(data) for data in results["measurements"]]
-    peers = "\n".join(f"* **{name}**: {text}." for name, text in DESCRIPTIONS.items())
     parts = [
         "# Performance\n",
         f"Written by `python -m benchmarks.report` from `{source}`; do not edit.\n",
         _machine(results["machine"]),
+        *failures(results),
         "## What must be reached\n",
         _HOW,
         _targets(measurements),
         "## Side by side\n",
         _COLUMNS,
-        f"{peers}\n",
+        described(PEERS + CLIPPING_PEERS),
         _side_by_side(measurements),
     ]
     if results.get("breakdown"):

@@ -10,14 +10,27 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from benchmarks.builders import BUILDERS, STATES, Unavailable
+from benchmarks import builders, gpu_builders
+from benchmarks.builders import STATES, Unavailable
 from benchmarks.workloads import Workload
 
 __all__ = ["ALGORITHMS", "CLIPPING_PEERS", "PEERS", "InitialValues", "Peer", "Unavailable", "build"]
 
 ALGORITHMS: Final = tuple(STATES)
-CLIPPING_PEERS: Final = tuple(name for name in BUILDERS if name.endswith(", clipping"))
-PEERS: Final = tuple(name for name in BUILDERS if name not in CLIPPING_PEERS)
+BUILDERS: Final = {**builders.BUILDERS, **gpu_builders.BUILDERS}
+
+CLIPPING_PEERS: Final = tuple(name for name in builders.BUILDERS if name.endswith(", clipping"))
+PEERS: Final = tuple(name for name in builders.BUILDERS if name not in CLIPPING_PEERS)
+"""Those on a CPU."""
+
+GPU_PEERS: Final = (
+    *("recap_fast, one optimizer", "recap_fast", "recap_fast, graph replay", "torch per group"),
+    *("torch for-loop", "torch foreach", "torch fused", "torch fused per group"),
+    *("torch fused, graph replay", "apex", "copy"),
+)
+
+SLOW_PEERS: Final = ("reference", "torch per group", "torch for-loop", "torch foreach")
+"""Several times slower than the others on every workload: they sit out most rounds."""
 
 DESCRIPTIONS: Final[Mapping[str, str]] = {
     "recap_fast": "`FusedCombinedOptimizer` over one keyed optimizer per group, as "
@@ -36,6 +49,12 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "ceiling": "a trivial C++ loop that reads and writes the same memory, `benchmarks/ceiling.cpp`",
     "recap_fast, clipping": "`recap_fast` with `clip_grad_norm`",
     "torch fused, clipping": "`torch.nn.utils.clip_grad_norm_`, then `torch fused`",
+    "recap_fast, graph replay": "a CUDA graph of one step of `recap_fast, one optimizer` with "
+    "`capturable=True`, replayed",
+    "torch per group": "the reference: one default `torch.optim` optimizer per group",
+    "torch fused, graph replay": "a CUDA graph of one step with `fused=True`, replayed",
+    "apex": "`apex.optimizers.FusedAdam` (`FusedAdagrad`, `FusedSGD`) with param groups",
+    "copy": "the ceiling: one copy on the device that moves as many bytes as the step",
 }
 
 # A second step over what these leave in `.grad` would be one of vanishing, then subnormal numbers.
@@ -93,14 +112,22 @@ class InitialValues:
     grads: list[list[Tensor]]
 
 
-def initial_values(workload: Workload) -> InitialValues:
+def working_set(workload: Workload, algorithm: str) -> int:
+    """Bytes of parameters, gradients and states."""
+    return 4 * (2 + STATES[algorithm]) * workload.elements
+
+
+def initial_values(workload: Workload, device: torch.device | str = "cpu") -> InitialValues:
     """Normally distributed, the same at each call; gradients of size 0.01."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(scale: float) -> list[list[Tensor]]:
         return [
             [
-                torch.randn(math.prod(shape), generator=generator).mul_(scale).view(shape)
+                torch.randn(math.prod(shape), generator=generator)
+                .mul_(scale)
+                .view(shape)
+                .to(device)
                 for shape in group
             ]
             for group in workload.groups
@@ -124,3 +151,22 @@ def build(name: str, initial: InitialValues, algorithm: str) -> Peer:
     overwrites = (name, algorithm) in _OVERWRITE_GRADIENTS
     originals = [grad for grads in initial.grads for grad in grads] if overwrites else []
     return Peer(step, param_groups, params, originals)
+
+
+def build_and_step(name: str, initial: InitialValues, algorithm: str) -> Peer:
+    """As `build`, and takes two steps, which make states and plans.
+
+    Raises:
+        Unavailable: it cannot run here; for a peer other than ours, a refused step counts too.
+    """
+    try:
+        peer = build(name, initial, algorithm)
+        peer.step()
+        peer.step()
+    except ImportError as error:
+        raise Unavailable(f"needs another package ({error})") from error
+    except RuntimeError as error:
+        if name.startswith("recap_fast"):
+            raise
+        raise Unavailable(str(error).strip().split("\n")[0]) from error
+    return peer

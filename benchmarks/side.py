@@ -88,7 +88,7 @@ class _FarEnd:
 
     def __init__(self, folder: Path, threads: int) -> None:
         import recap_fast
-        from benchmarks.interleave import OtherMemory
+        from benchmarks.clocks import HostClock
 
         used = Path(recap_fast.__file__).resolve()
         if folder.resolve() not in used.parents:
@@ -96,7 +96,7 @@ class _FarEnd:
         if hasattr(os, "sched_setaffinity"):  # both sides on the same cores
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
         torch.set_num_threads(threads)
-        self._memory = OtherMemory()
+        self._clocks = {"cold": HostClock("cold"), "warm": HostClock("warm")}
 
     def load(self, groups: list[list[list[int]]], algorithm: str) -> None:
         from benchmarks import peers
@@ -107,10 +107,8 @@ class _FarEnd:
         self._peer = peers.build("recap_fast", initial, algorithm)
         self.step("warm")
 
-    def step(self, cache: Any) -> float:
-        from benchmarks.interleave import time_step
-
-        return time_step(self._peer, cache, self._memory)
+    def step(self, cache: str) -> float:
+        return self._clocks[cache].time_step(self._peer)
 
     def digest(self) -> str:
         found = hashlib.sha256()

@@ -1,30 +1,28 @@
-"""Times steps of an embedding table with sparse gradients: `python -m benchmarks.sparse`.
+"""Steps of an embedding table with sparse gradients, ours and torch's.
 
 A table of 1,000,000 x 64 float32 and bags of two random rows each, 4,096 lookups: the gradient
 that `torch.nn.EmbeddingBag(sparse=True)` leaves, not coalesced. Both step tables of their own in
-turn, with new gradients each time. Writes `benchmarks/results/<machine>-sparse.json`, of which
-docs/performance.md has a section.
+turn, with new gradients each time.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import random
-import sys
-import time
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import documents, machine, sparse_page
-from benchmarks.interleave import OtherMemory, Timings
-from benchmarks.sparse_page import LOOKUPS, PER_BAG, ROWS, WIDTH
+from benchmarks.clocks import Cache, HostClock
+from benchmarks.interleave import Timings, interleave
+from benchmarks.peers import Peer
 from recap_fast.optim import FusedAdagrad, FusedSGD, FusedSparseAdam
 
+ROWS: Final = 1_000_000
+WIDTH: Final = 64
+LOOKUPS: Final = 4096
+PER_BAG: Final = 2
 GRADIENTS: Final = 32  # made in advance, and stepped in turn
 
 ALGORITHMS: Final[dict[str, tuple[type, type]]] = {
@@ -32,6 +30,16 @@ ALGORITHMS: Final[dict[str, tuple[type, type]]] = {
     "Adagrad": (FusedAdagrad, torch.optim.Adagrad),
     "SparseAdam": (FusedSparseAdam, torch.optim.SparseAdam),
 }
+
+HEADING: Final = "## Sparse gradients\n"
+_HOW: Final = f"""\
+A table of {ROWS:,} x {WIDTH} float32, of which {LOOKUPS:,} random rows are looked up, {PER_BAG} in
+each bag: the gradient of `torch.nn.EmbeddingBag(sparse=True)`, not coalesced, another one at each
+step. Medians of one `optimizer.step()`; a ratio is the median over rounds in which both were
+timed, in brackets the quartiles. *Cold*: 96 MB of other memory are touched between two steps;
+*warm*: none. Where the load per core is above a quarter, other programs ran meanwhile, and two
+threads wait for each other: there, only the ratios say something.
+"""
 
 
 def _gradients(rows: int) -> list[Tensor]:
@@ -46,88 +54,75 @@ def _gradients(rows: int) -> list[Tensor]:
     return gradients
 
 
-def measure(algorithm: str, rows: int, threads: Sequence[int], seconds: float) -> list[dict]:
-    gradients = _gradients(rows)
-    made: dict[str, tuple[nn.Parameter, torch.optim.Optimizer]] = {}
-    for name, kind in zip(("recap_fast", "torch"), ALGORITHMS[algorithm], strict=True):
+class _Table(Peer):
+    """An optimizer of one table, which has another gradient at each step."""
+
+    def __init__(self, kind: type, rows: int, gradients: Sequence[Tensor]) -> None:
         table = nn.Parameter(torch.ones(rows, WIDTH))
-        made[name] = table, kind([table], lr=0.01)
-        table.grad = gradients[0]
-        made[name][1].step()  # makes the state
-    measurements = []
-    for count in threads:
+        optimizer = kind([table], lr=0.01)
+        super().__init__(optimizer.step, optimizer.param_groups, [table])
+        self._gradients = itertools.cycle(gradients)
+        self.restore_gradients()
+
+    def restore_gradients(self) -> None:
+        (table,) = self.params
+        table.grad = next(self._gradients)
+
+    renew_gradients = restore_gradients
+
+
+def measure(
+    algorithm: str, rows: int, threads: Iterable[int], seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Times it warm and cold with each number of threads, for so long each."""
+    gradients = _gradients(rows)
+    kinds = zip(("recap_fast", "torch"), ALGORITHMS[algorithm], strict=True)
+    tables = {name: [_Table(kind, rows, gradients)] for name, kind in kinds}
+    for (table,) in tables.values():
+        table.step()  # makes the state
+    caches: tuple[Cache, ...] = ("warm", "cold")
+    for count, cache in itertools.product(threads, caches):
         torch.set_num_threads(count)
-        for cache in ("warm", "cold"):
-            timings = _interleave(made, gradients, cache, seconds)
-            measurements.append(
-                {
-                    "algorithm": algorithm,
-                    "rows": rows,
-                    "threads": count,
-                    "cache": cache,
-                    "microseconds": {
-                        name: [round(t, 1) for t in times]
-                        for name, times in timings.microseconds.items()
-                    },
-                }
-            )
-    return measurements
+        (timings,) = interleave(tables, HostClock(cache), seconds=seconds)
+        case = {"algorithm": algorithm, "rows": rows, "threads": count, "cache": cache}
+        rounded = {
+            name: [t and round(t, 1) for t in times] for name, times in timings.microseconds.items()
+        }
+        yield case | {"microseconds": rounded}
 
 
-def _interleave(
-    made: Mapping[str, tuple[nn.Parameter, torch.optim.Optimizer]],
-    gradients: Sequence[Tensor],
-    cache: str,
-    seconds: float,
-) -> Timings:
-    """As `benchmarks.interleave`; cold: 96 MB of other memory are touched between two steps."""
-    memory, order, names = OtherMemory(), random.Random(0), list(made)
-    times: dict[str, list[float | None]] = {name: [] for name in names}
-    gc.collect()
-    gc.disable()
-    try:
-        end, number = time.monotonic() + seconds, 0
-        while time.monotonic() < end or number < 5:
-            order.shuffle(names)
-            for name in names:
-                table, optimizer = made[name]
-                table.grad = gradients[number % GRADIENTS]
-                if cache == "cold":
-                    memory.touch()
-                begin = time.perf_counter_ns()
-                optimizer.step()
-                times[name].append((time.perf_counter_ns() - begin) / 1e3)
-            number += 1
-    finally:
-        gc.enable()
-    return Timings(times)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each combination")
-    parser.add_argument("--print", action="store_true", help="writes nothing")
-    arguments = parser.parse_args(argv)
-    facts = machine.describe()
-    threads = [count for count in (1, 2) if count <= facts["cores"]]
-    measurements = measure("Adagrad", ROWS // 10, threads[:1], arguments.seconds)
+def measure_all(threads: Sequence[int], seconds: float) -> Iterator[dict[str, Any]]:
+    """Every algorithm, and one on a table of a tenth of the rows."""
+    yield from measure("Adagrad", ROWS // 10, threads[:1], seconds)
     for algorithm in ALGORITHMS:
-        measurements += measure(algorithm, ROWS, threads, arguments.seconds)
-    results = {"machine": facts, "sparse": measurements}
-    print(sparse_page.table(measurements))
-    if not arguments.print:
-        path = documents.RESULTS / f"{machine.name(facts)}{sparse_page.SUFFIX}"
-        path.write_text(_to_text(results))
-        documents.write_sparse()
-        print(f"wrote {path} and {documents.PAGE}")
-    return 0
+        yield from measure(algorithm, ROWS, threads, seconds)
 
 
-def _to_text(results: Mapping[str, Any]) -> str:
-    lines = ",\n".join(json.dumps(each) for each in results["sparse"])
-    facts = json.dumps(results["machine"], indent=1)
-    return f'{{\n "machine": {facts},\n "sparse": [\n{lines}\n ]\n}}\n'
+def table(measurements: Iterable[Mapping[str, Any]]) -> str:
+    lines = [
+        "| algorithm | rows | threads | caches | recap_fast | torch | speed-up |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for each in measurements:
+        timings = Timings(each["microseconds"])
+        ratio = timings.ratio("torch", "recap_fast")
+        ours, theirs = (timings.time(name).median for name in ("recap_fast", "torch"))
+        lines.append(
+            f"| {each['algorithm']} | {each['rows']:,} | {each['threads']} | {each['cache']} "
+            f"| {ours:,.0f} µs | {theirs:,.0f} µs "
+            f"| {ratio.median:.1f}x ({ratio.low:.1f} to {ratio.high:.1f}) |"
+        )
+    return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def section(results: Iterable[Mapping[str, Any]]) -> str:
+    """What the page says, of the results of each machine that have figures of it."""
+    parts = [HEADING, _HOW]
+    for facts, measurements in ((each["machine"], each["sparse"]) for each in results):
+        parts.append(
+            f"{facts['processor']}, {facts['cores']} cores, {facts['instruction_set']}, torch "
+            f"{facts['torch']}; revision {facts['revision']}, {facts['date']}, load per core "
+            f"before the run {facts['busy']}.\n"
+        )
+        parts.append(table(measurements))
+    return "\n".join(parts)

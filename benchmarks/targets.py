@@ -1,4 +1,4 @@
-"""The figures that the package must reach on a CPU, and what a run says of each."""
+"""The figures that the package must reach, and what a run says of each."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from benchmarks.interleave import Cache, Quartiles, Timings
+from benchmarks.clocks import Cache
+from benchmarks.interleave import Quartiles, Timings
 from benchmarks.measurement import Measurement
 from benchmarks.workloads import IN_ONE_GROUP
-
-_OURS: Final = "recap_fast"
 
 # Of as many groups and tensors, of one element each.
 _ONE_ELEMENT_TWINS: Final = {"mixed-sizes": "scalars", "many-groups": "many-groups-of-scalars"}
@@ -22,25 +21,29 @@ class Target:
 
     Attributes:
         text: what the figure is.
-        workload, algorithm, cache: the measurement it is taken from.
+        workload, algorithm, cache: the measurement it is taken from; without a cache, the first.
         figure: takes it from the timings, for the peer named.
         limits: what it must reach, by number of threads.
         sense: whether a limit is the least or the most.
         unit: written after the figure.
+        ours: which of our peers it is about.
+        of_host: whether it is about the host's part of a step.
     """
 
     text: str
     workload: str
     algorithm: str
-    cache: Cache
+    cache: Cache | None
     figure: Callable[[Timings, str], Quartiles]
     limits: Mapping[int, float]
     sense: Literal["at most", "at least"]
     unit: str = ""
+    ours: str = "recap_fast"
+    of_host: bool = False
 
     def measured(self, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
         """The figure, or None if it was not measured, or a peer that it needs did not run."""
-        return self._of(_OURS, measurements, threads)
+        return self._of(self.ours, measurements, threads)
 
     def of_ceiling(self, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
         """What the figure would be if recap_fast were as fast as the ceiling, or None."""
@@ -57,7 +60,7 @@ class Target:
         twin = self._measurement(_ONE_ELEMENT_TWINS.get(self.workload), measurements, threads)
         if own is None or twin is None or "ceiling" not in own.timings.microseconds:
             return None
-        checks = twin.timings.time(_OURS).median
+        checks = twin.timings.time(self.ours).median
         times = own.timings.microseconds
         both = [None if t is None else t + checks for t in times["ceiling"]]
         try:
@@ -68,17 +71,18 @@ class Target:
     def _measurement(
         self, workload: str | None, measurements: Sequence[Measurement], threads: int
     ) -> Measurement | None:
-        key = (workload, self.algorithm, self.cache, threads)
+        key = (workload, self.algorithm, threads)
         for m in measurements:
-            if (m.workload, m.algorithm, m.cache, m.threads) == key:
+            if (m.workload, m.algorithm, m.threads) == key and self.cache in (None, m.cache):
                 return m
         return None
 
     def _of(self, peer: str, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
         m = self._measurement(self.workload, measurements, threads)
+        timings = m and (m.host if self.of_host else m.timings)
         try:
-            return None if m is None else self.figure(m.timings, peer)
-        except KeyError:
+            return None if timings is None else self.figure(timings, peer)
+        except (KeyError, ValueError):  # it did not run, or sat out
             return None
 
     def met(self, figure: Quartiles, threads: int) -> bool:
@@ -161,4 +165,60 @@ TARGETS: Final = (
     _host_time("many-groups-of-scalars", 50, "cold"),
     _groups(1.3, "warm"),
     _groups(1.3, "cold"),
+)
+
+GPU_OURS: Final = "recap_fast, one optimizer"
+
+
+def percent_of_copy(timings: Timings, peer: str) -> Quartiles:
+    """The speed of a step in bytes that must move, over that of a copy of as many."""
+    ratio = timings.ratio("copy", peer)
+    return Quartiles(100 * ratio.low, 100 * ratio.median, 100 * ratio.high)
+
+
+def _of_copy(workload: str, algorithm: str) -> Target:
+    return Target(
+        text=f"{workload}, {_NAMES[algorithm]}: speed over that of a copy",
+        workload=workload,
+        algorithm=algorithm,
+        cache=None,
+        figure=percent_of_copy,
+        limits={1: 90},
+        sense="at least",
+        unit=" %",
+        ours=GPU_OURS,
+    )
+
+
+def _gpu_speed_up(other: str, least: float) -> Target:
+    return Target(
+        text=f"ranker-36M, Adam: speed-up over {other}",
+        workload="ranker-36M",
+        algorithm="adam",
+        cache=None,
+        figure=lambda timings, peer: timings.ratio(other, peer),
+        limits={1: least},
+        sense="at least",
+        unit="x",
+        ours=GPU_OURS,
+    )
+
+
+GPU_TARGETS: Final = (
+    *(_of_copy(name, each) for name in ("ranker-36M", "one-50M-tensor") for each in _NAMES),
+    _gpu_speed_up("torch per group", 10),
+    _gpu_speed_up("torch fused", 3),
+    _gpu_speed_up("torch fused per group", 3),
+    Target(
+        text="ranker-36M, Adam: host time of a step",
+        workload="ranker-36M",
+        algorithm="adam",
+        cache=None,
+        figure=lambda timings, peer: timings.time(peer),
+        limits={1: 20},
+        sense="at most",
+        unit=" µs",
+        ours=GPU_OURS,
+        of_host=True,
+    ),
 )

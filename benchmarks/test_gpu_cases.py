@@ -13,23 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import workloads
+from benchmarks import activity, card, clocks, gpu_page, peers, plan, report, workloads
 from benchmarks.builders import Unavailable
-from benchmarks.gpu import activity, card, page, peers, plan, report, timing
-from benchmarks.interleave import Quartiles
+from benchmarks.interleave import Quartiles, interleave
+from benchmarks.measurement import Measurement
 from benchmarks.peers import Peer
+from benchmarks.targets import GPU_OURS, percent_of_copy
 from benchmarks.workloads import Workload
 
 H100 = {
     "card": "NVIDIA H100 80GB HBM3",
     "capability": "9.0",
     "multiprocessors": 132,
-    "memory_gb": 85,
+    "card_memory_gb": 85,
     "l2_bytes": 50 * 2**20,
-    "python": "3.12.3",
-    "torch": "2.11.0",
     "cuda": "13.0",
-    "date": "2026-01-02",
 }
 
 
@@ -37,17 +35,17 @@ H100 = {
 
 
 def test_copies_are_together_larger_than_the_cache() -> None:
-    for case in plan.cases(plan.NAMES, ("adam", "adagrad", "sgd"), H100["l2_bytes"]):
-        if case.cache == "cold":
-            size = plan.working_set(case.workload, case.algorithm)
+    for case in plan.gpu_cases(plan.GPU_NAMES, peers.ALGORITHMS, H100["l2_bytes"]):
+        if case.caches == ("cold",):
+            size = peers.working_set(workloads.by_name(case.workload), case.algorithm)
             assert case.copies * size >= 2 * H100["l2_bytes"]
         else:
-            assert case.copies == 1
+            assert case.caches == ("warm",) and case.copies == 1
 
 
 def test_a_workload_has_the_cache_states_that_make_sense() -> None:
-    cases = plan.cases(plan.NAMES, ("adam",), H100["l2_bytes"])
-    seen = [(case.workload.name, case.cache) for case in cases]
+    cases = plan.gpu_cases(plan.GPU_NAMES, ("adam",), H100["l2_bytes"])
+    seen = [(case.workload, *case.caches) for case in cases]
     assert seen == [
         ("ranker-36M", "cold"),
         *(("mixed-sizes", cache) for cache in ("cold", "warm")),
@@ -59,25 +57,30 @@ def test_a_workload_has_the_cache_states_that_make_sense() -> None:
 
 
 def test_slow_peers_have_no_rotating_copies() -> None:
-    one, many = (plan.Case(workloads.MIXED_SIZES, "adam", "cold", copies) for copies in (1, 9))
-    assert set(one.peers) - set(many.peers) == set(peers.SLOW_PEERS)
+    large, small = plan.gpu_cases(("ranker-36M", "many-groups"), ("adam",), H100["l2_bytes"])[:2]
+    assert (large.copies, small.copies) == (1, 16)
+    assert large.peers == peers.GPU_PEERS
+    slow = {"torch per group", "torch for-loop", "torch foreach"}
+    assert set(large.peers) - set(small.peers) == slow
 
 
 def test_the_working_set_of_adam() -> None:
-    assert plan.working_set(workloads.ONE_50M_TENSOR, "adam") == 4 * 4 * 50_000_000
+    assert peers.working_set(workloads.ONE_50M_TENSOR, "adam") == 4 * 4 * 50_000_000
 
 
 # --- peers ---------------------------------------------------------------------------------------
 
 _TINY = Workload("tiny", "two groups", (((3, 2), (5,)), ((1,),)))
-_EAGER = (peers.OURS, peers.REFERENCE, "torch for-loop", "torch foreach", "torch fused")
+_EAGER = (GPU_OURS, "torch per group", "torch for-loop", "torch foreach", "torch fused")
 
 
 @pytest.mark.parametrize("algorithm", ["adam", "adagrad", "sgd"])
 @pytest.mark.parametrize("name", _EAGER)
 def test_a_peer_steps_every_tensor_as_the_reference(name: str, algorithm: str) -> None:
-    initial = peers.initial_values(_TINY, "cpu")
-    peer, reference = (peers.build(each, initial, algorithm) for each in (name, "torch for-loop"))
+    initial = peers.initial_values(_TINY)
+    peer, reference = (
+        peers.build_and_step(each, initial, algorithm) for each in (name, "torch for-loop")
+    )
     before = [tensor for group in initial.params for tensor in group]
     for mine, other, old in zip(peer.params, reference.params, before, strict=True):
         assert not torch.equal(mine.detach(), old)
@@ -88,7 +91,7 @@ def test_a_peer_steps_every_tensor_as_the_reference(name: str, algorithm: str) -
 @pytest.mark.parametrize(("algorithm", "streams"), [("adam", 7), ("adagrad", 5), ("sgd", 3)])
 def test_the_copy_moves_the_bytes_of_a_step(algorithm: str, streams: int) -> None:
     workload = Workload("even", "", (((1000,),),))
-    peer = peers.build(peers.COPY, peers.initial_values(workload, "cpu"), algorithm)
+    peer = peers.build("copy", peers.initial_values(workload), algorithm)
     source = peer.step.__closure__[0].cell_contents
     assert 2 * source.numel() == streams * 1000
     assert torch.equal(peer.step(), source)
@@ -97,23 +100,33 @@ def test_the_copy_moves_the_bytes_of_a_step(algorithm: str, streams: int) -> Non
 def test_every_peer_is_described() -> None:
     assert peers.DESCRIPTIONS.keys() == peers.BUILDERS.keys()
     assert set(peers.SLOW_PEERS) <= peers.BUILDERS.keys()
+    assert set(peers.PEERS + peers.CLIPPING_PEERS + peers.GPU_PEERS) == peers.BUILDERS.keys()
 
 
 def test_a_peer_that_refuses_to_step_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise RuntimeError("not on this device\nand more")
 
-    initial = peers.initial_values(_TINY, "cpu")
-    builders = {**peers.BUILDERS, "torch fused": refuse, peers.OURS: refuse}
+    initial = peers.initial_values(_TINY)
+    builders = {**peers.BUILDERS, "torch fused": refuse, GPU_OURS: refuse}
     monkeypatch.setattr(peers, "BUILDERS", builders)
     with pytest.raises(Unavailable, match=r"^not on this device$"):
-        peers.build("torch fused", initial, "adam")
+        peers.build_and_step("torch fused", initial, "adam")
     with pytest.raises(RuntimeError, match="and more"):
-        peers.build(peers.OURS, initial, "adam")
+        peers.build_and_step(GPU_OURS, initial, "adam")
+
+
+def test_a_peer_without_its_package_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(*_: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'torchrec'")
+
+    monkeypatch.setattr(peers, "BUILDERS", {**peers.BUILDERS, "recap_fast": lacks})
+    with pytest.raises(Unavailable, match=r"needs another package \(.*torchrec"):
+        peers.build_and_step("recap_fast", peers.initial_values(_TINY), "adam")
 
 
 def test_a_graph_of_torchs_adagrad_is_unavailable() -> None:
-    initial = peers.initial_values(_TINY, "cpu")
+    initial = peers.initial_values(_TINY)
     with pytest.raises(Unavailable, match="Adagrad"):
         peers.build("torch fused, graph replay", initial, "adagrad")
 
@@ -181,7 +194,7 @@ def test_nothing_is_measured_without_a_device(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert report.main([]) == 2
+    assert report.main(["--gpu"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
 
 
@@ -217,7 +230,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     [(10, 1, 200), (1_000, 1, 3), (100_000, 1, 1), (10, 16, 192), (1_000, 16, 16)],
 )
 def test_a_batch_goes_through_all_copies(microseconds: float, copies: int, steps: int) -> None:
-    assert timing.batch_size(microseconds, copies) == steps
+    assert clocks.batch_size(microseconds, copies) == steps
 
 
 def _peer(step: Any) -> Peer:
@@ -227,20 +240,21 @@ def _peer(step: Any) -> Peer:
 def test_copies_are_stepped_in_turn(no_device: None) -> None:
     order: list[int] = []
     copies = [_peer(lambda i=i: order.append(i)) for i in range(3)]
-    timing.batch_microseconds(copies, 6)
+    clocks.batch_microseconds(copies, 6)
     assert order == [0, 1, 2, 0, 1, 2]
 
 
 def test_times_are_those_of_one_step(no_device: None) -> None:
-    times = timing.interleave(
+    step, host = interleave(
         {"fast": [_peer(lambda: None)], "slow": [_peer(lambda: time.sleep(0.002))]},
-        end=0.0,
+        clocks.device_clock,
+        seconds=0,
         slow=("slow",),
-        min_rounds=5,
+        least_rounds=5,
     )
-    assert [t is None for t in times.step.microseconds["slow"]] == [False, *[True] * 3, False]
-    assert len(times.host.microseconds["fast"]) == 5
-    for timings in (times.step, times.host):
+    assert [t is None for t in step.microseconds["slow"]] == [False, *[True] * 3, False]
+    assert len(host.microseconds["fast"]) == 5
+    for timings in (step, host):
         assert timings.time("slow").median > 2_000
         assert timings.time("fast").median < 1_000
 
@@ -259,13 +273,13 @@ def small_run(
 
     seen = activity.Activity(Counter({"update_tiles": 1}), 0, 0)
     monkeypatch.setattr(activity, "of", lambda step: seen)
-    monkeypatch.setattr(plan, "by_name", small)
-    monkeypatch.setattr(report, "by_name", small)
-    monkeypatch.setattr(timing, "copy_gigabytes_per_second", lambda device: 3000.04)
+    monkeypatch.setattr(workloads, "by_name", small)
+    monkeypatch.setattr(clocks, "copy_gigabytes_per_second", lambda device: 3000.04)
     monkeypatch.setattr(report, "_free", lambda: None)
     graphs = {"recap_fast, graph replay", "torch fused, graph replay"}
-    builders = {name: each for name, each in peers.BUILDERS.items() if name not in graphs}
-    monkeypatch.setattr(plan, "BUILDERS", builders)
+    eager = tuple(name for name in peers.GPU_PEERS if name not in graphs)
+    monkeypatch.setattr(plan, "GPU_PEERS", eager)
+    monkeypatch.setattr(report, "GPU_PEERS", eager)
     arguments = report._arguments(
         [
             "--out",
@@ -278,7 +292,7 @@ def small_run(
             "adam,sgd",
         ]
     )
-    results = report.run(arguments, "cpu")
+    results = report.run_on_gpu(arguments, "cpu")
     text = (tmp_path / "nvidia-h100.json").read_text()
     assert json.loads(text) == results
     return len(text.split("\n")), results, (tmp_path / "nvidia-h100.md").read_text()
@@ -295,14 +309,14 @@ def test_a_run_measures_every_case(small_run: tuple[int, dict[str, Any], str]) -
     first = results["measurements"][0]
     assert first["bytes"] == 28 * 12 and first["elements"] == 12
     for which in ("microseconds", "host_microseconds"):
-        assert set(_EAGER) | {peers.COPY} <= first[which].keys()
+        assert set(_EAGER) | {"copy"} <= first[which].keys()
     assert "apex" in first["skipped"]
-    assert results["activity"]["ranker-36M"][peers.OURS] == [1, 0, 0]
+    assert results["activity"]["ranker-36M"][GPU_OURS] == [1, 0, 0]
 
 
 def test_the_page_shows_it(small_run: tuple[int, dict[str, Any], str]) -> None:
     _, results, text = small_run
-    assert text == page.render(results, "nvidia-h100.json")
+    assert text == gpu_page.render(results, "nvidia-h100.json")
     assert "# Performance on NVIDIA H100 80GB HBM3" in text
     assert "3,000.0 GB/s" in text and "### one-50M-tensor: tiny one-50M-tensor" in text
     assert "1 launch, 0 met" in text
@@ -311,33 +325,35 @@ def test_the_page_shows_it(small_run: tuple[int, dict[str, Any], str]) -> None:
         assert f"**{algorithm}, warm**" in text
 
 
-def test_the_page_can_be_printed_again(
-    small_run: tuple[int, dict[str, Any], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_page_can_be_written_again(
+    small_run: tuple[int, dict[str, Any], str], tmp_path: Path
 ) -> None:
-    assert report.main(["--page-from", str(tmp_path / "nvidia-h100.json")]) == 0
-    assert capsys.readouterr().out.strip() == small_run[2].strip()
+    page = tmp_path / "nvidia-h100.md"
+    page.unlink()
+    assert report.main(["--documents-from", str(tmp_path / "nvidia-h100.json")]) == 0
+    assert page.read_text() == small_run[2]
 
 
 def test_a_failure_is_named_and_the_rest_goes_on(
     no_device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(report, "_free", lambda: None)
-    monkeypatch.setattr(timing, "copy_gigabytes_per_second", lambda device: 1.0)
+    monkeypatch.setattr(clocks, "copy_gigabytes_per_second", lambda device: 1.0)
     monkeypatch.setattr(report, "measure", fail)
-    monkeypatch.setattr(report, "count", lambda name, device: {peers.OURS: [2, 1, 0]})
-    results = report.run(
+    monkeypatch.setattr(report, "count", lambda name, device: {GPU_OURS: [2, 1, 0]})
+    results = report.run_on_gpu(
         SimpleNamespace(out=tmp_path, seconds=1.0, only=("scalars",), algorithms=("adam",)), "cpu"
     )
     assert results["failed"] == {"scalars adam warm": "RuntimeError: out of memory"}
-    assert results["activity"] == {"scalars": {peers.OURS: [2, 1, 0]}}
+    assert results["activity"] == {"scalars": {GPU_OURS: [2, 1, 0]}}
     assert "**scalars adam warm failed**" in (tmp_path / "nvidia-h100.md").read_text()
 
 
 def _results(ours: float, copy: float) -> dict[str, Any]:
-    names = {peers.OURS: ours, peers.COPY: copy, peers.REFERENCE: 11 * ours, "torch fused": ours}
+    names = {GPU_OURS: ours, "copy": copy, "torch per group": 11 * ours, "torch fused": ours}
     m = {
         **{
             "workload": "ranker-36M",
@@ -346,17 +362,18 @@ def _results(ours: float, copy: float) -> dict[str, Any]:
             "tensors": 128,
             "elements": 1,
         },
-        **{"algorithm": "adam", "cache": "cold", "copies": 1, "bytes": 10**9, "state": {}},
+        **{"algorithm": "adam", "threads": 1, "cache": "cold", "bytes": 10**9},
         **{"skipped": {"apex": "not installed"}},
         "microseconds": {name: [time] * 3 for name, time in names.items()},
         "host_microseconds": {name: [25.0] * 3 for name in names},
     }
-    common = {"card": H100, "state": {}, "copy_gb_per_s": None, "failed": {}}
-    return {**common, "measurements": [m], "activity": {"ranker-36M": {peers.OURS: [2, 0, 0]}}}
+    facts = {**H100, "processor": "x", "python": "3.12", "torch": "2.11.0", "date": "2026-01-02"}
+    common = {"machine": facts, "state": {}, "copy_gb_per_s": None, "failed": {}}
+    return {**common, "measurements": [m], "activity": {"ranker-36M": {GPU_OURS: [2, 0, 0]}}}
 
 
 def test_what_is_reached_is_said_and_what_is_not() -> None:
-    text = page.render(_results(ours=400.0, copy=380.0), "x.json")
+    text = gpu_page.render(_results(ours=400.0, copy=380.0), "x.json")
     lines = {line.split("|")[1].strip(): line for line in text.split("\n") if line[:2] == "| "}
     assert "95.0 % (95.0 to 95.0) met" in lines["ranker-36M, Adam: speed over that of a copy"]
     assert "not measured" in lines["one-50M-tensor, Adam: speed over that of a copy"]
@@ -366,10 +383,10 @@ def test_what_is_reached_is_said_and_what_is_not() -> None:
     )
     assert "**not met**" in lines["ranker-36M, Adam: launches and copies of a step"]
     assert "25.0 µs (25.0 to 25.0) **not met**" in lines["ranker-36M, Adam: host time of a step"]
-    assert "2,500" in lines[peers.OURS] and "apex: not installed." in text
+    assert "2,500" in lines[GPU_OURS] and "apex: not installed." in text
 
 
 def test_percent_of_copy() -> None:
-    measurement = _results(ours=400.0, copy=200.0)["measurements"][0]
-    assert page._percent_of_copy(measurement) == Quartiles(50.0, 50.0, 50.0)
-    assert math.isclose(page._percent_of_copy(measurement, peers.REFERENCE).median, 50 / 11)
+    timings = Measurement.from_json(_results(400.0, copy=200.0)["measurements"][0]).timings
+    assert percent_of_copy(timings, GPU_OURS) == Quartiles(50.0, 50.0, 50.0)
+    assert math.isclose(percent_of_copy(timings, "torch per group").median, 50 / 11)

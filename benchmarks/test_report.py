@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bars, breakdown, documents, headline, machine, page, report
+from benchmarks import bars, breakdown, documents, headline, machine, page, report, sparse
+from benchmarks.clocks import HostClock
 from benchmarks.growth import DIMENSIONS
 from benchmarks.interleave import Quartiles, Timings, interleave
 from benchmarks.measurement import Measurement
 from benchmarks.peers import Peer
-from benchmarks.plan import ENTRIES, GROWTH_BUDGET_SECONDS
+from benchmarks.plan import CASES, GROWTH_SECONDS, SPARSE_SECONDS
 from benchmarks.targets import TARGETS
 
 
@@ -76,14 +77,14 @@ def _counting_peer(calls: list[str], name: str) -> Peer:
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 def test_slow_peers_take_part_in_every_fourth_round(cache: Any) -> None:
     calls: list[str] = []
-    peers = {name: _counting_peer(calls, name) for name in ("fast", "slow")}
-    timings = interleave(
-        peers, cache=cache, budget_seconds=0, slow=["slow"], min_rounds=8, max_rounds=9
+    peers = {name: [_counting_peer(calls, name)] for name in ("fast", "slow")}
+    (timings,) = interleave(
+        peers, HostClock(cache), seconds=0, slow=["slow"], least_rounds=8, most_rounds=9
     )
     taken = [t is not None for t in timings.microseconds["slow"]]
     assert taken == [True, False, False, False] * 2
     assert all(t is not None for t in timings.microseconds["fast"])
-    assert calls.count("fast") == 2 + 8 * (1 if cache == "cold" else 3)
+    assert calls.count("fast") == 8 * (1 if cache == "cold" else 3)
 
 
 def test_a_cold_round_renews_gradients_and_both_set_learning_rates() -> None:
@@ -94,9 +95,9 @@ def test_a_cold_round_renews_gradients_and_both_set_learning_rates() -> None:
     group = {"lr": 0.5}
     peer = Peer(lambda: None, [group], [param])
     grad, rate = param.grad, group["lr"]
-    interleave({"a": peer}, cache="warm", budget_seconds=0, min_rounds=1)
+    interleave({"a": [peer]}, HostClock("warm"), seconds=0, least_rounds=1)
     assert param.grad is grad
-    interleave({"a": peer}, cache="cold", budget_seconds=0, min_rounds=1)
+    interleave({"a": [peer]}, HostClock("cold"), seconds=0, least_rounds=1)
     assert param.grad is not grad
     assert param.grad.data_ptr() == grad.data_ptr()
     assert group["lr"] == rate and group["lr"] is not rate
@@ -309,8 +310,9 @@ def test_documents_of_a_run_that_is_not_whole_lie_beside_it(tmp_path: Path) -> N
 
 
 def test_a_whole_run_leaves_time_for_the_rest_of_ten_minutes() -> None:
-    seconds = sum(e.budget_seconds * len(e.algorithms) * len(e.caches) * 2 for e in ENTRIES)
-    seconds += GROWTH_BUDGET_SECONDS * sum(len(d.sizes) for d in DIMENSIONS)
+    seconds = sum(case.seconds * len(case.caches) * 2 for case in CASES)
+    seconds += GROWTH_SECONDS * sum(len(d.sizes) for d in DIMENSIONS)
+    seconds += SPARSE_SECONDS * (2 + 2 * 2 * len(sparse.ALGORITHMS))
     assert seconds < 330
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import sparse, sparse_page
+from benchmarks import sparse
 
 
 def test_it_measures_every_algorithm() -> None:
@@ -12,5 +12,5 @@ def test_it_measures_every_algorithm() -> None:
     assert [(each["algorithm"], each["cache"]) for each in measurements] == [
         (algorithm, cache) for algorithm in sparse.ALGORITHMS for cache in ("warm", "cold")
     ]
-    rows = sparse_page.table(measurements).splitlines()[2:]
+    rows = sparse.table(measurements).splitlines()[2:]
     assert len(rows) == len(measurements) and all("µs" in row for row in rows)

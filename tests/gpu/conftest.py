@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import card
+from benchmarks import card
 
 _HERE = Path(__file__).parent
 

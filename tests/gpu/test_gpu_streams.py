@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.gpu import activity
+from benchmarks import activity
 from recap_fast.optim import FusedAdam
 from tests.gpu.helpers import Mixed, assert_same_bits, everything, spin
 from tests.support.optimizers import laid_out, numbers, parameters, set_grads

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 import re
 import subprocess
 from typing import Any, Final
@@ -37,12 +35,9 @@ def describe() -> dict[str, Any]:
         "card": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
-        "memory_gb": round(properties.total_memory / 1e9),
+        "card_memory_gb": round(properties.total_memory / 1e9),
         "l2_bytes": properties.L2_cache_size,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "date": datetime.date.today().isoformat(),
     }
 
 
