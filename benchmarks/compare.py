@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         base,
         _ROOT,
         chosen,
-        algorithms=ALGORITHMS if arguments.all else ("adam",),
+        algorithms=tuple(ALGORITHMS) if arguments.all else ("adam",),
         threads=arguments.threads,
         budget_seconds=arguments.seconds,
     ):

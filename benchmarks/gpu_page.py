@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from benchmarks import page
 from benchmarks.measurement import Measurement
-from benchmarks.peers import GPU_PEERS
+from benchmarks.peers import ALGORITHMS, GPU_PEERS
 from benchmarks.table import number, plural, table, with_quartiles
 from benchmarks.targets import GPU_OURS, GPU_TARGETS, percent_of_copy
 
@@ -57,7 +57,7 @@ def _row(m: Measurement, peer: str, activity: Mapping[str, Sequence[int]]) -> li
 def _measurement(m: Measurement, activity: Mapping[str, Sequence[int]]) -> str:
     copies = f", {m.copies} copies in turn" if m.copies > 1 else ""
     clocks = f", {m.state['sm_mhz']} MHz" if "sm_mhz" in m.state else ""
-    title = f"**{page.ALGORITHMS[m.algorithm]}, {m.cache}**{copies}, "
+    title = f"**{ALGORITHMS[m.algorithm]}, {m.cache}**{copies}, "
     title += f"{m.bytes / 1e6:,.4g} MB a step{clocks}.\n\n"
     header = ["", "step, µs", "over ours", "GB/s", "of copy", "host, µs", "launches", "copies"]
     rows = [_row(m, peer, activity) for peer in m.timings.microseconds]

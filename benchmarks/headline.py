@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from benchmarks.measurement import Measurement
+from benchmarks.peers import ALGORITHMS
 from benchmarks.table import milliseconds, number, plural, table
 
 _BEGIN: Final = "<!-- headline figures: written by python -m benchmarks.report -->"
@@ -82,7 +83,6 @@ def _cell(by_threads: Sequence[Measurement], peer: str) -> str:
 
 def _lost(results: Mapping[str, Any]) -> Iterator[str]:
     """Every figure, of any algorithm, in which a peer of the table is faster than recap_fast."""
-    names = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
     facts = results["machine"]
     for data in results["measurements"]:
         m = Measurement.from_json(data)
@@ -95,7 +95,7 @@ def _lost(results: Mapping[str, Any]) -> Iterator[str]:
             if ratio < 1:
                 own, theirs = (m.timings.time(p).median for p in ("recap_fast", peer))
                 yield (
-                    f"* {label(m)}, {names[m.algorithm]}, {plural(m.threads, 'thread')}, "
+                    f"* {label(m)}, {ALGORITHMS[m.algorithm]}, {plural(m.threads, 'thread')}, "
                     f"{facts['processor']}: {milliseconds(own)} ms against "
                     f"{milliseconds(theirs)} ms of {name} ({ratio:.3g}x)"
                 )

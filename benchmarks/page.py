@@ -9,13 +9,11 @@ from typing import Any, Final
 from benchmarks.breakdown import VALUES, WHOLE
 from benchmarks.growth import Curves
 from benchmarks.measurement import Measurement
-from benchmarks.peers import CLIPPING_PEERS, DESCRIPTIONS, PEERS
+from benchmarks.peers import ALGORITHMS, CLIPPING_PEERS, DESCRIPTIONS, PEERS
 from benchmarks.plan import LARGE_PEERS
 from benchmarks.table import number, plural, table, with_quartiles
 from benchmarks.targets import TARGETS, Target
 from benchmarks.workloads import IN_ONE_GROUP
-
-ALGORITHMS: Final = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
 
 # Below it, what the allocator keeps and returns outweighs the tensors.
 _LEAST_ELEMENTS_FOR_MEMORY: Final = 1_000_000
@@ -68,23 +66,23 @@ and in an environment with the package built, `make bench` leaves one in `.venv`
 
 
 def _limit(target: Target, threads: Sequence[int]) -> str:
-    sign = "≤" if target.sense == "at most" else "≥"
-    limits = list(dict.fromkeys(target.limits[count] for count in threads))
-    return " / ".join(f"{sign} {limit:g}{target.unit}" for limit in limits)
+    sign = "≤" if target.figure.sense == "at most" else "≥"
+    limits = list(dict.fromkeys(target.limit(count) for count in threads))
+    return " / ".join(f"{sign} {limit:g}{target.figure.unit}" for limit in limits)
 
 
 def _verdict(target: Target, measurements: Sequence[Measurement], threads: int) -> str:
     figure = target.measured(measurements, threads)
     if figure is None:
         return "not measured"
-    text = with_quartiles(figure, target.unit)
+    text = with_quartiles(figure, target.figure.unit)
     if target.met(figure, threads):
         return f"{text} met"
     limits = {
         "the ceiling": target.of_ceiling(measurements, threads),
         "with the checks": target.of_ceiling_and_checks(measurements, threads),
     }
-    shown = [f"{name} {number(f.median)}{target.unit}" for name, f in limits.items() if f]
+    shown = [f"{name} {number(f.median)}{target.figure.unit}" for name, f in limits.items() if f]
     return "; ".join([f"{text} **not met**", *shown])
 
 

@@ -16,7 +16,9 @@ from benchmarks.workloads import Workload
 
 __all__ = ["ALGORITHMS", "CLIPPING_PEERS", "PEERS", "InitialValues", "Peer", "Unavailable", "build"]
 
-ALGORITHMS: Final = tuple(STATES)
+ALGORITHMS: Final = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
+"""What they are called."""
+
 BUILDERS: Final = {**builders.BUILDERS, **gpu_builders.BUILDERS}
 
 CLIPPING_PEERS: Final = tuple(name for name in builders.BUILDERS if name.endswith(", clipping"))

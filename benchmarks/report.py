@@ -61,7 +61,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     names = (*workloads.NAMES, *_PARTS)
     parser.add_argument("--gpu", action="store_true", help="on the current CUDA device")
     parser.add_argument("--only", type=_some_of(names), metavar="X,Y", help=f"of {','.join(names)}")
-    parser.add_argument("--algorithms", type=_some_of(ALGORITHMS), metavar="adam,sgd")
+    parser.add_argument("--algorithms", type=_some_of(tuple(ALGORITHMS)), metavar="adam,sgd")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results and page go")
     parser.add_argument(
         "--quick", action="store_true", help="on a CPU: Adam, a tenth of the time, for a first look"
@@ -130,7 +130,7 @@ def run_on_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
         _say(f"the machine is busy (load per core {facts['busy']}): figures will be unsteady")
     threads = arguments.threads or [n for n in (1, 2) if n <= facts["cores"]]
     scale = _QUICK_SCALE if arguments.quick else 1.0
-    algorithms = arguments.algorithms or (("adam",) if arguments.quick else ALGORITHMS)
+    algorithms = arguments.algorithms or (("adam",) if arguments.quick else tuple(ALGORITHMS))
     only = arguments.only or (*workloads.NAMES, *_PARTS)
     run = _Run({"machine": facts, "measurements": []}, lambda: None)
     of_cache = {cache: HostClock(cache) for cache in ("cold", "warm")}
@@ -187,7 +187,7 @@ def run_on_gpu(
     path = (arguments.out or _PARTIAL) / f"{card.file_name(facts['card'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     names = arguments.only or plan.GPU_NAMES
-    algorithms = arguments.algorithms or ALGORITHMS
+    algorithms = arguments.algorithms or tuple(ALGORITHMS)
 
     def after_each() -> None:
         _free()

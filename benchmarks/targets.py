@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from benchmarks.clocks import Cache
 from benchmarks.interleave import Quartiles, Timings
 from benchmarks.measurement import Measurement
+from benchmarks.peers import ALGORITHMS
 from benchmarks.workloads import IN_ONE_GROUP
 
 # Of as many groups and tensors, of one element each.
@@ -16,30 +17,49 @@ _ONE_ELEMENT_TWINS: Final = {"mixed-sizes": "scalars", "many-groups": "many-grou
 
 
 @dataclass(frozen=True)
+class Figure:
+    """What must reach a limit.
+
+    Attributes:
+        text: what it is.
+        sense: whether the limit is the least or the most.
+        unit: written after it.
+        take: takes it from timings, for the peer named.
+        of_host: whether from those of the host's part of a step.
+    """
+
+    text: str
+    sense: Literal["at most", "at least"]
+    unit: str
+    take: Callable[[Timings, str], Quartiles]
+    of_host: bool = False
+
+
+@dataclass(frozen=True)
 class Target:
     """One row of the table.
 
     Attributes:
-        text: what the figure is.
         workload, algorithm, cache: the measurement it is taken from; without a cache, the first.
-        figure: takes it from the timings, for the peer named.
-        limits: what it must reach, by number of threads.
-        sense: whether a limit is the least or the most.
-        unit: written after the figure.
+        figure: what is taken from it.
+        limits: what it must reach with one thread, and with more if that is something else.
         ours: which of our peers it is about.
-        of_host: whether it is about the host's part of a step.
     """
 
-    text: str
     workload: str
-    algorithm: str
-    cache: Cache | None
-    figure: Callable[[Timings, str], Quartiles]
-    limits: Mapping[int, float]
-    sense: Literal["at most", "at least"]
-    unit: str = ""
+    figure: Figure
+    limits: tuple[float, ...]
+    algorithm: str = "adam"
+    cache: Cache | None = "cold"
     ours: str = "recap_fast"
-    of_host: bool = False
+
+    @property
+    def text(self) -> str:
+        of = [self.workload, ALGORITHMS[self.algorithm], *([self.cache] if self.cache else [])]
+        return f"{', '.join(of)}: {self.figure.text}"
+
+    def limit(self, threads: int) -> float:
+        return self.limits[min(threads, len(self.limits)) - 1]
 
     def measured(self, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
         """The figure, or None if it was not measured, or a peer that it needs did not run."""
@@ -64,7 +84,9 @@ class Target:
         times = own.timings.microseconds
         both = [None if t is None else t + checks for t in times["ceiling"]]
         try:
-            return self.figure(Timings(times | {"ceiling and checks": both}), "ceiling and checks")
+            return self.figure.take(
+                Timings(times | {"ceiling and checks": both}), "ceiling and checks"
+            )
         except KeyError:
             return None
 
@@ -79,95 +101,23 @@ class Target:
 
     def _of(self, peer: str, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
         m = self._measurement(self.workload, measurements, threads)
-        timings = m and (m.host if self.of_host else m.timings)
+        timings = m and (m.host if self.figure.of_host else m.timings)
         try:
-            return None if timings is None else self.figure(timings, peer)
+            return None if timings is None else self.figure.take(timings, peer)
         except (KeyError, ValueError):  # it did not run, or sat out
             return None
 
     def met(self, figure: Quartiles, threads: int) -> bool:
-        limit = self.limits[threads]
-        return figure.median <= limit if self.sense == "at most" else figure.median >= limit
+        limit = self.limit(threads)
+        return figure.median <= limit if self.figure.sense == "at most" else figure.median >= limit
 
 
-_NAMES: Final = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
+def _time_over(other: str) -> Figure:
+    return Figure(f"time over {other}", "at most", "", lambda t, peer: t.ratio(peer, other))
 
 
-def _time_over(
-    other: str, workload: str, most: Mapping[int, float], algorithm: str = "adam"
-) -> Target:
-    return Target(
-        text=f"{workload}, {_NAMES[algorithm]}: time over {other}",
-        workload=workload,
-        algorithm=algorithm,
-        cache="cold",
-        figure=lambda timings, peer: timings.ratio(peer, other),
-        limits=most,
-        sense="at most",
-    )
-
-
-def _speed_up(other: str, workload: str, least: float, cache: Cache = "cold") -> Target:
-    return Target(
-        text=f"{workload}, {cache}: speed-up over {other}",
-        workload=workload,
-        algorithm="adam",
-        cache=cache,
-        figure=lambda timings, peer: timings.ratio(other, peer),
-        limits={1: least, 2: least},
-        sense="at least",
-        unit="x",
-    )
-
-
-def _host_time(workload: str, most: float, cache: Cache) -> Target:
-    return Target(
-        text=f"{workload}, {cache}: host time of a step",
-        workload=workload,
-        algorithm="adam",
-        cache=cache,
-        figure=lambda timings, peer: timings.time(peer),
-        limits={1: most, 2: most},
-        sense="at most",
-        unit=" µs",
-    )
-
-
-def _groups(most: float, cache: Cache) -> Target:
-    return Target(
-        text=f"many-groups-of-scalars, {cache}: time with 100 groups over time with 1 group",
-        workload="many-groups-of-scalars",
-        algorithm="adam",
-        cache=cache,
-        figure=lambda timings, peer: timings.ratio(peer, peer + IN_ONE_GROUP),
-        limits={1: most, 2: most},
-        sense="at most",
-    )
-
-
-TARGETS: Final = (
-    _time_over("torch fused", "ranker-36M", {1: 0.97, 2: 0.90}),
-    _time_over("torch fused", "ranker-36M", {1: 0.97, 2: 0.90}, "adagrad"),
-    _speed_up("reference", "ranker-36M", 7),
-    *(
-        _time_over("torch fused", "one-50M-tensor", {1: 1.03, 2: 1.03}, algorithm)
-        for algorithm in _NAMES
-    ),
-    _speed_up("torch fused", "mixed-sizes", 6),
-    _speed_up("torch fused", "mixed-sizes", 8, "warm"),
-    _speed_up("torch fused", "many-groups", 8),
-    _speed_up("torch fused", "many-groups", 15, "warm"),
-    _speed_up("DeepSpeed", "many-groups", 4),
-    _speed_up("DeepSpeed", "many-groups", 6, "warm"),
-    _host_time("scalars", 30, "warm"),
-    _host_time("scalars", 30, "cold"),
-    _host_time("many-groups-of-scalars", 50, "warm"),
-    _host_time("many-groups-of-scalars", 50, "cold"),
-    _groups(1.3, "warm"),
-    _groups(1.3, "cold"),
-)
-
-GPU_OURS: Final = "recap_fast, one optimizer"
+def _speed_up(other: str) -> Figure:
+    return Figure(f"speed-up over {other}", "at least", "x", lambda t, peer: t.ratio(other, peer))
 
 
 def percent_of_copy(timings: Timings, peer: str) -> Quartiles:
@@ -176,49 +126,42 @@ def percent_of_copy(timings: Timings, peer: str) -> Quartiles:
     return Quartiles(100 * ratio.low, 100 * ratio.median, 100 * ratio.high)
 
 
-def _of_copy(workload: str, algorithm: str) -> Target:
-    return Target(
-        text=f"{workload}, {_NAMES[algorithm]}: speed over that of a copy",
-        workload=workload,
-        algorithm=algorithm,
-        cache=None,
-        figure=percent_of_copy,
-        limits={1: 90},
-        sense="at least",
-        unit=" %",
-        ours=GPU_OURS,
-    )
+_HOST_TIME: Final = Figure("host time of a step", "at most", " µs", lambda t, peer: t.time(peer))
+_GROUPS: Final = Figure(
+    *("time with 100 groups over time with 1 group", "at most", ""),
+    lambda t, peer: t.ratio(peer, peer + IN_ONE_GROUP),
+)
+_OF_COPY: Final = Figure("speed over that of a copy", "at least", " %", percent_of_copy)
+
+_FUSED: Final = _time_over("torch fused")
+_CACHES: Final[tuple[Cache, ...]] = ("warm", "cold")
+
+TARGETS: Final = (
+    *(Target("ranker-36M", _FUSED, (0.97, 0.90), each) for each in ("adam", "adagrad")),
+    Target("ranker-36M", _speed_up("reference"), (7,)),
+    *(Target("one-50M-tensor", _FUSED, (1.03,), each) for each in ALGORITHMS),
+    Target("mixed-sizes", _speed_up("torch fused"), (6,)),
+    Target("mixed-sizes", _speed_up("torch fused"), (8,), cache="warm"),
+    Target("many-groups", _speed_up("torch fused"), (8,)),
+    Target("many-groups", _speed_up("torch fused"), (15,), cache="warm"),
+    Target("many-groups", _speed_up("DeepSpeed"), (4,)),
+    Target("many-groups", _speed_up("DeepSpeed"), (6,), cache="warm"),
+    *(Target("scalars", _HOST_TIME, (30,), cache=cache) for cache in _CACHES),
+    *(Target("many-groups-of-scalars", _HOST_TIME, (50,), cache=cache) for cache in _CACHES),
+    *(Target("many-groups-of-scalars", _GROUPS, (1.3,), cache=cache) for cache in _CACHES),
+)
+
+GPU_OURS: Final = "recap_fast, one optimizer"
 
 
-def _gpu_speed_up(other: str, least: float) -> Target:
-    return Target(
-        text=f"ranker-36M, Adam: speed-up over {other}",
-        workload="ranker-36M",
-        algorithm="adam",
-        cache=None,
-        figure=lambda timings, peer: timings.ratio(other, peer),
-        limits={1: least},
-        sense="at least",
-        unit="x",
-        ours=GPU_OURS,
-    )
+def _on_gpu(workload: str, figure: Figure, limit: float, algorithm: str = "adam") -> Target:
+    return Target(workload, figure, (limit,), algorithm, cache=None, ours=GPU_OURS)
 
 
 GPU_TARGETS: Final = (
-    *(_of_copy(name, each) for name in ("ranker-36M", "one-50M-tensor") for each in _NAMES),
-    _gpu_speed_up("torch per group", 10),
-    _gpu_speed_up("torch fused", 3),
-    _gpu_speed_up("torch fused per group", 3),
-    Target(
-        text="ranker-36M, Adam: host time of a step",
-        workload="ranker-36M",
-        algorithm="adam",
-        cache=None,
-        figure=lambda timings, peer: timings.time(peer),
-        limits={1: 20},
-        sense="at most",
-        unit=" µs",
-        ours=GPU_OURS,
-        of_host=True,
-    ),
+    *(_on_gpu(w, _OF_COPY, 90, a) for w in ("ranker-36M", "one-50M-tensor") for a in ALGORITHMS),
+    _on_gpu("ranker-36M", _speed_up("torch per group"), 10),
+    _on_gpu("ranker-36M", _speed_up("torch fused"), 3),
+    _on_gpu("ranker-36M", _speed_up("torch fused per group"), 3),
+    _on_gpu("ranker-36M", replace(_HOST_TIME, of_host=True), 20),
 )

@@ -35,7 +35,7 @@ H100 = {
 
 
 def test_copies_are_together_larger_than_the_cache() -> None:
-    for case in plan.gpu_cases(plan.GPU_NAMES, peers.ALGORITHMS, H100["l2_bytes"]):
+    for case in plan.gpu_cases(plan.GPU_NAMES, tuple(peers.ALGORITHMS), H100["l2_bytes"]):
         if case.caches == ("cold",):
             size = peers.working_set(workloads.by_name(case.workload), case.algorithm)
             assert case.copies * size >= 2 * H100["l2_bytes"]
