@@ -65,6 +65,8 @@ _OVERWRITE_GRADIENTS: Final = (
     *(("torch fused, clipping", algorithm) for algorithm in ALGORITHMS),
 )
 
+_NEED_TORCHREC: Final = ("recap_fast", "recap_fast, clipping", "reference")
+
 
 @dataclass
 class Peer:
@@ -155,6 +157,10 @@ def build(name: str, initial: InitialValues, algorithm: str) -> Peer:
     return Peer(step, param_groups, params, originals)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
 def build_and_step(name: str, initial: InitialValues, algorithm: str) -> Peer:
     """As `build`, and takes two steps, which make states and plans.
 
@@ -166,9 +172,11 @@ def build_and_step(name: str, initial: InitialValues, algorithm: str) -> Peer:
         peer.step()
         peer.step()
     except ImportError as error:
-        raise Unavailable(f"needs another package ({error})") from error
+        if name not in _NEED_TORCHREC:
+            raise
+        raise Unavailable(f"needs torchrec and pydantic ({_first_line(error)})") from error
     except RuntimeError as error:
         if name.startswith("recap_fast"):
             raise
-        raise Unavailable(str(error).strip().split("\n")[0]) from error
+        raise Unavailable(_first_line(error)) from error
     return peer

@@ -120,9 +120,13 @@ def test_a_peer_without_its_package_is_unavailable(monkeypatch: pytest.MonkeyPat
     def lacks(*_: Any) -> Any:
         raise ModuleNotFoundError("No module named 'torchrec'")
 
-    monkeypatch.setattr(peers, "BUILDERS", {**peers.BUILDERS, "recap_fast": lacks})
-    with pytest.raises(Unavailable, match=r"needs another package \(.*torchrec"):
-        peers.build_and_step("recap_fast", peers.initial_values(_TINY), "adam")
+    initial = peers.initial_values(_TINY)
+    builders = {**peers.BUILDERS, "recap_fast": lacks, GPU_OURS: lacks}
+    monkeypatch.setattr(peers, "BUILDERS", builders)
+    with pytest.raises(Unavailable, match=r"needs torchrec and pydantic \(.*torchrec"):
+        peers.build_and_step("recap_fast", initial, "adam")
+    with pytest.raises(ModuleNotFoundError):
+        peers.build_and_step(GPU_OURS, initial, "adam")
 
 
 def test_a_graph_of_torchs_adagrad_is_unavailable() -> None:
