@@ -41,6 +41,20 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As revisions were that have `FusedCombinedOptimizer` in a module of `optim` alone."""
+    folder = tmp_path_factory.mktemp("older")
+    shutil.copytree(_PACKAGE, folder / "recap_fast")
+    init = folder / "recap_fast" / "__init__.py"
+    exported = '    "FusedCombinedOptimizer": "recap_fast.keyed.fused",\n'
+    assert exported in init.read_text()
+    init.write_text(init.read_text().replace(exported, ""))
+    moved = "from recap_fast.keyed.fused import FusedCombinedOptimizer as FusedCombinedOptimizer\n"
+    (folder / "recap_fast" / "optim" / "combined.py").write_text(moved)
+    return folder
+
+
 def _compare(base: Path, tree: Path, processes: int = 1) -> list[compare.Comparison]:
     return list(
         compare.compare(
@@ -57,6 +71,10 @@ def test_equal_sides_have_the_same_bits(same: Path) -> None:
     ]
     assert all(c.difference == 0 for c in comparisons)
     assert all(c.base.median > 0 and c.tree.median > 0 for c in comparisons)
+
+
+def test_an_older_revision_steps_too(older: Path, same: Path) -> None:
+    assert all(c.difference == 0 for c in _compare(older, same))
 
 
 def test_a_difference_is_told(same: Path, other: Path) -> None:
