@@ -61,8 +61,9 @@ class CMakeBuild(build_ext):
         from torch.utils import cpp_extension
 
         output = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
+        # In no temporary folder, which pip would remove: the next build takes what has not changed,
+        # and so do the tests of the native code (tests/support/native_build.py).
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
         arguments = {
             "CMAKE_BUILD_TYPE": os.environ.get("RECAP_BUILD_TYPE", "Release"),
             "RECAP_CUDA": os.environ.get("RECAP_CUDA", "AUTO"),
@@ -78,7 +79,9 @@ class CMakeBuild(build_ext):
         }
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-D{key}={value}" for key, value in arguments.items() if value is not None]
-        subprocess.run(configure, check=True)
+        if subprocess.run(configure).returncode != 0:  # if another cmake has made it, or elsewhere
+            shutil.rmtree(build, ignore_errors=True)
+            subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
         _record_torch(output, torch.__version__)

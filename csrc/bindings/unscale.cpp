@@ -18,7 +18,7 @@ namespace recap {
 namespace {
 
 // A gradient's memory, from its first to its last element.
-struct Extent {
+struct GradientExtent {
   const char *begin, *end;
   at::Tensor gradient;
   bool shared = false;  // with another, or among its own elements
@@ -33,7 +33,7 @@ at::Tensor distinct_elements(at::Tensor tensor) {
 }
 
 // `gradient` has elements.
-Extent extent_of(const at::Tensor& gradient) {
+GradientExtent gradient_extent_of(const at::Tensor& gradient) {
   int64_t elements = 1;
   for (int64_t dim = 0; dim < gradient.dim(); ++dim) {
     elements += (gradient.size(dim) - 1) * gradient.stride(dim);
@@ -44,19 +44,21 @@ Extent extent_of(const at::Tensor& gradient) {
 }
 
 // One for each gradient whose memory is to be written, in the order of their addresses.
-std::vector<Extent> extents_of(const std::vector<ScaledGradient>& gradients) {
-  std::vector<Extent> extents;
+std::vector<GradientExtent> gradient_extents_of(const std::vector<ScaledGradient>& gradients) {
+  std::vector<GradientExtent> extents;
   for (const ScaledGradient& gradient : gradients) {
     const at::Tensor& local = gradient.local;
     // An efficient zero has no memory, and is zero at any scale.
     if (local.numel() == 0 || local._is_zerotensor()) continue;
-    extents.push_back(extent_of(local));
+    extents.push_back(gradient_extent_of(local));
   }
-  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) {
+  std::sort(extents.begin(), extents.end(), [](const GradientExtent& a, const GradientExtent& b) {
     return std::tuple(a.begin, a.gradient.unsafeGetTensorImpl()) <
            std::tuple(b.begin, b.gradient.unsafeGetTensorImpl());
   });
-  const auto same = [](const Extent& a, const Extent& b) { return a.gradient.is_same(b.gradient); };
+  const auto same = [](const GradientExtent& a, const GradientExtent& b) {
+    return a.gradient.is_same(b.gradient);
+  };
   extents.erase(std::unique(extents.begin(), extents.end(), same), extents.end());
   size_t last = 0;  // of those so far, the one that ends last
   for (size_t i = 1; i < extents.size(); ++i) {
@@ -84,7 +86,7 @@ void unscale_gradients(const std::vector<ScaledGradient>& gradients, const py::o
   using Kind = std::tuple<at::DeviceType, at::DeviceIndex, at::ScalarType>;  // of one launch
   std::map<Kind, std::vector<at::Tensor>> plain;
   std::vector<std::pair<at::Tensor, at::Tensor>> copied;
-  for (const Extent& extent : extents_of(gradients)) {
+  for (const GradientExtent& extent : gradient_extents_of(gradients)) {
     at::Tensor gradient = extent.gradient;
     if (extent.shared) {
       // The operator takes no tensor whose elements share memory, and would come by twice.

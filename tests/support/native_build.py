@@ -1,12 +1,14 @@
 """Builds ``tests/csrc``, once for all test files that need it.
 
-The builds stay in ``build/``, so that only the first run waits for them.
+The builds stay in ``build/``, so that only the first run waits for them; without sanitizers, where
+the extension itself is built (see setup.py), of which they take what they have in common.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "tests" / "csrc"
-BUILD = ROOT / "build" / "csrc"
+BUILD = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
 # Those of `make sanitize`, by their sanitizers.
 SANITIZED = {
     "address,undefined": ROOT / "build" / "sanitize",
@@ -50,7 +53,6 @@ def run(*command: str, **options: Any) -> str:
 
 def _with_extension() -> list[str]:
     import pybind11
-    import torch
     from torch.utils import cpp_extension
 
     variables = {
@@ -64,31 +66,46 @@ def _with_extension() -> list[str]:
     return [f"-D{name}={value}" for name, value in variables.items()]
 
 
-def _run_cmake(folder: Path, options: list[str], targets: Sequence[str]) -> None:
+def _cmake_of(folder: Path) -> str:
+    """The one that has made a folder: another would build it anew."""
+    cache = folder / "CMakeCache.txt"
+    text = cache.read_text() if cache.exists() else ""
+    found = re.search(r"^CMAKE_COMMAND:INTERNAL=(.*)$", text, re.MULTILINE)
+    return found[1] if found and Path(found[1]).exists() else "cmake"
+
+
+def _run_cmake(source: Path, folder: Path, options: list[str], targets: Sequence[str]) -> None:
     """Configures `folder` and builds targets there; other processes wait their turn."""
     folder.parent.mkdir(exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        configure = ["cmake", "-S", str(SOURCES), "-B", str(folder), *options]
+        cmake = _cmake_of(folder)
+        configure = [cmake, "-S", str(source), "-B", str(folder), *options]
         if subprocess.run(configure, capture_output=True).returncode != 0:
             shutil.rmtree(folder, ignore_errors=True)  # made by another cmake, or elsewhere
             run(*configure)
         jobs = str(os.cpu_count())
-        run("cmake", "--build", str(folder), "--parallel", jobs, "--target", *targets)
+        run(cmake, "--build", str(folder), "--parallel", jobs, "--target", *targets)
 
 
 def build(*targets: str, sanitizers: str = "") -> Path:
     """Builds the targets and returns the folder."""
-    kind = f"-DRECAP_SANITIZE={sanitizers}" if sanitizers else "-DCMAKE_BUILD_TYPE=Release"
-    folder = SANITIZED[sanitizers] if sanitizers else BUILD
-    _run_cmake(folder, [kind, *_with_extension()], targets)
-    return folder
+    if sanitizers:
+        folder = SANITIZED[sanitizers]
+        options = [f"-DRECAP_SANITIZE={sanitizers}", *_with_extension()]
+        _run_cmake(SOURCES, folder, options, targets)
+        return folder
+    options = ["-DRECAP_BUILD_TESTS=ON", *_with_extension()]
+    if not (BUILD / "CMakeCache.txt").exists():  # the installed extension was not built here
+        options += ["-G", "Ninja", "-DRECAP_CUDA=OFF"]
+    _run_cmake(ROOT, BUILD, options, targets)
+    return BUILD
 
 
 def build_extension(name: str, sanitizers: str = "") -> Path:
     """Builds one of ``tests/csrc/bindings`` and returns its path."""
     folder = build(name, sanitizers=sanitizers)
-    (extension,) = (folder / "bindings" / name).glob("_C*.so")
+    (extension,) = folder.rglob(f"bindings/{name}/_C*.so")
     return extension
 
 
