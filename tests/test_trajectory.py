@@ -13,7 +13,7 @@ from examples.movielens.model import build_model, optimizer_configs
 from recap_fast import reference
 from recap_fast.embeddings import fuse_embeddings
 
-STEPS = 200
+STEPS = 80
 BATCH_SIZE = 64
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 
 from examples.movielens import cli
 from recap_fast.torchrec_releases import how_to_install
+from tests.support.processes import in_own_process
 
 ROOT = Path(__file__).parents[3]
 
@@ -105,16 +108,27 @@ def test_demo_prints_a_table_and_writes_its_files(
     assert results["comparison"]["difference"]["absolute"] < 1e-6
 
 
-@pytest.mark.usefixtures("synthetic_data")
-def test_two_processes_give_the_table_of_one(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def main_by_forks(arguments: list[str], output: str) -> int:
+    """In a process of its own: what all processes print goes to the file `output`."""
+    from examples.movielens import data
+    from tests.examples.movielens.test_launch import fork_instead
+
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), sys.stdout.fileno())
+    data.load = lambda directory: data.synthetic(400, seed=0)
+    fork_instead()
+    status = cli.main(arguments)
+    sys.stdout.flush()
+    return status
+
+
+def test_two_processes_give_the_table_of_one(tmp_path: Path) -> None:
     results = {}
     for nproc in ("1", "2"):
-        out = tmp_path / nproc
+        out, printed = tmp_path / nproc, tmp_path / "printed"
         arguments = ["--steps", "5", "--batch-size", "16", "--nproc", nproc, "--out", str(out)]
-        assert cli.main(arguments) == 0
-        assert capfd.readouterr().out.count("AUC recap.engagement.is_liked") == 1
+        assert in_own_process(main_by_forks, arguments, str(printed)) == 0
+        assert printed.read_text().count("AUC recap.engagement.is_liked") == 1
+        printed.unlink()
         assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
         results[nproc] = json.loads((out / "results.json").read_text())
     assert results["2"]["settings"] == {**results["1"]["settings"], "nproc": 2}
@@ -199,11 +213,35 @@ if __name__ == "__main__":
 """
 
 
+def copy_the_folder(folder: Path) -> list[str]:
+    """With a program that trains; returns the options for it."""
+    shutil.copytree(Path(cli.__file__).parent, folder / "ranker")
+    (folder / "train.py").write_text(TRAIN_THE_COPY)
+    return ["--steps=1", "--batch-size=16", "--nproc=2", f"--out={folder / 'out'}"]
+
+
+def train_the_copy(folder: str, options: list[str]) -> None:
+    """In a process of its own, which imports the copy only."""
+    from tests.examples.movielens.test_launch import fork_instead
+
+    for name in list(sys.modules):
+        if name.startswith(("examples", "tests")):
+            del sys.modules[name]
+    sys.path.insert(0, folder)
+    fork_instead(importlib.import_module("ranker.launch"))
+    sys.argv = ["train.py", *options]
+    runpy.run_path(f"{folder}/train.py", run_name="__main__")
+
+
 def test_a_copy_of_the_folder_works_under_another_name(tmp_path: Path) -> None:
-    """In its spawned processes too."""
-    shutil.copytree(Path(cli.__file__).parent, tmp_path / "ranker")
-    (tmp_path / "train.py").write_text(TRAIN_THE_COPY)
-    options = ["--steps=1", "--batch-size=16", "--nproc=2", f"--out={tmp_path / 'out'}"]
+    options = copy_the_folder(tmp_path)
+    in_own_process(train_the_copy, str(tmp_path), options)
+    assert (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.long
+def test_spawned_processes_of_a_copy_import_it_too(tmp_path: Path) -> None:
+    options = copy_the_folder(tmp_path)
     subprocess.run(
         [sys.executable, "train.py", *options],
         cwd=tmp_path,

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,12 +22,16 @@ from examples.movielens.launch import launch
 from tests.support.processes import context, in_own_process
 
 
-def launch_forks(*args: Any) -> None:
-    """`launch` in a process that has one thread: it forks, and nothing is imported again.
+def fork_instead(module: ModuleType = starting) -> None:
+    """Has `launch` fork this process, which has one thread: nothing is imported again.
 
-    As a user has it, it is in the long tests below, and in those of the command line.
+    The long tests, here and of the command line, have it spawn processes, as a user does.
     """
-    starting.spawn = functools.partial(start_processes, start_method="fork")
+    module.spawn = functools.partial(start_processes, start_method="fork")
+
+
+def launch_forks(*args: Any) -> None:
+    fork_instead()
     launch(*args)
 
 
