@@ -60,14 +60,17 @@ def _processes_end_well() -> Generator[None]:
         processes.end_all()
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Lets the collector pass by what was imported, and has it imported for process groups too."""
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Has process groups' imports made while more tests are collected."""
+    processes = sys.modules.get("tests.support.processes")
+    if processes and getattr(getattr(item, "module", None), "run", None) is processes.run:
+        processes.start_server()
+
+
+def pytest_collection_finish() -> None:
+    """Lets the collector pass by what was imported."""
     gc.collect()
     gc.freeze()
-    processes = sys.modules.get("tests.support.processes")
-    modules = {getattr(item, "module", None) for item in session.items}
-    if processes and any(getattr(each, "run", None) is processes.run for each in modules):
-        processes.start_server()
 
 
 @pytest.hookimpl(wrapper=True)

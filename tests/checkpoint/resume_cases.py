@@ -55,7 +55,6 @@ SAME = [
             Setup(2, "data_parallel", "ddp", "rowwise_adagrad"),
             COLUMN_SHARDS,
             Setup(2, "row_wise", "ddp", "ema_rowwise_adagrad"),
-            Setup(2, "first_process", "fsdp", "rowwise_adagrad"),
         )
     ),
 ]
@@ -74,10 +73,6 @@ ELSEWHERE = [
     *between(
         Setup(1, "row_wise", "fsdp", "rowwise_adagrad"),
         Setup(2, "first_process", "ddp", "rowwise_adagrad"),
-    ),
-    *between(
-        Setup(2, "table_wise", "ddp", "rowwise_adagrad"),
-        Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
     ),
     # Unfused or data-parallel tables, and others.
     *between(UNFUSED, ONE),
@@ -113,7 +108,8 @@ BUILDERS = [
         Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
     ),
 ]
-LONG_SAME = [case for case in SHARDED if case not in PAIRWISE]
+FIRST = Setup(2, "first_process", "fsdp", "rowwise_adagrad")
+LONG_SAME = [*(case for case in SHARDED if case not in PAIRWISE), Resumed(FIRST, FIRST)]
 LONG = [
     resumed
     for few in (
@@ -128,6 +124,10 @@ LONG = [
     )
     for resumed in between(few, many)
 ] + [
+    *between(
+        Setup(2, "table_wise", "ddp", "rowwise_adagrad"),
+        Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
+    ),
     *between(Setup(2, "row_wise", "fsdp", "adagrad"), Setup(2, "column_wise", "ddp", "adagrad")),
     *between(
         Setup(2, "data_parallel", "ddp", "rowwise_adagrad"),

@@ -55,7 +55,7 @@ def context(backend: str) -> BaseContext:
 
 
 def start_server() -> None:
-    """Has the server of `context` import, beside what this process does until it needs it."""
+    """Has the server of `context` make its imports beside what this process does meanwhile."""
     context("gloo")
     forkserver.ensure_running()
 
