@@ -65,9 +65,9 @@ def between(one: Setup, other: Setup) -> list[Resumed]:
 
 
 ELSEWHERE = [
-    *between(ONE, Setup(2, "table_wise", "ddp", "rowwise_adagrad")),
-    *between(ONE, Setup(2, "row_wise", "fsdp", "rowwise_adagrad")),
-    *between(ADAGRAD, Setup(2, "column_wise", "ddp", "adagrad")),
+    *between(ONE, Setup(2, "table_wise", "fsdp", "rowwise_adagrad")),
+    *between(ONE, Setup(2, "row_wise", "ddp", "rowwise_adagrad")),
+    *between(ADAGRAD, Setup(2, "column_wise", "fsdp", "adagrad")),
     *between(MIXED, Setup(2, "mixed", "fsdp", "mixed")),
     *between(EMA, Setup(2, "row_wise", "ddp", "ema_rowwise_adagrad")),
     *between(
@@ -100,12 +100,12 @@ BUILDERS = [
     *between(ONE, replace(ONE, builder="reference")),
     *between(replace(ONE, algorithm="sgd"), replace(ONE, algorithm="sgd", builder="reference")),
     Resumed(
-        Setup(2, "table_wise", "ddp", "rowwise_adagrad"),
-        Setup(2, "table_wise", "ddp", "rowwise_adagrad", builder="reference"),
+        Setup(2, "table_wise", "fsdp", "rowwise_adagrad"),
+        Setup(2, "table_wise", "fsdp", "rowwise_adagrad", builder="reference"),
     ),
     Resumed(
-        Setup(2, "row_wise", "fsdp", "rowwise_adagrad", builder="reference"),
-        Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
+        Setup(2, "row_wise", "ddp", "rowwise_adagrad", builder="reference"),
+        Setup(2, "row_wise", "ddp", "rowwise_adagrad"),
     ),
 ]
 FIRST = Setup(2, "first_process", "fsdp", "rowwise_adagrad")
@@ -124,6 +124,17 @@ LONG = [
     )
     for resumed in between(few, many)
 ] + [
+    *between(ONE, Setup(2, "table_wise", "ddp", "rowwise_adagrad")),
+    *between(ONE, Setup(2, "row_wise", "fsdp", "rowwise_adagrad")),
+    *between(ADAGRAD, Setup(2, "column_wise", "ddp", "adagrad")),
+    Resumed(
+        Setup(2, "table_wise", "ddp", "rowwise_adagrad"),
+        Setup(2, "table_wise", "ddp", "rowwise_adagrad", builder="reference"),
+    ),
+    Resumed(
+        Setup(2, "row_wise", "fsdp", "rowwise_adagrad", builder="reference"),
+        Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
+    ),
     *between(
         Setup(2, "table_wise", "ddp", "rowwise_adagrad"),
         Setup(2, "row_wise", "fsdp", "rowwise_adagrad"),
