@@ -20,8 +20,9 @@ CSRC := $(shell find csrc tests/csrc benchmarks -name '*.h' -o -name '*.cpp' -o 
 demo: $(VENV)/built
 	$(BIN)/python -m examples.movielens
 
+# On all cores, file by file; those that take longest come first (tests/conftest.py).
 test: $(VENV)/built
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The long tests too (many processes, kills), those of the benchmarks, each workload run once, and those of
 # docs/recipes.md with Lightning, transformers and accelerate.
