@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.native_build import (
+    build,
     build_extension,
     build_sanitized,
     check_ptx,
@@ -24,8 +26,16 @@ from tests.support.native_build import (
 
 
 @needs_compiler
-def test_the_engine_on_an_emulated_machine_under_sanitizers() -> None:
-    run_ctest(build_sanitized("test_cuda_engine"), "cuda/test_cuda_engine")
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(build, id="plain"),
+        # As `make sanitize`: to compile it takes minutes.
+        pytest.param(build_sanitized, id="under sanitizers", marks=pytest.mark.long),
+    ],
+)
+def test_the_engine_on_an_emulated_machine(build: Callable[[str], Path]) -> None:
+    run_ctest(build("test_cuda_engine"), "cuda/test_cuda_engine")
 
 
 # What depends on the engine; the rest would only repeat what the CPU engine has shown. That the
