@@ -168,14 +168,15 @@ def _local(param: Tensor, gradient: Tensor) -> Tensor:
 
 
 def clip_on_device(
-    norm: Tensor, max_norm: float, grad_scale: Tensor | None, found_inf: Tensor | None
+    norm: Tensor, max_norm: float, grad_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Folds clipping into what `torch.amp.GradScaler` hands to an optimizer, without waiting.
 
     Args:
-        norm: float64, shape (): the global norm of the gradients as they are, that is, scaled.
+        norm: float64, shape (): the global norm of the gradients as they are, that is, scaled; not
+            finite if the step must be skipped.
         max_norm: what it shall be at most when they are unscaled.
-        grad_scale, found_inf: as from the scaler; None means 1 and 0.
+        grad_scale: as from the scaler; None means 1.
 
     Returns:
         The scale to divide gradients by, and what is not 0 if the step must be skipped; float32, on
@@ -184,7 +185,4 @@ def clip_on_device(
     scale = norm.new_ones(()) if grad_scale is None else grad_scale.to(norm).reshape(())
     finite = norm.isfinite()
     factor = (max_norm / (norm / scale + _EPSILON)).clamp(max=1.0)
-    skip = (~finite).float()
-    if found_inf is not None:
-        skip = torch.maximum(skip, found_inf.to(skip).reshape(()))
-    return torch.where(finite, scale / factor, 1.0).float(), skip
+    return torch.where(finite, scale / factor, 1.0).float(), (~finite).float()

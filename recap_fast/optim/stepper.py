@@ -286,7 +286,7 @@ class Stepper:
             sums = [torch.where(skip, math.inf, own) for own in sums]
         norm = parts.total(sums).sqrt()
         self.grad_norm = norm if grad_scale is None else norm / grad_scale.to(norm).reshape(())
-        return clip_on_device(norm, max_norm, grad_scale, found_inf)
+        return clip_on_device(norm, max_norm, grad_scale)
 
     def move_with(self, device_rates: Sequence[DeviceRates]) -> None:
         """From now on, every step uses ``device_rates``, and moves them on."""

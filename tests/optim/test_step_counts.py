@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -96,3 +97,36 @@ def test_a_count_without_a_value_is_refused_before_anything_changes() -> None:
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         optimizer.step()
     assert torch.equal(params[0], before)
+
+
+def _counts(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> list[float]:
+    return [optimizer.state[param]["step"].item() for param in params]
+
+
+@pytest.mark.parametrize("wrong", [-1.0, -7.0, 0.5, math.inf])
+def test_a_count_made_wrong_is_refused_and_no_other_counts(wrong: float) -> None:
+    params = parameters(3)
+    optimizer = FUSED["adam"](params)
+    optimizer.step()
+    optimizer.state[params[1]]["step"].fill_(wrong)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match="it must be a whole number of steps"):
+        optimizer.step()
+    assert _counts(optimizer, params) == [1, wrong, 1]
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    optimizer.state[params[1]]["step"].fill_(1)
+    optimizer.step()
+    assert _counts(optimizer, params) == [2, 2, 2]
+
+
+def test_a_step_that_fails_with_another_counts_nothing() -> None:
+    params = parameters(3)
+    optimizer = FUSED["adam"](params)
+    optimizer.step()
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer._stepper.step(None, None, others=[fail])
+    assert _counts(optimizer, params) == [1, 1, 1]
