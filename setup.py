@@ -79,8 +79,10 @@ class CMakeBuild(build_ext):
         }
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-D{key}={value}" for key, value in arguments.items() if value is not None]
-        if subprocess.run(configure).returncode != 0:  # if another cmake has made it, or elsewhere
-            shutil.rmtree(build, ignore_errors=True)
+        made_before = build.exists()
+        done = subprocess.run(configure, check=not made_before)
+        if done.returncode != 0:  # perhaps since another cmake has made it, or elsewhere
+            shutil.rmtree(build)
             subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)

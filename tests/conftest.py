@@ -76,12 +76,12 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What waits for compilers and processes comes first: at the end, other workers would idle."""
     first = ("test_cuda.py", "test_gpu_suite.py", "test_csrc.py", "test_cuda_build.py")
-    folders = ("distributed", "checkpoint", "examples")
+    folders = {"distributed", "checkpoint", "examples"}
 
     def place(item: pytest.Item) -> int:
         if item.path.name in first:
             return first.index(item.path.name)
-        return len(first) + (item.path.parent.name not in folders)
+        return len(first) + folders.isdisjoint(item.nodeid.split("/"))
 
     items.sort(key=place)
 

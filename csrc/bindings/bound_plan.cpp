@@ -1,13 +1,13 @@
 // How a bound plan is built, adopted and let go of.
 #include "bound_plan.h"
 
+#include <algorithm>
 #include <map>
 #include <set>
 
 #include "../cpu/engine.h"
 #include "devices.h"
 #include "mapping.h"
-#include "shared_memory.h"
 
 namespace recap {
 namespace {
@@ -210,7 +210,7 @@ void BoundPlan::clear() {
   const auto states = std::move(states_);
   const auto slots = std::move(slots_);
   const auto new_states = std::move(new_states_);
-  const auto total = std::move(clipping_.total());
+  const auto clipping = std::move(clipping_);
   owners_.clear();
   groups_.clear();
   states_.clear();

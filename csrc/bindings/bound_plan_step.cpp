@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "../cpu/engine.h"
 #include "../cpu/sparse.h"

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../cpu/grad_norm.h"
@@ -33,7 +34,6 @@ class HostClipping {
   // The norm that was found last, before clipping.
   double norm() const { return norm_; }
 
-  py::object& total() { return total_; }
   const py::object& total() const { return total_; }
 
  private:

@@ -14,7 +14,7 @@ namespace recap {
 
 // As Python hands it over.
 struct GroupSource {
-  std::string algorithm;           // "adam", "sparse_adam", "adagrad", "sgd" or "rowwise_adagrad"
+  std::string algorithm;           // its name in ../algorithms/updates.h, or "sparse_adam"
   std::string name;                // for errors
   py::dict group;                  // the torch param group
   py::dict state;                  // the optimizer's state

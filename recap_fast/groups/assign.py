@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -95,8 +95,8 @@ def group_parameters(
     """
     optimizer_config = as_optimizer_config(optimizer_config)
     emb_optimizer_config = as_embedding_config(emb_optimizer_config)
-    dense, updated_in_backward = _split(model, fused_params or {})
     bare = bare_names(model)
+    dense, updated_in_backward = _split(model, bare, fused_params or {})
     paths = {name: bare(name) for name in (*dense, *updated_in_backward)}
     trains_in_backward = bool(fused_params or updated_in_backward)
     if not trains_in_backward and not any(param.requires_grad for param in dense.values()):
@@ -147,14 +147,13 @@ def group_parameters(
 
 
 def _split(
-    model: nn.Module, fused_params: Mapping[str, torch.Tensor]
+    model: nn.Module, bare: Callable[[str], str], fused_params: Mapping[str, torch.Tensor]
 ) -> tuple[_Parameters, _Parameters]:
     """Returns the parameters of dense optimizers and those that are updated during backward.
 
     A parameter with several names is there under each of them.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
-    bare = bare_names(model)
     # A fused table may be listed as a parameter that is a view of what the optimizer updates.
     shares_memory = memory_of(fused_params.values())
     fused_ids = {id(tensor) for tensor in fused_params.values()}
