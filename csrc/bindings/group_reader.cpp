@@ -48,9 +48,11 @@ GroupReader::GroupReader(const std::string& algorithm, py::dict group, std::stri
   hyper_.sparse_only = algorithm == kSparseAdam;
   hyper_.visit([](auto, auto& options) { options = {}; });
   for (auto entry : group_) {
-    items_.push_back(item(py::reinterpret_borrow<py::object>(entry.first),
-                          py::reinterpret_borrow<py::object>(entry.second)));
-    read(items_.back());
+    items_.push_back({py::reinterpret_borrow<py::object>(entry.first),
+                      py::reinterpret_borrow<py::object>(entry.second)});
+    meanings_.push_back(meaning(entry.first, entry.second));
+    any_in_place_ |= meanings_.back().in_place;
+    read(meanings_.back(), entry.second);
   }
   const auto require = [this](const char* key) {
     if (group_.contains(key)) return;
@@ -66,7 +68,7 @@ GroupReader::GroupReader(const std::string& algorithm, py::dict group, std::stri
   was_capturable_ = capturable_;
 }
 
-GroupReader::Item GroupReader::item(py::object key, py::object value) const {
+GroupReader::Meaning GroupReader::meaning(py::handle key, py::handle value) const {
   static const std::map<std::string, Field> common = {
       {"params", Field::params},
       {"lr", Field::lr},
@@ -75,18 +77,18 @@ GroupReader::Item GroupReader::item(py::object key, py::object value) const {
       {"differentiable", Field::differentiable},
   };
   Field field = Field::none;
-  const Option* option = nullptr;
+  uint8_t number = 0;
   if (py::isinstance<py::str>(key)) {
     const auto name = key.cast<std::string>();
     const auto found = common.find(name);
     if (found != common.end()) {
       field = found->second;
-    } else if ((option = option_named(name))) {
+    } else if (const Option* named = option_named(name)) {
       field = Field::option;
+      number = static_cast<uint8_t>(named - options());
     }
   }
-  const bool in_place = is_hyperparameter(field) && can_change_in_place(value.ptr());
-  return {std::move(key), std::move(value), option, field, in_place};
+  return {field, number, is_hyperparameter(field) && can_change_in_place(value.ptr())};
 }
 
 const Option* GroupReader::option_named(const std::string& key) const {
@@ -98,6 +100,10 @@ const Option* GroupReader::option_named(const std::string& key) const {
     }
     return nullptr;
   });
+}
+
+const Option* GroupReader::options() const {
+  return hyper_.visit([](auto traits, const auto&) -> const Option* { return traits.kOptions; });
 }
 
 double GroupReader::number(py::handle value, const char* key) const {
@@ -172,13 +178,12 @@ void GroupReader::read_option(const Option& option, py::handle value) {
   }
 }
 
-void GroupReader::read(const Item& item) {
-  const py::handle value = item.value;
-  switch (item.field) {
+void GroupReader::read(Meaning meaning, py::handle value) {
+  switch (meaning.field) {
     case Field::none:
     case Field::params: break;
     case Field::lr: read_lr(value, "lr"); break;
-    case Field::option: read_option(*item.option, value); break;
+    case Field::option: read_option(options()[meaning.option], value); break;
     case Field::maximize: hyper_.maximize = flag(value, "maximize"); break;
     case Field::capturable: capturable_ = flag(value, "capturable"); break;
     case Field::differentiable:
@@ -198,20 +203,25 @@ bool GroupReader::refresh() {
   if (static_cast<size_t>(PyDict_GET_SIZE(group)) != items_.size()) return false;
   Py_ssize_t position = 0;
   PyObject *key, *value;
-  bool any_in_place = false;
-  for (Item& item : items_) {
+  bool any_in_place = false;  // of those read up to here
+  for (size_t i = 0; i < items_.size(); ++i) {
+    Item& item = items_[i];
     if (!PyDict_Next(group, &position, &key, &value) || key != item.key.ptr()) return false;
-    if (value == item.value.ptr() && !item.in_place) continue;
-    if (item.field == Field::params) return false;
-    Item now = {item.key, py::reinterpret_borrow<py::object>(value), item.option, item.field,
-                is_hyperparameter(item.field) && can_change_in_place(value)};
-    read(now);  // may raise: only what was read becomes known
+    if (value == item.value.ptr() && !(any_in_place_ && meanings_[i].in_place)) continue;
+    Meaning now = meanings_[i];
+    if (now.field == Field::params) return false;
+    now.in_place = is_hyperparameter(now.field) && can_change_in_place(value);
+    auto kept = py::reinterpret_borrow<py::object>(value);
+    read(now, kept);  // may raise: only what was read becomes known
     any_in_place |= now.in_place;
-    item = std::move(now);
+    any_in_place_ |= now.in_place;
+    meanings_[i] = now;
+    item.value = std::move(kept);
   }
+  any_in_place_ = any_in_place;
   // With the version of before: reading a value may have run Python. What may change in place is
   // read at every step.
-  if (!any_in_place) version_ = version;
+  if (!any_in_place_) version_ = version;
   return fits_plan();
 }
 

@@ -47,20 +47,24 @@ class GroupReader {
  private:
   enum class Field : uint8_t { none, params, lr, maximize, capturable, differentiable, option };
 
+  // What every step compares. What a field means is kept apart: read only where one has changed.
   struct Item {
     py::object key, value;
-    const Option* option;  // of the algorithm; null: one that all have
+  };
+  struct Meaning {
     Field field;
-    bool in_place;  // a tensor, whose value may change while the object stays
+    uint8_t option;  // which of the algorithm's, if it is one
+    bool in_place;   // a tensor, say, whose value may change while the object stays
   };
 
   static bool is_hyperparameter(Field field) {
     return field != Field::none && field != Field::params;
   }
 
-  Item item(py::object key, py::object value) const;
+  Meaning meaning(py::handle key, py::handle value) const;
   const Option* option_named(const std::string& key) const;
-  void read(const Item& item);
+  void read(Meaning meaning, py::handle value);
+  const Option* options() const;
   void read_option(const Option& option, py::handle value);
   double number(py::handle value, const char* key) const;
   double decay_rate(py::handle value, const std::string& key) const;
@@ -74,6 +78,8 @@ class GroupReader {
   bool capturable_ = false;
   at::Tensor device_lr_;
   std::vector<Item> items_;
+  std::vector<Meaning> meanings_;  // of the items
+  bool any_in_place_ = false;
   DictVersion version_;
   Hyper hyper_;
   int shape_then_ = 0;           // of the plan's hyper()

@@ -177,7 +177,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
 
     def _place_state(self) -> None:
-        memory = StateMemory()
+        memory = StateMemory(goes_on=True)
         for param, state in self.state.items():
             # Beside the states of parameters, torch carries along whatever else is in there.
             if isinstance(param, torch.Tensor) and isinstance(state, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -20,6 +21,9 @@ _OWN_REFERENCES = 3  # at most, to a tensor: of its dict, a variable and the cal
 _CACHE_LINE = 64
 _PAGE = 4096
 _HUGE_PAGE = 2 * 1024 * 1024
+
+_Blocks = dict[int | str, tuple["StateBlock", int]]
+"""The last of each kind, and where its free room begins."""
 
 
 def _native() -> Any:
@@ -67,6 +71,16 @@ def _is_plain(tensor: object) -> TypeGuard[Tensor]:
     )
 
 
+class _BlocksOfThread(threading.local):
+    """For what many optimizers place, one after the other."""
+
+    def __init__(self) -> None:
+        self.blocks: _Blocks = {}
+
+
+_blocks_of_thread = _BlocksOfThread()
+
+
 class StateMemory:
     """Allocates state tensors that are laid out like their parameters.
 
@@ -82,11 +96,16 @@ class StateMemory:
     is zeroed first, so that nothing else of the process is ever in a state.
 
     Without the extension, states are where torch puts them.
+
+    Args:
+        goes_on: where this thread last did so. A model may have an optimizer for each param group,
+            which places its state by itself; a step over all of them reads blocks that are full,
+            and few. Up to 4 MB of them are kept for the next.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, goes_on: bool = False) -> None:
         self._native = _native()
-        self._blocks: dict[int | str, tuple[StateBlock, int]] = {}  # and where its free room begins
+        self._blocks: _Blocks = _blocks_of_thread.blocks if goes_on else {}
         self._adopted = 0  # bytes
 
     def empty_like(self, param: Tensor, index: int) -> Tensor:

@@ -504,6 +504,22 @@ def test_a_parameter_can_be_appended_to_a_group_with_names(device: torch.device)
     assert optimizer.state[second]["step"].item() == 1
 
 
+def test_a_rate_set_to_a_tensor_by_a_step_that_failed_is_followed(device: torch.device) -> None:
+    param = nn.Parameter(torch.zeros(3, device=device))
+    optimizer = FusedSGD([param], lr=0.5)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    group, rate = optimizer.param_groups[0], torch.tensor(1.0, device=device)
+    group["lr"], momentum, group["momentum"] = rate, group["momentum"], "much"
+    with pytest.raises(TypeError, match="momentum"):
+        optimizer.step()
+    group["momentum"] = momentum
+    for value in (1.0, 2.0, 4.0):
+        rate.fill_(value)
+        optimizer.step()
+    assert param.tolist() == [-7.5] * 3
+
+
 def test_a_param_group_can_be_replaced(device: torch.device) -> None:
     pair = Pair("sgd", device)
     pair.step()

@@ -23,6 +23,10 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
 
 
+def _gaps(states: list[Tensor]) -> list[int]:
+    return [b.data_ptr() - a.data_ptr() for a, b in itertools.pairwise(states)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_are_like_their_parameters_and_share_no_memory(dtype: torch.dtype) -> None:
     memory = StateMemory()
@@ -64,11 +68,23 @@ def test_small_states_and_step_counts_are_packed() -> None:
 def test_states_fill_blocks_that_grow() -> None:
     memory = StateMemory()
     states = [memory.full_like(torch.empty(1000), i, 0) for i in range(600)]
-    gaps = [b.data_ptr() - a.data_ptr() for a, b in itertools.pairwise(states)]
+    gaps = _gaps(states)
     assert sum(gap != 4032 for gap in gaps) < 12  # 1,000 floats, rounded up to cache lines
     extents = sorted(map(_extent, states))
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(extents))
     assert all((state == i).all() for i, state in enumerate(states))
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_optimizers_made_one_after_the_other_fill_the_same_blocks(loads: bool) -> None:
+    optimizers = [FusedAdagrad([nn.Parameter(torch.ones(3))]) for _ in range(50)]
+    if loads:
+        for optimizer in optimizers:
+            optimizer.load_state_dict(optimizer.state_dict())
+    of_each = [optimizer.state[optimizer.param_groups[0]["params"][0]] for optimizer in optimizers]
+    # But where a block was full.
+    assert _gaps([state["sum"] for state in of_each]).count(16) >= 45
+    assert _gaps([state["step"] for state in of_each]).count(4) >= 45
 
 
 @pytest.mark.parametrize("elements", [3, 16_384, 16_385, 1_000_000])
