@@ -3,7 +3,7 @@
 What is timed:
 
 * `workloads`: sets of param groups to step.
-* `builders`, `gpu_builders` and `peers`: the optimizers that step them.
+* `builders` and `peers`: the optimizers that step them.
 * `clocks`: what times a step, on a CPU and on a GPU; `interleave` times peers in turn with it, and
   compares them round by round. `activity` counts what a step launches on a GPU.
 * `plan`: what a run measures; `measurement`: one case of it, with peak memory (`memory`).
@@ -13,8 +13,8 @@ What is timed:
 
 What is shown (`make bench`, `python -m benchmarks.report [--gpu]`):
 
-* `documents` writes `page` or `gpu_page` (with `targets`, what the figures must reach), `bars` and
-  `headline` from the results of a run; `pictures` draws growth, when asked.
+* `documents` writes `page` or `gpu_page` (with `targets`, what the figures must reach), `headline`
+  and one of `pictures` from the results of a run; the others, of growth, are drawn when asked.
 
 More commands:
 

@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -48,8 +48,7 @@ def _build(workload: Workload) -> peers.Peer:
 
 def _native_call(peer: peers.Peer) -> Callable[[], Any]:
     """The one call into C++ that a step of `peer` makes."""
-    plan = _stepper(peer)._plan
-    return plan.step_plainly
+    return _stepper(peer)._plan.step_plainly
 
 
 def _stepper(peer: peers.Peer) -> Any:
@@ -116,17 +115,17 @@ def nanoseconds_per_entry(workload: Workload) -> float:
     return (times["many"] - times["few"]) * 1e3 / further
 
 
-def measure() -> list[dict[str, Any]]:
+def measure() -> Iterator[dict[str, Any]]:
     """The parts of steps of scalars with one thread, and what an entry of a param group costs."""
     torch.set_num_threads(1)
     many = workloads.MANY_GROUPS_OF_SCALARS
-    found = [
-        {"workload": workload.name, "groups": len(workload.groups), "microseconds": parts(workload)}
-        for workload in (workloads.SCALARS, many, many.in_one_group())
-    ]
-    found[1]["nanoseconds_per_entry"] = nanoseconds_per_entry(many)
-    found[1]["entries"] = len(_build(many).param_groups[0])
-    return found
+    for workload in (workloads.SCALARS, many, many.in_one_group()):
+        groups = len(workload.groups)
+        found = {"workload": workload.name, "groups": groups, "microseconds": parts(workload)}
+        if workload is many:
+            found["nanoseconds_per_entry"] = nanoseconds_per_entry(many)
+            found["entries"] = len(_build(many).param_groups[0])
+        yield found
 
 
 def main(argv: list[str] | None = None) -> int:

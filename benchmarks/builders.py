@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
@@ -19,16 +20,18 @@ STATES: Final[Mapping[str, int]] = {"adam": 2, "adagrad": 1, "sgd": 0}
 MAX_NORM: Final = 1.0
 """What the peers that clip do so to; the gradients of every workload are larger."""
 
-TORCH_CLASSES: Final = {
+_TORCH: Final = {
     "adam": torch.optim.Adam,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
 }
-OUR_CLASSES: Final = {"adam": FusedAdam, "adagrad": FusedAdagrad, "sgd": FusedSGD}
+_OURS: Final = {"adam": FusedAdam, "adagrad": FusedAdagrad, "sgd": FusedSGD}
+_WARM_UP_STEPS: Final = 3  # before a step is captured
 
 Groups = list[list[nn.Parameter]]
 Stepping = tuple[Callable[[], Any], list[dict[str, Any]]]
 """What takes a step, and the param groups whose `lr` it reads."""
+Builder = Callable[[Groups, str], Stepping]
 
 
 class Unavailable(Exception):
@@ -40,7 +43,7 @@ def _learning_rates(groups: int) -> Iterator[float]:
     return (1e-4 * (1 + index / groups) for index in range(groups))
 
 
-def with_rates(groups: Groups) -> list[dict[str, Any]]:
+def _with_rates(groups: Groups) -> list[dict[str, Any]]:
     rates = _learning_rates(len(groups))
     return [{"params": params, "lr": lr} for params, lr in zip(groups, rates, strict=True)]
 
@@ -49,12 +52,7 @@ def _one_optimizer(optimizer: torch.optim.Optimizer) -> Stepping:
     return optimizer.step, optimizer.param_groups
 
 
-def step_each(optimizers: list[torch.optim.Optimizer]) -> Stepping:
-    def step() -> None:
-        for optimizer in optimizers:
-            optimizer.step()
-
-    return step, [group for optimizer in optimizers for group in optimizer.param_groups]
+# --- on any device -------------------------------------------------------------------------------
 
 
 def _keyed(combined: Callable[[list[Any]], Any], inner: type, groups: Groups) -> Stepping:
@@ -64,60 +62,52 @@ def _keyed(combined: Callable[[list[Any]], Any], inner: type, groups: Groups) ->
     optimizer = combined(
         [
             KeyedOptimizerWrapper(
-                {f"group{index}.{number}": param for number, param in enumerate(params)},
-                functools.partial(inner, lr=lr),
+                {f"group{index}.{number}": param for number, param in enumerate(group["params"])},
+                functools.partial(inner, lr=group["lr"]),
             )
-            for index, (params, lr) in enumerate(
-                zip(groups, _learning_rates(len(groups)), strict=True)
-            )
+            for index, group in enumerate(_with_rates(groups))
         ]
     )
     return _one_optimizer(optimizer)
 
 
-def _combined() -> type:
-    """Not imported with this file: it needs torchrec, which the other peers do without."""
+def _ours(groups: Groups, algorithm: str, **options: Any) -> Stepping:
+    # Not at the top of this file: it needs torchrec, which the other peers do without.
     try:  # where older revisions have it, to compare with
         from recap_fast.optim.combined import FusedCombinedOptimizer
     except ImportError:
         from recap_fast import FusedCombinedOptimizer
-    return FusedCombinedOptimizer
-
-
-def _ours(groups: Groups, algorithm: str) -> Stepping:
-    return _keyed(_combined(), OUR_CLASSES[algorithm], groups)
-
-
-def _ours_clipping(groups: Groups, algorithm: str) -> Stepping:
-    combined = functools.partial(_combined(), clip_grad_norm=MAX_NORM)
-    return _keyed(combined, OUR_CLASSES[algorithm], groups)
-
-
-def _ours_one(groups: Groups, algorithm: str) -> Stepping:
-    return _one_optimizer(OUR_CLASSES[algorithm](with_rates(groups)))
+    combined = functools.partial(FusedCombinedOptimizer, **options)
+    return _keyed(combined, _OURS[algorithm], groups)
 
 
 def _reference(groups: Groups, algorithm: str) -> Stepping:
     # Not at the top of this file: revisions without it can still be compared.
     from recap_fast.keyed import CombinedOptimizer
 
-    return _keyed(CombinedOptimizer, TORCH_CLASSES[algorithm], groups)
+    return _keyed(CombinedOptimizer, _TORCH[algorithm], groups)
 
 
-def _torch_for_loop(groups: Groups, algorithm: str) -> Stepping:
-    return _one_optimizer(TORCH_CLASSES[algorithm](with_rates(groups), foreach=False, fused=False))
+def _ours_one(groups: Groups, algorithm: str) -> Stepping:
+    return _one_optimizer(_OURS[algorithm](_with_rates(groups)))
 
 
-def _torch_foreach(groups: Groups, algorithm: str) -> Stepping:
-    return _one_optimizer(TORCH_CLASSES[algorithm](with_rates(groups), foreach=True))
+def _torch(groups: Groups, algorithm: str, **options: Any) -> Stepping:
+    return _one_optimizer(_TORCH[algorithm](_with_rates(groups), **options))
 
 
-def _torch_fused(groups: Groups, algorithm: str) -> Stepping:
-    return _one_optimizer(TORCH_CLASSES[algorithm](with_rates(groups), fused=True))
+def _torch_per_group(groups: Groups, algorithm: str, **options: Any) -> Stepping:
+    optimizers = [_TORCH[algorithm]([group], **options) for group in _with_rates(groups)]
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step, [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def _torch_fused_clipping(groups: Groups, algorithm: str) -> Stepping:
-    fused_step, param_groups = _torch_fused(groups, algorithm)
+    fused_step, param_groups = _torch(groups, algorithm, fused=True)
     params = [param for group in groups for param in group]
 
     def step() -> None:
@@ -127,10 +117,7 @@ def _torch_fused_clipping(groups: Groups, algorithm: str) -> Stepping:
     return step, param_groups
 
 
-def _torch_fused_per_group(groups: Groups, algorithm: str) -> Stepping:
-    return step_each(
-        [TORCH_CLASSES[algorithm]([group], fused=True) for group in with_rates(groups)]
-    )
+# --- on a CPU ------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -158,7 +145,7 @@ def _deepspeed(groups: Groups, algorithm: str) -> Stepping:
     if isinstance(optimizer, str):
         raise Unavailable(optimizer)
     options = {"adamw_mode": False} if algorithm == "adam" else {}
-    return _one_optimizer(optimizer(with_rates(groups), **options))
+    return _one_optimizer(optimizer(_with_rates(groups), **options))
 
 
 def _ceiling(groups: Groups, algorithm: str) -> Stepping:
@@ -172,17 +159,76 @@ def _ceiling(groups: Groups, algorithm: str) -> Stepping:
     return run, []
 
 
-BUILDERS: Final[Mapping[str, Callable[[Groups, str], Stepping]]] = {
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+def _apex(groups: Groups, algorithm: str) -> Stepping:
+    try:
+        from apex import optimizers
+    except ImportError as error:
+        raise Unavailable(f"apex is not installed ({error})") from error
+    name, options = {
+        "adam": ("FusedAdam", {"adam_w_mode": False}),
+        "adagrad": ("FusedAdagrad", {}),
+        "sgd": ("FusedSGD", {"lr": 1e-4}),
+    }[algorithm]
+    return _one_optimizer(getattr(optimizers, name)(_with_rates(groups), **options))
+
+
+def _capture(optimizer: torch.optim.Optimizer) -> Stepping:
+    """Replays of a graph of one step. Its rates are those of the capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP_STEPS):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+
+    def replay(owner: torch.optim.Optimizer = optimizer) -> None:  # keeps what the graph uses
+        graph.replay()
+
+    return replay, []
+
+
+def _ours_replayed(groups: Groups, algorithm: str) -> Stepping:
+    return _capture(_OURS[algorithm](_with_rates(groups), capturable=True))
+
+
+def _torch_fused_replayed(groups: Groups, algorithm: str) -> Stepping:
+    if algorithm == "adagrad":
+        raise Unavailable("torch.optim.Adagrad has no form that a CUDA graph could capture")
+    options = {"capturable": True} if algorithm == "adam" else {}  # SGD keeps nothing on the host
+    return _capture(_TORCH[algorithm](_with_rates(groups), fused=True, **options))
+
+
+def _copy(groups: Groups, algorithm: str) -> Stepping:
+    """Copies half the bytes that a step moves: it reads and writes each of them."""
+    elements = sum(param.numel() for params in groups for param in params)
+    half = elements * (3 + 2 * STATES[algorithm]) / 2
+    source = torch.randn(math.ceil(half), device=groups[0][0].device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), []
+
+
+BUILDERS: Final[Mapping[str, Builder]] = {
     "recap_fast": _ours,
     "recap_fast, one optimizer": _ours_one,
     "reference": _reference,
-    "torch for-loop": _torch_for_loop,
-    "torch foreach": _torch_foreach,
-    "torch fused": _torch_fused,
-    "torch fused per group": _torch_fused_per_group,
+    "torch for-loop": functools.partial(_torch, foreach=False, fused=False),
+    "torch foreach": functools.partial(_torch, foreach=True),
+    "torch fused": functools.partial(_torch, fused=True),
+    "torch fused per group": functools.partial(_torch_per_group, fused=True),
     "DeepSpeed": _deepspeed,
     "ceiling": _ceiling,
-    "recap_fast, clipping": _ours_clipping,
+    "recap_fast, clipping": functools.partial(_ours, clip_grad_norm=MAX_NORM),
     "torch fused, clipping": _torch_fused_clipping,
+    "recap_fast, graph replay": _ours_replayed,
+    "torch per group": _torch_per_group,
+    "torch fused, graph replay": _torch_fused_replayed,
+    "apex": _apex,
+    "copy": _copy,
 }
 """By the name of the peer. Each raises Unavailable where it cannot run."""

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import revision, workloads
 from benchmarks.clocks import Cache
-from benchmarks.interleave import Quartiles, Timings
+from benchmarks.interleave import Timings
 from benchmarks.peers import ALGORITHMS
 from benchmarks.side import Side
 from benchmarks.table import number, plural, table, with_quartiles
@@ -38,26 +38,21 @@ _PAUSE_SECONDS: Final = 0.02
 
 @dataclass(frozen=True)
 class Comparison:
-    """Times of one workload, algorithm, number of threads and cache state.
+    """One workload, algorithm, number of threads and cache state.
 
     Attributes:
         label: which.
-        base, tree: microseconds of a step.
-        ratio: of the work tree over base, taken within rounds.
+        timings: of a step of "base" and of "tree".
         difference: largest difference between the parameters of both after all steps, relative to
-            the largest parameter of its tensor; 0 means that all have the same bits.
+            the largest parameter of its tensor.
     """
 
     label: str
-    base: Quartiles
-    tree: Quartiles
-    ratio: Quartiles
+    timings: Timings
     difference: float
 
 
 def _difference(base: Side, tree: Side) -> float:
-    if base.digest() == tree.digest():
-        return 0.0
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("base.pt", "tree.pt")]
         base.save(paths[0])
@@ -115,27 +110,20 @@ def compare(
                         of_one = (timings, _difference(base_side, tree_side))
                         of_all.setdefault(label, []).append(of_one)
         for label, found in of_all.items():
-            timings = Timings.joined([timings for timings, _ in found])
-            yield Comparison(
-                label,
-                timings.time("base"),
-                timings.time("tree"),
-                timings.ratio("tree", "base"),
-                max(difference for _, difference in found),
-            )
+            parts, differences = zip(*found, strict=True)
+            yield Comparison(label, Timings.joined(parts), max(differences))
 
 
 def render(comparisons: Iterable[Comparison], base: str) -> str:
-    """A Markdown table."""
+    """A Markdown table; the ratio is taken within rounds."""
     return table(
         ["step", base, "work tree", "work tree over base", "parameters"],
         (
             [
                 c.label,
-                f"{number(c.base.median)} µs",
-                f"{number(c.tree.median)} µs",
-                with_quartiles(c.ratio, ""),
-                f"differ by {c.difference:.1e}" if c.difference else "same bits",
+                *(f"{number(c.timings.time(side).median)} µs" for side in ("base", "tree")),
+                with_quartiles(c.timings.ratio("tree", "base")),
+                f"differ by {c.difference:.1e}" if c.difference else "equal",
             ]
             for c in comparisons
         ),

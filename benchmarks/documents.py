@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import bars, gpu_page, headline, page, sparse
+from benchmarks import gpu_page, headline, page, pictures, sparse
 
 ROOT: Final = Path(__file__).parent.parent
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -62,7 +62,7 @@ def write(path: Path) -> None:
         README.write_text(readme_of(path, README.read_text()))
         written.append(README)
         try:
-            written.append(bars.draw(_read(path)[0], BARS))
+            written.append(pictures.draw_steps(_read(path)[0], BARS))
         except ImportError as error:
             print(f"no picture: {error}", file=sys.stderr)
     for file in written:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any, Final
 
 from benchmarks import page
 from benchmarks.measurement import Measurement
 from benchmarks.peers import ALGORITHMS, GPU_PEERS
-from benchmarks.table import number, plural, table, with_quartiles
+from benchmarks.table import number, table, with_quartiles
 from benchmarks.targets import GPU_OURS, GPU_TARGETS, percent_of_copy
 
 _HOW: Final = """\
@@ -33,7 +32,7 @@ def _targets(results: Mapping[str, Any], measurements: Sequence[Measurement]) ->
     counted = "not measured"
     if launches:
         met = "met" if launches == [1, 0, 0] else "**not met**"
-        counted = f"{plural(launches[0], 'launch')}, {launches[1] + launches[2]} {met}"
+        counted = f"{launches[0]} and {launches[1] + launches[2]} {met}"
     rows = [["ranker-36M, Adam: launches and copies of a step", "1 and 0", counted]]
     rows += page.target_rows(GPU_TARGETS, measurements, [1])
     return table(["figure", "must reach", "measured"], rows)
@@ -61,19 +60,7 @@ def _measurement(m: Measurement, activity: Mapping[str, Sequence[int]]) -> str:
     title += f"{m.bytes / 1e6:,.4g} MB a step{clocks}.\n\n"
     header = ["", "step, µs", "over ours", "GB/s", "of copy", "host, µs", "launches", "copies"]
     rows = [_row(m, peer, activity) for peer in m.timings.microseconds]
-    skipped = "".join(f"\n{name}: {reason}.\n" for name, reason in m.skipped.items())
-    return title + table(header, rows) + skipped
-
-
-def _side_by_side(results: Mapping[str, Any], measurements: Sequence[Measurement]) -> str:
-    parts = []
-    ordered = sorted(measurements, key=lambda m: m.workload)
-    for name, group in groupby(ordered, key=lambda m: m.workload):
-        of_workload = list(group)
-        activity = results["activity"].get(name, {})
-        parts.append(page.heading(of_workload[0]))
-        parts += [_measurement(m, activity) for m in of_workload]
-    return "\n".join(parts)
+    return page.with_skipped(title + table(header, rows), m)
 
 
 def _card(results: Mapping[str, Any]) -> str:
@@ -103,17 +90,22 @@ def render(results: Mapping[str, Any], source: str) -> str:
         source: what to call the file they are in.
     """
     measurements = [Measurement.from_json(data) for data in results["measurements"]]
-    parts = [
-        f"# Performance on {results['machine']['card']}\n",
-        f"Written by `python -m benchmarks.report --gpu` with `{source}`; do not edit.\n",
-        _card(results),
-        *page.failures(results),
-        "## What must be reached\n",
-        _HOW,
-        _targets(results, measurements),
-        "## Side by side\n",
-        _COLUMNS,
-        page.described(GPU_PEERS),
-        _side_by_side(results, measurements),
-    ]
-    return "\n".join(parts)
+
+    def tables(of_algorithm: list[Measurement]) -> str:
+        activity = results["activity"].get(of_algorithm[0].workload, {})
+        return "\n".join(_measurement(m, activity) for m in of_algorithm)
+
+    return "\n".join(
+        page.figures(
+            results,
+            title=f"Performance on {results['machine']['card']}",
+            written=f"`python -m benchmarks.report --gpu` with `{source}`",
+            machine=_card(results),
+            how=_HOW,
+            targets=_targets(results, measurements),
+            columns=_COLUMNS,
+            peers=GPU_PEERS,
+            measurements=sorted(measurements, key=lambda m: m.workload),
+            tables=tables,
+        )
+    )

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-import torch
-
-from benchmarks import measurement
 from benchmarks.clocks import HostClock
-from benchmarks.interleave import interleave
-from benchmarks.peers import SLOW_PEERS
-from benchmarks.plan import LARGE_PEERS
-from benchmarks.workloads import Workload
+from benchmarks.measurement import measure as measure_case
+from benchmarks.plan import LARGE_PEERS, Case
+from benchmarks.workloads import Groups, Workload
 
 _PEERS: Final = (
-    "recap_fast",
-    "reference",
-    "torch foreach",
-    "torch fused",
-    "torch fused per group",
-    "DeepSpeed",
-    "ceiling",
+    *("recap_fast", "reference", "torch foreach", "torch fused", "torch fused per group"),
+    *("DeepSpeed", "ceiling"),
 )
 _LARGE_ELEMENTS: Final = 50_000_000
 
@@ -40,11 +31,11 @@ class Dimension:
 
     name: str
     axis: str
-    make: Callable[[int], tuple]
+    make: Callable[[int], Groups]
     sizes: Sequence[int]
 
 
-def _deal(tensors: int, groups: int) -> tuple:
+def _deal(tensors: int, groups: int) -> Groups:
     """Tensors of 64 elements in groups of equal sizes, give or take one."""
     sizes = [tensors // groups + (index < tensors % groups) for index in range(groups)]
     return tuple(((64,),) * size for size in sizes)
@@ -72,45 +63,31 @@ DIMENSIONS: Final = (
 )
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Times over the sizes of one dimension.
-
-    Attributes:
-        name, axis, sizes: those of the `Dimension`.
-        microseconds: median of a cold Adam step with one thread, by peer and size; None where the
-            peer was not measured.
-    """
-
-    name: str
-    axis: str
-    sizes: Sequence[int]
-    microseconds: dict[str, list[float | None]]
-
-
 def _medians(workload: Workload, seconds: float) -> dict[str, float]:
     names = LARGE_PEERS if workload.elements >= _LARGE_ELEMENTS else _PEERS
-    built = measurement.build(workload, names, "adam").peers
-    (timings,) = interleave(built, HostClock("cold"), seconds=seconds, slow=SLOW_PEERS)
-    return {name: round(timings.time(name).median, 2) for name in built}
+    case = Case(workload.name, "adam", ("cold",), names, seconds)
+    (m,) = measure_case(case, {"cold": HostClock("cold")}, workload=workload)
+    return {name: round(m.timings.time(name).median, 2) for name in m.timings.microseconds}
 
 
-def measure(seconds: float, dimensions: Iterable[Dimension] = DIMENSIONS) -> list[Curves]:
-    """Times cold Adam steps with one thread, for so long for each size."""
-    torch.set_num_threads(1)
-    curves = []
+def measure(
+    seconds: float, dimensions: Iterable[Dimension] = DIMENSIONS
+) -> Iterator[dict[str, Any]]:
+    """Times cold Adam steps with one thread, for so long for each size.
+
+    Yields:
+        For each dimension its `name`, `axis` and `sizes`, and `microseconds`: by peer the median
+        for each size, None where it was not measured.
+    """
     for dimension in dimensions:
         points = [
             _medians(Workload(f"{size} {dimension.name}", "", dimension.make(size)), seconds)
             for size in dimension.sizes
         ]
         measured = [name for name in _PEERS if any(name in point for point in points)]
-        curves.append(
-            Curves(
-                dimension.name,
-                dimension.axis,
-                dimension.sizes,
-                {name: [point.get(name) for point in points] for name in measured},
-            )
-        )
-    return curves
+        yield {
+            "name": dimension.name,
+            "axis": dimension.axis,
+            "sizes": list(dimension.sizes),
+            "microseconds": {name: [point.get(name) for point in points] for name in measured},
+        }

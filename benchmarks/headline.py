@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from benchmarks.measurement import Measurement
@@ -38,7 +38,8 @@ _ONE_OPTIMIZER: Final = "torch for-loop"
 _EXPLAINED: Final = f"""\
 *{PER_GROUP}* is what the-algorithm-ml trains with: one `torch.optim.Adam` per
 group, without `fused=True`. It is `recap_fast.reference`, and the row "reference" in
-{{page}}. Caches are cold, as they are after a backward pass. A ratio
+[docs/performance.md](docs/performance.md). Caches are cold, as they are after a backward \
+pass. A ratio
 above 1 means that recap_fast is faster; it is the median over rounds in which both were timed."""
 
 _EXPLAINED_ONE: Final = f"""\
@@ -64,40 +65,28 @@ def shown(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]:
 
 
 def _times(by_threads: Iterable[Measurement], peer: str) -> str:
-    return " / ".join(
-        milliseconds(m.timings.time(peer).median)
-        for m in by_threads
-        if peer in m.timings.microseconds
-    )
+    return " / ".join(milliseconds(m.timings.time(peer).median) for m in by_threads)
 
 
-def _cell(by_threads: Sequence[Measurement], peer: str) -> str:
+def _cell(by_threads: Iterable[Measurement], peer: str) -> str:
     """The time of the peer, and how often as fast recap_fast is, for each number of threads."""
-    ratios = [
-        f"{number(m.timings.ratio(peer, 'recap_fast').median)}x"
-        for m in by_threads
-        if peer in m.timings.microseconds
-    ]
-    return f"{_times(by_threads, peer)} ({' / '.join(ratios)})" if ratios else "-"
+    timed = [m for m in by_threads if peer in m.timings.microseconds]
+    ratios = " / ".join(f"{number(m.timings.ratio(peer, 'recap_fast').median)}x" for m in timed)
+    return f"{_times(timed, peer)} ({ratios})" if timed else "-"
 
 
 def _lost(results: Mapping[str, Any]) -> Iterator[str]:
     """Every figure, of any algorithm, in which a peer of the table is faster than recap_fast."""
     facts = results["machine"]
-    for data in results["measurements"]:
-        m = Measurement.from_json(data)
-        if m.workload not in WORKLOADS or m.cache != "cold":
-            continue
-        for peer, name in _PEERS.items():
-            if peer not in m.timings.microseconds:
-                continue
+    measurements = map(Measurement.from_json, results["measurements"])
+    for m in (m for m in measurements if m.workload in WORKLOADS and m.cache == "cold"):
+        for peer in filter(m.timings.microseconds.__contains__, _PEERS):
             ratio = m.timings.ratio(peer, "recap_fast").median
             if ratio < 1:
-                own, theirs = (m.timings.time(p).median for p in ("recap_fast", peer))
                 yield (
                     f"* {label(m)}, {ALGORITHMS[m.algorithm]}, {plural(m.threads, 'thread')}, "
-                    f"{facts['processor']}: {milliseconds(own)} ms against "
-                    f"{milliseconds(theirs)} ms of {name} ({ratio:.3g}x)"
+                    f"{facts['processor']}: {_times([m], 'recap_fast')} ms against "
+                    f"{_times([m], peer)} ms of {_PEERS[peer]} ({ratio:.3g}x)"
                 )
 
 
@@ -105,7 +94,6 @@ def render(
     results: Mapping[str, Any],
     source: str,
     others: Iterable[Mapping[str, Any]] = (),
-    page: str = "docs/performance.md",
 ) -> str:
     """The block, with its marks.
 
@@ -113,7 +101,6 @@ def render(
         results: as `benchmarks.report` writes them.
         source: the file they are in, for a link.
         others: results of other machines, of which lost figures are listed too.
-        page: that has all figures, for a link.
     """
     facts = results["machine"]
     measurements = [Measurement.from_json(data) for data in results["measurements"]]
@@ -130,7 +117,7 @@ def render(
         table(["", "recap_fast", *_PEERS.values()], rows),
         f"{facts['processor']}, {facts['cores']} cores, {facts['instruction_set']}, torch "
         f"{facts['torch']}; from [{source}]({source}).\n",
-        _EXPLAINED.format(page=f"[{page}]({page})"),
+        _EXPLAINED,
     ]
     one = [
         f"* {label(some[0])}: {_cell(some, _ONE_OPTIMIZER)}"

@@ -106,6 +106,7 @@ def measure(
     clocks: Mapping[Cache, Clock],
     threads: Iterable[int] = (1,),
     *,
+    workload: Workload | None = None,
     end: float | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Measurement]:
@@ -115,13 +116,14 @@ def measure(
         case: what to time.
         clocks: what times it, by the state of the caches.
         threads: the numbers of threads to time it with.
+        workload: one that has no name in `workloads`, instead of the case's.
         end: when to end, on the clock of `time.monotonic`, whatever `case.seconds` is.
         device: where the tensors are.
 
     Raises:
         ImportError: the workload is the demo's and cannot be built here.
     """
-    workload = workloads.by_name(case.workload)
+    workload = workload or workloads.by_name(case.workload)
     built = build(workload, case.peers, case.algorithm, case.copies, device)
     if case.in_one_group:
         one = build(workload.in_one_group(), case.in_one_group, case.algorithm, device=device)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
 from benchmarks.breakdown import VALUES, WHOLE
-from benchmarks.growth import Curves
 from benchmarks.measurement import Measurement
 from benchmarks.peers import ALGORITHMS, CLIPPING_PEERS, DESCRIPTIONS, PEERS
 from benchmarks.plan import LARGE_PEERS
@@ -79,7 +78,7 @@ def _verdict(target: Target, measurements: Sequence[Measurement], threads: int) 
     if target.met(figure, threads):
         return f"{text} met"
     limits = {
-        "the ceiling": target.of_ceiling(measurements, threads),
+        "the ceiling": target.measured(measurements, threads, "ceiling"),
         "with the checks": target.of_ceiling_and_checks(measurements, threads),
     }
     shown = [f"{name} {number(f.median)}{target.figure.unit}" for name, f in limits.items() if f]
@@ -124,37 +123,59 @@ def _of_one_algorithm(measurements: Sequence[Measurement]) -> str:
         header.append("peak memory")
         for row, peer in zip(rows, peers, strict=True):
             row.append(f"{number(m.peak_memory_mb[peer])} MB" if peer in m.peak_memory_mb else "-")
-    return table(header, rows)
+    return with_skipped(table(header, rows), m)
 
 
-def _side_by_side(measurements: Sequence[Measurement]) -> str:
-    """A section per workload, a table per algorithm."""
+def with_skipped(text: str, m: Measurement) -> str:
+    """And which peers did not run, with the reason."""
+    return "\n".join([text, *(f"{name}: {reason}.\n" for name, reason in m.skipped.items())])
+
+
+def _side_by_side(
+    measurements: Iterable[Measurement], tables: Callable[[list[Measurement]], str]
+) -> str:
+    """A section per workload, with what `tables` makes of the measurements of each algorithm."""
     parts = []
     for _, group in groupby(measurements, key=lambda m: m.workload):
         of_workload = list(group)
-        parts.append(heading(of_workload[0]))
-        for _, of_algorithm in groupby(of_workload, key=lambda m: m.algorithm):
-            columns = list(of_algorithm)
-            parts.append(_of_one_algorithm(columns))
-            parts += [f"{name}: {reason}.\n" for name, reason in columns[0].skipped.items()]
+        m = of_workload[0]
+        parts.append(
+            f"### {m.workload}: {m.description}\n\n{plural(m.groups, 'group')}, "
+            f"{plural(m.tensors, 'tensor')}, {m.elements:,} elements.\n"
+        )
+        by_algorithm = groupby(of_workload, key=lambda m: m.algorithm)
+        parts += [tables(list(of_algorithm)) for _, of_algorithm in by_algorithm]
     return "\n".join(parts)
 
 
-def described(peers: Iterable[str]) -> str:
-    return "".join(f"* **{name}**: {DESCRIPTIONS[name]}.\n" for name in peers)
-
-
-def failures(results: Mapping[str, Any]) -> list[str]:
-    return [f"**{what} failed**: {why}\n" for what, why in results.get("failed", {}).items()]
-
-
-def heading(m: Measurement) -> str:
-    """That of a workload."""
-    return (
-        f"### {m.workload}: {m.description}\n\n"
-        f"{plural(m.groups, 'group')}, {plural(m.tensors, 'tensor')}, "
-        f"{m.elements:,} elements.\n"
-    )
+def figures(
+    results: Mapping[str, Any],
+    *,
+    title: str,
+    written: str,
+    machine: str,
+    how: str,
+    targets: str,
+    columns: str,
+    peers: Iterable[str],
+    measurements: Iterable[Measurement],
+    tables: Callable[[list[Measurement]], str],
+) -> list[str]:
+    """What the pages of a CPU and of a GPU have in common: targets, then the peers side by side."""
+    failed = results.get("failed", {})
+    return [
+        f"# {title}\n",
+        f"Written by {written}; do not edit.\n",
+        machine,
+        *(f"**{what} failed**: {why}\n" for what, why in failed.items()),
+        "## What must be reached\n",
+        how,
+        targets,
+        "## Side by side\n",
+        columns,
+        "".join(f"* **{name}**: {DESCRIPTIONS[name]}.\n" for name in peers),
+        _side_by_side(measurements, tables),
+    ]
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
@@ -199,16 +220,15 @@ any of which may have been set, takes {in_dict:.0f} ns, and to compute its value
     )
 
 
-def _growth(curves: Curves) -> str:
+def _growth(curves: Mapping[str, Any]) -> str:
     """The figures of one dimension."""
-
-    def cell(time: float | None) -> str:
-        return "-" if time is None else number(time)
-
-    rows = ([peer, *map(cell, times)] for peer, times in curves.microseconds.items())
+    rows = (
+        [peer, *("-" if time is None else number(time) for time in times)]
+        for peer, times in curves["microseconds"].items()
+    )
     return (
-        f"### {curves.name.capitalize()}\n\nMicroseconds by number of {curves.axis}:\n\n"
-    ) + table([curves.name, *(f"{size:,}" for size in curves.sizes)], rows)
+        f"### {curves['name'].capitalize()}\n\nMicroseconds by number of {curves['axis']}:\n\n"
+    ) + table([curves["name"], *(f"{size:,}" for size in curves["sizes"])], rows)
 
 
 def render(results: Mapping[str, Any], source: str) -> str:
@@ -219,24 +239,22 @@ def render(results: Mapping[str, Any], source: str) -> str:
         source: the file they are in, for a link.
     """
     measurements = [Measurement.from_json(data) for data in results["measurements"]]
-    parts = [
-        "# Performance\n",
-        f"Written by `python -m benchmarks.report` from `{source}`; do not edit.\n",
-        _machine(results["machine"]),
-        *failures(results),
-        "## What must be reached\n",
-        _HOW,
-        _targets(measurements),
-        "## Side by side\n",
-        _COLUMNS,
-        described(PEERS + CLIPPING_PEERS),
-        _side_by_side(measurements),
-    ]
+    parts = figures(
+        results,
+        title="Performance",
+        written=f"`python -m benchmarks.report` from `{source}`",
+        machine=_machine(results["machine"]),
+        how=_HOW,
+        targets=_targets(measurements),
+        columns=_COLUMNS,
+        peers=PEERS + CLIPPING_PEERS,
+        measurements=measurements,
+        tables=_of_one_algorithm,
+    )
     if results.get("breakdown"):
         parts += ["## Where the time of a small step goes\n", _SMALL_STEPS]
         parts.append(_small_steps(results["breakdown"]))
     if results.get("growth"):
-        curves = (Curves(**data) for data in results["growth"])
-        parts += ["## Growth\n", _LARGE, *(_growth(c) for c in curves)]
+        parts += ["## Growth\n", _LARGE, *map(_growth, results["growth"])]
     parts += ["## How to reproduce\n", _REPRODUCE]
     return "\n".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -10,20 +9,19 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from benchmarks import builders, gpu_builders
-from benchmarks.builders import STATES, Unavailable
+from benchmarks.builders import BUILDERS, STATES, Unavailable
 from benchmarks.workloads import Workload
-
-__all__ = ["ALGORITHMS", "CLIPPING_PEERS", "PEERS", "InitialValues", "Peer", "Unavailable", "build"]
 
 ALGORITHMS: Final = {"adam": "Adam", "adagrad": "Adagrad", "sgd": "SGD"}
 """What they are called."""
 
-BUILDERS: Final = {**builders.BUILDERS, **gpu_builders.BUILDERS}
-
-CLIPPING_PEERS: Final = tuple(name for name in builders.BUILDERS if name.endswith(", clipping"))
-PEERS: Final = tuple(name for name in builders.BUILDERS if name not in CLIPPING_PEERS)
+PEERS: Final = (
+    *("recap_fast", "recap_fast, one optimizer", "reference", "torch for-loop", "torch foreach"),
+    *("torch fused", "torch fused per group", "DeepSpeed", "ceiling"),
+)
 """Those on a CPU."""
+
+CLIPPING_PEERS: Final = ("recap_fast, clipping", "torch fused, clipping")
 
 GPU_PEERS: Final = (
     *("recap_fast, one optimizer", "recap_fast", "recap_fast, graph replay", "torch per group"),
@@ -102,18 +100,14 @@ class Peer:
             param.grad = param.grad.detach()
 
 
+Values = list[list[tuple[Tensor, Tensor]]]
+"""A parameter and its gradient for each tensor of each group; each peer starts from copies."""
+
+
 def bytes_per_step(workload: Workload, algorithm: str) -> int:
     """What a step must move: read parameter, gradient and states; write all but the gradient."""
     streams = 3 + 2 * STATES[algorithm]
     return 4 * streams * workload.elements
-
-
-@dataclass(frozen=True)
-class InitialValues:
-    """Parameters and gradients that each peer starts from a copy of."""
-
-    params: list[list[Tensor]]
-    grads: list[list[Tensor]]
 
 
 def working_set(workload: Workload, algorithm: str) -> int:
@@ -121,47 +115,33 @@ def working_set(workload: Workload, algorithm: str) -> int:
     return 4 * (2 + STATES[algorithm]) * workload.elements
 
 
-def initial_values(workload: Workload, device: torch.device | str = "cpu") -> InitialValues:
+def initial_values(workload: Workload, device: torch.device | str = "cpu") -> Values:
     """Normally distributed, the same at each call; gradients of size 0.01."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(scale: float) -> list[list[Tensor]]:
-        return [
-            [
-                torch.randn(math.prod(shape), generator=generator)
-                .mul_(scale)
-                .view(shape)
-                .to(device)
-                for shape in group
-            ]
-            for group in workload.groups
-        ]
+    def draw(shape: tuple[int, ...], scale: float) -> Tensor:
+        return torch.randn(shape, generator=generator).mul_(scale).to(device)
 
-    return InitialValues(params=draw(1.0), grads=draw(0.01))
+    return [[(draw(shape, 1.0), draw(shape, 0.01)) for shape in group] for group in workload.groups]
 
 
-def build(name: str, initial: InitialValues, algorithm: str) -> Peer:
+def build(name: str, initial: Values, algorithm: str) -> Peer:
     """Makes a peer on copies of `initial`, before its first step.
 
     Raises:
         Unavailable: it cannot run here.
     """
-    groups = [[nn.Parameter(param.clone()) for param in group] for group in initial.params]
-    for group, grads in zip(groups, initial.grads, strict=True):
-        for param, grad in zip(group, grads, strict=True):
-            param.grad = grad.clone()
-    step, param_groups = BUILDERS[name](groups, algorithm)
+    groups = [[nn.Parameter(param.clone()) for param, _ in group] for group in initial]
     params = [param for group in groups for param in group]
+    grads = [grad for group in initial for _, grad in group]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.clone()
+    step, param_groups = BUILDERS[name](groups, algorithm)
     overwrites = (name, algorithm) in _OVERWRITE_GRADIENTS
-    originals = [grad for grads in initial.grads for grad in grads] if overwrites else []
-    return Peer(step, param_groups, params, originals)
+    return Peer(step, param_groups, params, grads if overwrites else [])
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def build_and_step(name: str, initial: InitialValues, algorithm: str) -> Peer:
+def build_and_step(name: str, initial: Values, algorithm: str) -> Peer:
     """As `build`, and takes two steps, which make states and plans.
 
     Raises:
@@ -174,9 +154,10 @@ def build_and_step(name: str, initial: InitialValues, algorithm: str) -> Peer:
     except ImportError as error:
         if name not in _NEED_TORCHREC:
             raise
-        raise Unavailable(f"needs torchrec and pydantic ({_first_line(error)})") from error
+        reason = str(error).strip().split("\n")[0]
+        raise Unavailable(f"needs torchrec and pydantic ({reason})") from error
     except RuntimeError as error:
         if name.startswith("recap_fast"):
             raise
-        raise Unavailable(_first_line(error)) from error
+        raise Unavailable(str(error).strip().split("\n")[0]) from error
     return peer

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import gc
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -96,32 +98,27 @@ def to_text(results: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-class _Run:
-    """What is measured part by part: one that fails is named, and the rest goes on."""
+def _write(results: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_text(results))
+    documents.write(path)
 
-    def __init__(self, results: dict[str, Any], after_each: Callable[[], None]) -> None:
-        self.results = results
-        self._after_each = after_each
 
-    def attempt(self, what: str, call: Callable[[], None]) -> None:
-        begin = time.monotonic()
-        try:
-            call()
-            _say(f"{what}: {time.monotonic() - begin:.0f} s")
-        except Exception as error:
-            self.results.setdefault("failed", {})[what] = f"{type(error).__name__}: {error}"
-            _say(f"{what} failed\n{traceback.format_exc()}")
-        self._after_each()
-
-    def extend(self, what: str, name: str, make: Callable[[], Iterable[Any]]) -> None:
-        """Adds to the list `name` of the results."""
-
-        def call() -> None:
-            entries = self.results.setdefault(name, [])
-            for entry in make():
-                entries.append(entry)
-
-        self.attempt(what, call)
+@contextlib.contextmanager
+def _part(
+    what: str, results: dict[str, Any], after: Callable[[], Any] = lambda: None
+) -> Iterator[None]:
+    """One part of a run: if it fails the results name it, and the rest goes on."""
+    gc.collect()  # what the part before has left
+    torch.cuda.empty_cache()
+    begin = time.monotonic()
+    try:
+        yield
+        _say(f"{what}: {time.monotonic() - begin:.0f} s")
+    except Exception as error:
+        results.setdefault("failed", {})[what] = f"{type(error).__name__}: {error}"
+        _say(f"{what} failed\n{traceback.format_exc()}")
+    after()
 
 
 def run_on_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -132,47 +129,34 @@ def run_on_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
     scale = _QUICK_SCALE if arguments.quick else 1.0
     algorithms = arguments.algorithms or (("adam",) if arguments.quick else tuple(ALGORITHMS))
     only = arguments.only or (*workloads.NAMES, *_PARTS)
-    run = _Run({"machine": facts, "measurements": []}, lambda: None)
+    results: dict[str, Any] = {"machine": facts, "measurements": []}
     of_cache = {cache: HostClock(cache) for cache in ("cold", "warm")}
-
     for case in plan.CASES:
         if case.workload in only and case.algorithm in algorithms:
-
-            def measured(case: plan.Case = case) -> Iterable[dict[str, Any]]:
+            with _part(f"{case.workload} {case.algorithm}", results):
                 shorter = replace(case, seconds=case.seconds * scale)
-                return (m.to_json() for m in measure(shorter, of_cache, threads))
-
-            run.extend(f"{case.workload} {case.algorithm}", "measurements", measured)
-    parts: dict[str, Callable[[], Iterable[Any]]] = {
-        "growth": lambda: map(vars, growth.measure(plan.GROWTH_SECONDS * scale)),
-        "breakdown": breakdown.measure,
-        "sparse": lambda: sparse.measure_all(threads, plan.SPARSE_SECONDS * scale),
+                for m in measure(shorter, of_cache, threads):
+                    results["measurements"].append(m.to_json())
+    parts = {  # each begins when its first entry is asked for
+        "growth": growth.measure(plan.GROWTH_SECONDS * scale),
+        "breakdown": breakdown.measure(),
+        "sparse": sparse.measure(threads, plan.SPARSE_SECONDS * scale),
     }
-    for name, make in parts.items():
+    for name, entries in parts.items():
         if name in only:
-            run.extend(name, name, make)
+            with _part(name, results):
+                results[name] = list(entries)
     whole = not (arguments.quick or arguments.only or arguments.threads or arguments.algorithms)
     folder = arguments.out or (documents.RESULTS if whole else _PARTIAL)
-    path = folder / f"{machine.name(facts)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_text(run.results))
-    documents.write(path)
-    return run.results
+    _write(results, folder / f"{machine.name(facts)}.json")
+    return results
 
 
 def count(name: str, device: torch.device | str = "cuda") -> dict[str, list[int]]:
     """Launches, copies and memory sets of one step of each peer, in the steady state."""
-    counted = {}
     built = build(workloads.by_name(name), GPU_PEERS, "adam", device=device)
-    for peer, (own,) in built.peers.items():
-        seen = activity.of(own.step)
-        counted[peer] = [seen.launches, seen.copies, seen.sets]
-    return counted
-
-
-def _free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+    seen = {peer: activity.of(own.step) for peer, (own,) in built.peers.items()}
+    return {peer: [each.launches, each.copies, each.sets] for peer, each in seen.items()}
 
 
 def run_on_gpu(
@@ -185,44 +169,27 @@ def run_on_gpu(
     results: dict[str, Any] = {"machine": facts, "state": card.state(), "copy_gb_per_s": None}
     results |= {"activity": {}, "failed": {}, "measurements": []}
     path = (arguments.out or _PARTIAL) / f"{card.file_name(facts['card'])}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    part = functools.partial(_part, results=results, after=lambda: _write(results, path))
     names = arguments.only or plan.GPU_NAMES
     algorithms = arguments.algorithms or tuple(ALGORITHMS)
 
-    def after_each() -> None:
-        _free()
-        path.write_text(to_text(results))
-        path.with_suffix(".md").write_text(documents.page_of(path))
-
-    run = _Run(results, after_each)
-
-    def measure_copy() -> None:
-        speed = clocks.copy_gigabytes_per_second(device)
-        results["copy_gb_per_s"] = round(speed, 1)
-
-    run.attempt("copy", measure_copy)
+    with part("copy"):
+        results["copy_gb_per_s"] = round(clocks.copy_gigabytes_per_second(device), 1)
     todo = plan.gpu_cases(names, algorithms, facts["l2_bytes"])
     for index, case in enumerate(todo):
         now = time.monotonic()
         own_end = now + (end - now) / (len(todo) - index)
-
-        def measured(case: plan.Case = case, own_end: float = own_end) -> Iterable[dict[str, Any]]:
+        with part(f"{case.workload} {case.algorithm} {case.caches[0]}"):
             of_cache = dict.fromkeys(case.caches, device_clock)
-            found = measure(case, of_cache, end=own_end, device=device)
-            return (m.to_json() for m in found)
-
-        run.extend(f"{case.workload} {case.algorithm} {case.caches[0]}", "measurements", measured)
+            for m in measure(case, of_cache, end=own_end, device=device):
+                results["measurements"].append(m.to_json())
     # Last: a profiler may slow down what comes after it.
     for name in names if "adam" in algorithms else ():
         if results["activity"] and time.monotonic() - begin > arguments.seconds:
             _say(f"{name}: no time left to count launches")
             continue
-
-        def count_one(name: str = name) -> None:
+        with part(f"{name} launches"):
             results["activity"][name] = count(name, device)
-
-        run.attempt(f"{name} launches", count_one)
-    _say(f"wrote {path}")
     return results
 
 

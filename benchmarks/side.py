@@ -7,15 +7,13 @@ line.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
 import torch
 
@@ -65,10 +63,6 @@ class Side:
         """Takes a step, cold or warm; its microseconds."""
         return self._ask("step", cache)
 
-    def digest(self) -> str:
-        """A hash of the bits of every parameter."""
-        return self._ask("digest")
-
     def save(self, path: Path) -> None:
         """Writes the parameters as a list of tensors, for `torch.load`."""
         self._ask("save", str(path))
@@ -110,26 +104,8 @@ class _FarEnd:
     def step(self, cache: str) -> float:
         return self._clocks[cache].time_step(self._peer)
 
-    def digest(self) -> str:
-        found = hashlib.sha256()
-        for param in self._peer.params:
-            found.update(param.detach().numpy())
-        return found.hexdigest()
-
     def save(self, path: str) -> None:
         torch.save([param.detach() for param in self._peer.params], path)
-
-
-def _serve(make: Callable[[], _FarEnd], replies: TextIO) -> None:
-    far_end: _FarEnd | None = None
-    for line in sys.stdin:
-        request, *arguments = json.loads(line)
-        try:
-            far_end = far_end or make()
-            reply = ["result", getattr(far_end, request)(*arguments)]
-        except Exception:
-            reply = ["error", traceback.format_exc()]
-        print(json.dumps(reply), file=replies, flush=True)
 
 
 def main() -> None:
@@ -137,7 +113,15 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     folder, threads = sys.argv[1:]
-    _serve(lambda: _FarEnd(Path(folder), int(threads)), replies)
+    far_end: _FarEnd | None = None
+    for line in sys.stdin:
+        request, *arguments = json.loads(line)
+        try:
+            far_end = far_end or _FarEnd(Path(folder), int(threads))
+            reply = ["result", getattr(far_end, request)(*arguments)]
+        except Exception:
+            reply = ["error", traceback.format_exc()]
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.clocks import Cache, HostClock
 from benchmarks.interleave import Timings, interleave
 from benchmarks.peers import Peer
+from benchmarks.table import number, plural, table, with_quartiles
 from recap_fast.optim import FusedAdagrad, FusedSGD, FusedSparseAdam
 
 ROWS: Final = 1_000_000
@@ -31,7 +32,6 @@ ALGORITHMS: Final[dict[str, tuple[type, type]]] = {
     "SparseAdam": (FusedSparseAdam, torch.optim.SparseAdam),
 }
 
-HEADING: Final = "## Sparse gradients\n"
 _HOW: Final = f"""\
 A table of {ROWS:,} x {WIDTH} float32, of which {LOOKUPS:,} random rows are looked up, {PER_BAG} in
 each bag: the gradient of `torch.nn.EmbeddingBag(sparse=True)`, not coalesced, another one at each
@@ -71,15 +71,15 @@ class _Table(Peer):
     renew_gradients = restore_gradients
 
 
-def measure(
+def measure_one(
     algorithm: str, rows: int, threads: Iterable[int], seconds: float
 ) -> Iterator[dict[str, Any]]:
     """Times it warm and cold with each number of threads, for so long each."""
     gradients = _gradients(rows)
     kinds = zip(("recap_fast", "torch"), ALGORITHMS[algorithm], strict=True)
     tables = {name: [_Table(kind, rows, gradients)] for name, kind in kinds}
-    for (table,) in tables.values():
-        table.step()  # makes the state
+    for (peer,) in tables.values():
+        peer.step()  # makes the state
     caches: tuple[Cache, ...] = ("warm", "cold")
     for count, cache in itertools.product(threads, caches):
         torch.set_num_threads(count)
@@ -91,38 +91,33 @@ def measure(
         yield case | {"microseconds": rounded}
 
 
-def measure_all(threads: Sequence[int], seconds: float) -> Iterator[dict[str, Any]]:
+def measure(threads: Sequence[int], seconds: float) -> Iterator[dict[str, Any]]:
     """Every algorithm, and one on a table of a tenth of the rows."""
-    yield from measure("Adagrad", ROWS // 10, threads[:1], seconds)
+    yield from measure_one("Adagrad", ROWS // 10, threads[:1], seconds)
     for algorithm in ALGORITHMS:
-        yield from measure(algorithm, ROWS, threads, seconds)
+        yield from measure_one(algorithm, ROWS, threads, seconds)
 
 
-def table(measurements: Iterable[Mapping[str, Any]]) -> str:
-    lines = [
-        "| algorithm | rows | threads | caches | recap_fast | torch | speed-up |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+def _row(measured: Mapping[str, Any]) -> list[str]:
+    timings = Timings(measured["microseconds"])
+    times = (f"{number(timings.time(name).median)} µs" for name in ("recap_fast", "torch"))
+    return [
+        f"{measured['algorithm']}, {measured['rows']:,} rows, "
+        f"{plural(measured['threads'], 'thread')}, {measured['cache']}",
+        *times,
+        with_quartiles(timings.ratio("torch", "recap_fast"), "x"),
     ]
-    for each in measurements:
-        timings = Timings(each["microseconds"])
-        ratio = timings.ratio("torch", "recap_fast")
-        ours, theirs = (timings.time(name).median for name in ("recap_fast", "torch"))
-        lines.append(
-            f"| {each['algorithm']} | {each['rows']:,} | {each['threads']} | {each['cache']} "
-            f"| {ours:,.0f} µs | {theirs:,.0f} µs "
-            f"| {ratio.median:.1f}x ({ratio.low:.1f} to {ratio.high:.1f}) |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def section(results: Iterable[Mapping[str, Any]]) -> str:
     """What the page says, of the results of each machine that have figures of it."""
-    parts = [HEADING, _HOW]
+    parts = ["## Sparse gradients\n", _HOW]
     for facts, measurements in ((each["machine"], each["sparse"]) for each in results):
         parts.append(
             f"{facts['processor']}, {facts['cores']} cores, {facts['instruction_set']}, torch "
             f"{facts['torch']}; revision {facts['revision']}, {facts['date']}, load per core "
             f"before the run {facts['busy']}.\n"
         )
-        parts.append(table(measurements))
+        header = ["step", "recap_fast", "torch", "speed-up"]
+        parts.append(table(header, map(_row, measurements)))
     return "\n".join(parts)

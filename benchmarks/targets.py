@@ -61,13 +61,16 @@ class Target:
     def limit(self, threads: int) -> float:
         return self.limits[min(threads, len(self.limits)) - 1]
 
-    def measured(self, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
-        """The figure, or None if it was not measured, or a peer that it needs did not run."""
-        return self._of(self.ours, measurements, threads)
+    def measured(
+        self, measurements: Sequence[Measurement], threads: int, peer: str = ""
+    ) -> Quartiles | None:
+        """The figure, of ours or what it would be at the speed of another `peer`.
 
-    def of_ceiling(self, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
-        """What the figure would be if recap_fast were as fast as the ceiling, or None."""
-        return self._of("ceiling", measurements, threads)
+        None if it was not measured, or a peer that it needs did not run.
+        """
+        m = self._measurement(self.workload, measurements, threads)
+        timings = m and (m.host if self.figure.of_host else m.timings)
+        return self._take(timings, peer or self.ours)
 
     def of_ceiling_and_checks(
         self, measurements: Sequence[Measurement], threads: int
@@ -83,12 +86,7 @@ class Target:
         checks = twin.timings.time(self.ours).median
         times = own.timings.microseconds
         both = [None if t is None else t + checks for t in times["ceiling"]]
-        try:
-            return self.figure.take(
-                Timings(times | {"ceiling and checks": both}), "ceiling and checks"
-            )
-        except KeyError:
-            return None
+        return self._take(Timings(times | {"ceiling and checks": both}), "ceiling and checks")
 
     def _measurement(
         self, workload: str | None, measurements: Sequence[Measurement], threads: int
@@ -99,11 +97,9 @@ class Target:
                 return m
         return None
 
-    def _of(self, peer: str, measurements: Sequence[Measurement], threads: int) -> Quartiles | None:
-        m = self._measurement(self.workload, measurements, threads)
-        timings = m and (m.host if self.figure.of_host else m.timings)
+    def _take(self, timings: Timings | None, peer: str) -> Quartiles | None:
         try:
-            return None if timings is None else self.figure.take(timings, peer)
+            return timings and self.figure.take(timings, peer)
         except (KeyError, ValueError):  # it did not run, or sat out
             return None
 

@@ -32,11 +32,11 @@ def test_every_size_is_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(growth, "_LARGE_ELEMENTS", 300)
     dimension = Dimension("elements", "elements", lambda count: (((count,),),), (3, 30, 300))
     (curves,) = growth.measure(0.0, [dimension])
-    assert list(curves.sizes) == [3, 30, 300]
-    assert all(time > 0 for time in curves.microseconds["recap_fast"])
-    for name, times in curves.microseconds.items():
+    assert curves["sizes"] == [3, 30, 300]
+    assert all(time > 0 for time in curves["microseconds"]["recap_fast"])
+    for name, times in curves["microseconds"].items():
         assert [time is None for time in times] == [False, False, name not in LARGE_PEERS]
 
-    (path,) = pictures.draw([curves], "machine", tmp_path / "new")
+    (path,) = pictures.draw_growth([curves], "machine", tmp_path / "new")
     assert path == tmp_path / "new" / "machine-growth-elements.png"
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from benchmarks import peers, workloads
+from benchmarks import ceiling, peers, workloads
 from benchmarks.builders import MAX_NORM
 from benchmarks.workloads import Workload
 
 _SMALL = Workload("small", "", (((3, 5), (7,)), ((1,),), ((40_000,), (2, 2, 2))))
 
-_STEPPING = [name for name in peers.PEERS if name not in ("torch for-loop", "ceiling")]
+_HERE = [*(name for name in peers.PEERS if name != "ceiling"), "torch per group", "apex"]
 
 
 def _build(name: str, algorithm: str) -> peers.Peer:
@@ -22,7 +24,7 @@ def _build(name: str, algorithm: str) -> peers.Peer:
 
 
 @pytest.mark.parametrize("algorithm", peers.ALGORITHMS)
-@pytest.mark.parametrize("name", _STEPPING)
+@pytest.mark.parametrize("name", _HERE)
 def test_every_peer_takes_the_step_of_the_for_loop(name: str, algorithm: str) -> None:
     peer, oracle = _build(name, algorithm), _build("torch for-loop", algorithm)
     for _ in range(3):
@@ -32,6 +34,8 @@ def test_every_peer_takes_the_step_of_the_for_loop(name: str, algorithm: str) ->
             stepped.step()
     for param, expected in zip(peer.params, oracle.params, strict=True):
         torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
+    rates = [group["lr"] for group in peer.param_groups]
+    assert len(set(rates)) == len(_SMALL.groups)
 
 
 @pytest.mark.parametrize("algorithm", peers.ALGORITHMS)
@@ -57,7 +61,7 @@ def test_peers_that_clip_do_so_to_the_same_norm(name: str, algorithm: str) -> No
 def test_peers_share_no_memory() -> None:
     initial = peers.initial_values(_SMALL)
     names = [name for name in peers.PEERS if name != "DeepSpeed"]  # made like the others
-    tensors = [t for group in initial.params + initial.grads for t in group]
+    tensors = [tensor for group in initial for pair in group for tensor in pair]
     for peer in (peers.build(name, initial, "adam") for name in names):
         tensors += peer.params
         tensors += [param.grad for param in peer.params]
@@ -81,16 +85,37 @@ def test_overwritten_gradients_are_put_back() -> None:
         assert all(bool((param.grad == 1).all()) for param in params)
 
 
-@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "ceiling"])
-def test_the_groups_have_different_learning_rates(name: str) -> None:
-    rates = [group["lr"] for group in _build(name, "adam").param_groups]
-    assert len(set(rates)) == len(_SMALL.groups)
+@pytest.mark.parametrize(
+    ("error", "name", "reason"),
+    [
+        (RuntimeError("not on this device\nand more"), "torch fused", "^not on this device$"),
+        (RuntimeError("not on this device"), "recap_fast, one optimizer", None),
+        (ImportError("No module named 'torchrec'"), "recap_fast", "needs torchrec .*'torchrec'"),
+        (ImportError("No module named 'numpy'"), "recap_fast, one optimizer", None),
+    ],
+)
+def test_a_peer_that_cannot_step_is_unavailable_but_ours_never_fails_unseen(
+    error: Exception, name: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(peers, "BUILDERS", {name: refuse})
+    with pytest.raises(peers.Unavailable if reason else type(error), match=reason):
+        peers.build_and_step(name, peers.initial_values(_SMALL), "adam")
+
+
+def test_every_peer_is_described_and_takes_part() -> None:
+    assert peers.DESCRIPTIONS.keys() == peers.BUILDERS.keys()
+    assert set(peers.SLOW_PEERS) <= peers.BUILDERS.keys()
+    assert set(peers.PEERS + peers.CLIPPING_PEERS + peers.GPU_PEERS) == peers.BUILDERS.keys()
+    with pytest.raises(peers.Unavailable, match="Adagrad"):  # whatever the device
+        peers.build("torch fused, graph replay", peers.initial_values(_SMALL), "adagrad")
 
 
 @pytest.mark.parametrize("states", [0, 1, 2])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_ceiling_reads_and_writes_every_element(states: int, threads: int) -> None:
-    ceiling = pytest.importorskip("benchmarks.ceiling")
     # Of a size that rate * gradient changes even a one.
     grads = [torch.full((size,), 1e6) for size in (1, 70_001, 40_000)]
     params = [torch.ones_like(grad) for grad in grads]
@@ -130,11 +155,7 @@ def test_the_workloads_have_their_sizes(
     assert elements is None or workload.elements == elements
 
 
-def test_bytes_per_step() -> None:
-    assert [
-        peers.bytes_per_step(workloads.ONE_50M_TENSOR, a) // 50_000_000 for a in peers.ALGORITHMS
-    ] == [
-        28,
-        20,
-        12,
-    ]
+def test_bytes_of_an_element() -> None:
+    one = Workload("one", "", (((1,),),))
+    assert [peers.bytes_per_step(one, a) for a in peers.ALGORITHMS] == [28, 20, 12]
+    assert [peers.working_set(one, a) for a in peers.ALGORITHMS] == [16, 12, 8]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 Shape = tuple[int, ...]
+Groups = tuple[tuple[Shape, ...], ...]
 IN_ONE_GROUP: Final = " in one group"
 
 
@@ -27,7 +28,7 @@ class Workload:
 
     name: str
     description: str
-    groups: tuple[tuple[Shape, ...], ...]
+    groups: Groups
 
     @property
     def tensors(self) -> int:
@@ -71,14 +72,14 @@ def _backbone(continuous: int, binary: int, embeddings: list[int], width: int) -
 
 def _recap_groups(
     towers: int, affine_map: bool, continuous: int, binary: int, embeddings: list[int]
-) -> tuple[tuple[Shape, ...], ...]:
+) -> Groups:
     """One group per tower and one for the backbone, as `build_optimizer` makes them."""
     width = 2048
     backbone = _backbone(continuous, binary, embeddings, width)
     return (*[_tower(width, affine_map)] * towers, backbone)
 
 
-def _mixed_sizes(groups: int, tensors: int) -> tuple[tuple[Shape, ...], ...]:
+def _mixed_sizes(groups: int, tensors: int) -> Groups:
     draw = random.Random(0)
     return tuple(tuple((draw.randint(64, 4096),) for _ in range(tensors)) for _ in range(groups))
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torchrec")
 
-from benchmarks import bars, documents
+from benchmarks import documents, pictures
 from recap_fast.torchrec_releases import PAIRS, REQUIREMENTS
 
 DOCUMENTS = [
@@ -38,7 +38,7 @@ def test_the_page_shows_the_results() -> None:
 
 def test_the_picture_of_a_step_shows_the_results() -> None:
     results = json.loads(_source(documents.README.read_text()).read_text())
-    assert bars.describe(results).encode() in documents.BARS.read_bytes()
+    assert pictures.describe(results).encode() in documents.BARS.read_bytes()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
