@@ -1,4 +1,4 @@
-"""Where the time of one small step goes: `python -m benchmarks.breakdown`.
+"""Where the time of one small step goes: `python -m benchmarks.breakdown [WORKLOAD]`.
 
 The parts cannot be timed apart from outside, so the same call is timed from further and further
 inside, and on workloads that lack one part after another; the differences are reported:
@@ -11,24 +11,29 @@ inside, and on workloads that lack one part after another; the differences are r
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 
 from benchmarks import peers, workloads
-from benchmarks.workloads import Workload
+from benchmarks.interleave import interleave
+from benchmarks.table import table
+from benchmarks.workloads import IN_ONE_GROUP, Workload
 
 _ROUNDS: Final = 100
 _CALLS: Final = 10
 _FURTHER_ENTRIES: Final = 16
 
-WHOLE: Final = "optimizer.step()"
-VALUES: Final = "- gradients and values of the step"
+_WHOLE: Final = "optimizer.step()"
+_VALUES: Final = "- gradients and values of the step"
+
+_HOW: Final = """\
+Warm Adam steps with one thread, ten in a row, by differences of medians, as
+`python -m benchmarks.breakdown` prints them.
+"""
 
 
 def _without_elements(peer: peers.Peer) -> None:
@@ -57,17 +62,25 @@ def _stepper(peer: peers.Peer) -> Any:
     return peer.step.__self__._stepper  # type: ignore[attr-defined]
 
 
-def _medians(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Microseconds of each call: the median of the means of ten calls in a row, taken in turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_ROUNDS):
-        for name, call in calls.items():
+def _ten_calls(calls: Sequence[Callable[[], Any]]) -> Callable[[], tuple[float]]:
+    """A clock: the mean of ten calls in a row, after one."""
+    (call,) = calls
+
+    def sample() -> tuple[float]:
+        call()
+        begin = time.perf_counter_ns()
+        for _ in range(_CALLS):
             call()
-            begin = time.perf_counter_ns()
-            for _ in range(_CALLS):
-                call()
-            times[name].append((time.perf_counter_ns() - begin) / _CALLS)
-    return {name: statistics.median(of_call) / 1e3 for name, of_call in times.items()}
+        return ((time.perf_counter_ns() - begin) / 1e3 / _CALLS,)
+
+    return sample
+
+
+def _medians(**calls: Callable[[], Any]) -> dict[str, float]:
+    """Microseconds of each call, taken in turn."""
+    each = {name: [call] for name, call in calls.items()}
+    (timings,) = interleave(each, _ten_calls, seconds=0, least_rounds=_ROUNDS)
+    return {name: timings.time(name).median for name in calls}
 
 
 def _still(workload: Workload) -> peers.Peer:
@@ -82,22 +95,18 @@ def parts(workload: Workload) -> dict[str, float]:
     whole, empty, still = _build(workload), _build(workload), _still(workload)
     _without_elements(empty)
     stepper = _stepper(whole)
-    calls = {
-        "step": whole.step,
-        "stepper": stepper.step_plainly,
-        "native": _native_call(whole),
-        "empty": _native_call(empty),
-        "still": _native_call(still),
-    }
+    native_of = {"empty": _native_call(empty), "still": _native_call(still)}
     for param in still.params:
         param.grad = None
-    times = _medians(calls)
+    times = _medians(
+        step=whole.step, stepper=stepper.step_plainly, native=_native_call(whole), **native_of
+    )
     return {
-        WHOLE: times["step"],
+        _WHOLE: times["step"],
         "- torch's and our Python around it": times["step"] - times["stepper"],
         "- Python of the stepper": times["stepper"] - times["native"],
         "- checks that the plan holds": times["still"],
-        VALUES: times["empty"] - times["still"],
+        _VALUES: times["empty"] - times["still"],
         "- loops over elements": times["native"] - times["empty"],
     }
 
@@ -110,7 +119,7 @@ def nanoseconds_per_entry(workload: Workload) -> float:
     calls = {"few": _native_call(few), "many": _native_call(many)}
     for param in few.params + many.params:
         param.grad = None
-    times = _medians(calls)
+    times = _medians(**calls)
     further = _FURTHER_ENTRIES * len(workload.groups)
     return (times["many"] - times["few"]) * 1e3 / further
 
@@ -128,25 +137,38 @@ def measure() -> Iterator[dict[str, Any]]:
         yield found
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.breakdown",
-        description="Where the time of one warm Adam step goes, by differences of medians.",
+def section(found: Sequence[Mapping[str, Any]]) -> str:
+    """What the page says: a column per workload, and one of what each further param group costs."""
+    times = {each["workload"]: each["microseconds"] for each in found}
+    (many,) = [each for each in found if "entries" in each]
+    whole, single = many["microseconds"], times[many["workload"] + IN_ONE_GROUP]
+    groups, entries = many["groups"], many["entries"]
+    each = {part: (whole[part] - single[part]) * 1e3 / (groups - 1) for part in whole}
+    left = 0.3 * single[_WHOLE] * 1e3 / (groups - 1)
+    in_dict = entries * many["nanoseconds_per_entry"]
+    header = ["", *(f"{name}, µs" for name in times), "each further group, ns"]
+    rows = (
+        [part, *(f"{of[part]:.1f}" for of in times.values()), f"{each[part]:.0f}"] for part in whole
     )
-    parser.add_argument("workload", nargs="?", default="scalars", choices=workloads.NAMES)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    workload = workloads.by_name(arguments.workload)
-    print(
-        f"{workload.name}: {len(workload.groups)} groups, {workload.tensors} tensors, "
-        f"{workload.elements} elements; {arguments.threads} thread(s)"
-    )
-    for name, microseconds in parts(workload).items():
+    explained = f"""\
+For {groups} groups to take at most 1.3 times as long as one, {left:.0f} ns are left for each
+further one. To compare the {entries} entries of its dict with those of the step before,
+any of which may have been set, takes {in_dict:.0f} ns, and to compute its values
+{each[_VALUES]:.0f} ns; besides, its learning rate is read, and its optimizer's `state` and
+`param_groups` are looked up.
+"""
+    heading = "## Where the time of a small step goes\n"
+    return "\n".join([heading, _HOW, table(header, rows), explained])
+
+
+def main(name: str = "scalars") -> None:
+    torch.set_num_threads(1)
+    workload = workloads.by_name(name)
+    print(f"{name}: {len(workload.groups)} groups, {workload.tensors} tensors")
+    for part, microseconds in parts(workload).items():
         each = microseconds * 1e3 / workload.tensors
-        print(f"{name:36s}{microseconds:10.1f} µs {each:8.1f} ns per tensor")
-    return 0
+        print(f"{part:36s}{microseconds:10.1f} µs {each:8.1f} ns per tensor")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*sys.argv[1:])

@@ -41,7 +41,8 @@ class HostClock:
     def __init__(self, cache: Cache) -> None:
         self._other_memory = torch.zeros(_EVICT_BYTES // 4) if cache == "cold" else None
 
-    def time_step(self, peer: Peer) -> float:
+    def prepare(self, peer: Peer) -> None:
+        """Everything between two steps."""
         if self._other_memory is not None:
             peer.renew_gradients()
             peer.set_learning_rates()
@@ -52,6 +53,9 @@ class HostClock:
                 peer.step()
             peer.restore_gradients()
             peer.set_learning_rates()
+
+    def time_step(self, peer: Peer) -> float:
+        self.prepare(peer)
         return _microseconds(peer)
 
     def __call__(self, copies: Sequence[Peer]) -> Callable[[], tuple[float, ...]]:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from benchmarks import revision, workloads
 from benchmarks.clocks import Cache
-from benchmarks.interleave import Timings
+from benchmarks.interleave import Timings, interleave
 from benchmarks.peers import ALGORITHMS
 from benchmarks.side import Side
 from benchmarks.table import number, plural, table, with_quartiles
@@ -25,8 +22,12 @@ from benchmarks.workloads import Workload
 _ROOT: Final = Path(__file__).parent.parent
 _BUILDS: Final = _ROOT / "build" / "compare"
 
-_5M: Final = Workload("one-5M-tensor", "one tensor of 5 M elements", (((5_000_000,),),))
-_SHORT: Final = ("mixed-sizes", "many-groups", "scalars", "many-groups-of-scalars", _5M.name)
+_SHORT: Final = (
+    *(workloads.MIXED_SIZES, workloads.MANY_GROUPS, workloads.SCALARS),
+    workloads.MANY_GROUPS_OF_SCALARS,
+    Workload("one-5M-tensor", "one tensor of 5 M elements", (((5_000_000,),),)),
+)
+_CACHES: Final[tuple[Cache, ...]] = ("cold", "warm")
 
 # Where a process happens to have its tensors makes its steps of small ones faster or slower than
 # another's of the same code, by some ten percent.
@@ -52,26 +53,22 @@ class Comparison:
     difference: float
 
 
-def _difference(base: Side, tree: Side) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / name for name in ("base.pt", "tree.pt")]
-        base.save(paths[0])
-        tree.save(paths[1])
-        pairs = zip(*(torch.load(path) for path in paths), strict=True)
-        return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
+def _clock(cache: Cache) -> Callable[[Sequence[Side]], Callable[[], tuple[float]]]:
+    def sampler(sides: Sequence[Side]) -> Callable[[], tuple[float]]:
+        (side,) = sides
 
-
-def _rounds(base: Side, tree: Side, cache: Cache, budget_seconds: float, least: int) -> Timings:
-    """Both step once a round; who begins alternates."""
-    times: dict[str, list[float | None]] = {"base": [], "tree": []}
-    turns = [("base", base), ("tree", tree)]
-    end = time.monotonic() + budget_seconds
-    while len(times["base"]) < least or time.monotonic() < end:
-        for name, side in turns:
+        def sample() -> tuple[float]:
             time.sleep(_PAUSE_SECONDS)
-            times[name].append(side.step(cache))
-        turns.reverse()
-    return Timings(times)
+            return (side.step(cache),)
+
+        return sample
+
+    return sampler
+
+
+def _difference(sides: Iterable[Side]) -> float:
+    pairs = zip(*(side.parameters() for side in sides), strict=True)
+    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
 
 def compare(
@@ -81,37 +78,41 @@ def compare(
     *,
     algorithms: Sequence[str] = ("adam",),
     threads: Sequence[int] = (1, 2),
-    caches: Sequence[Cache] = ("cold", "warm"),
     processes: int = _PROCESSES,
-    budget_seconds: float = 3.0,
+    seconds: float = 3.0,
     least_rounds: int = 10,
 ) -> Iterator[Comparison]:
-    """Times both in turn.
+    """Times both in turn, with cold and with warm caches.
 
     Args:
         base, tree: folders that hold the package recap_fast.
         chosen: what to step.
-        algorithms, threads, caches: each combination is timed.
+        algorithms, threads: each combination is timed.
         processes: each side has so many, one after the other.
-        budget_seconds: how long each combination is timed, by all processes together.
+        seconds: how long each combination is timed, by all processes together.
         least_rounds: how many rounds each combination has in each process whatever the time.
     """
     for count in threads:
-        of_all: dict[str, list[tuple[Timings, float]]] = {}
+        timings: dict[str, list[Timings]] = {}
+        differences: dict[str, float] = {}
         for _ in range(processes):
             with Side(base, count) as base_side, Side(tree, count) as tree_side:
+                sides = {"base": [base_side], "tree": [tree_side]}
                 for workload, algorithm in itertools.product(chosen, algorithms):
-                    for side in (base_side, tree_side):
+                    for (side,) in sides.values():
                         side.load(workload.groups, algorithm)
-                    for cache in caches:
-                        budget = budget_seconds / processes
-                        timings = _rounds(base_side, tree_side, cache, budget, least_rounds)
+                    for cache in _CACHES:
+                        (timed,) = interleave(
+                            *(sides, _clock(cache)),
+                            seconds=seconds / processes,
+                            least_rounds=least_rounds,
+                        )
                         label = f"{workload.name}, {algorithm}, {plural(count, 'thread')}, {cache}"
-                        of_one = (timings, _difference(base_side, tree_side))
-                        of_all.setdefault(label, []).append(of_one)
-        for label, found in of_all.items():
-            parts, differences = zip(*found, strict=True)
-            yield Comparison(label, Timings.joined(parts), max(differences))
+                        timings.setdefault(label, []).append(timed)
+                        differs = _difference((base_side, tree_side))
+                        differences[label] = max(differences.get(label, 0.0), differs)
+        for label, parts in timings.items():
+            yield Comparison(label, Timings.joined(parts), differences[label])
 
 
 def render(comparisons: Iterable[Comparison], base: str) -> str:
@@ -130,29 +131,18 @@ def render(comparisons: Iterable[Comparison], base: str) -> str:
     )
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
         description="Builds recap_fast of BASE and steps it and the work tree's in turn, each in "
         "processes of its own. Prints times, and the median ratio with quartiles.",
     )
-    parser.add_argument("base", nargs="?", default="HEAD", metavar="BASE", help="default: HEAD")
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help=f"every workload with every algorithm, instead of {', '.join(_SHORT)} with Adam",
-    )
-    parser.add_argument("--threads", type=int, nargs="+", metavar="N", default=[1, 2])
-    parser.add_argument(
-        "--seconds", type=float, default=3.0, help="to time each combination (default: 3)"
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = _arguments(argv)
-    names = workloads.NAMES if arguments.all else _SHORT
-    chosen = [_5M if name == _5M.name else workloads.by_name(name) for name in names]
+    add = parser.add_argument
+    add("base", nargs="?", default="HEAD", metavar="BASE", help="default: HEAD")
+    add("--all", action="store_true", help="every workload and algorithm, not some with Adam")
+    add("--threads", type=int, nargs="+", metavar="N", default=[1, 2])
+    add("--seconds", type=float, default=3.0, help="to time each combination (default: 3)")
+    arguments = parser.parse_args(argv)
     try:
         commit = revision.commit_of(_ROOT, arguments.base)
         print(f"building {commit[:12]}", file=sys.stderr)
@@ -162,12 +152,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     comparisons = []
     for comparison in compare(
-        base,
-        _ROOT,
-        chosen,
+        *(base, _ROOT),
+        [workloads.by_name(name) for name in workloads.NAMES] if arguments.all else _SHORT,
         algorithms=tuple(ALGORITHMS) if arguments.all else ("adam",),
         threads=arguments.threads,
-        budget_seconds=arguments.seconds,
+        seconds=arguments.seconds,
     ):
         print(comparison.label, file=sys.stderr)
         comparisons.append(comparison)

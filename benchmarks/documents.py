@@ -17,19 +17,22 @@ README: Final = ROOT / "README.md"
 BARS: Final = ROOT / "docs" / "time-per-step.png"
 
 
-def _read(path: Path) -> tuple[dict[str, Any], str]:
-    """The results, and what links call their file."""
-    return json.loads(path.read_text()), os.path.relpath(path, ROOT)
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _committed() -> dict[Path, dict[str, Any]]:
+    return {file: _read(file) for file in sorted(RESULTS.glob("*.json"))}
 
 
 def page_of(path: Path) -> str:
     """The page for the results in `path`; of a GPU or a CPU."""
-    results, source = _read(path)
+    results = _read(path)
     if "card" in results["machine"]:
         return gpu_page.render(results, path.name)
-    files = dict.fromkeys([*sorted(RESULTS.glob("*.json")), path])
-    with_sparse = [each for each in (_read(file)[0] for file in files) if "sparse" in each]
-    figures = page.render(results, source)
+    of_all = (_committed() | {path: results}).values()
+    with_sparse = [each for each in of_all if "sparse" in each]
+    figures = page.render(results, os.path.relpath(path, ROOT))
     return f"{figures}\n{sparse.section(with_sparse)}" if with_sparse else figures
 
 
@@ -40,12 +43,11 @@ def readme_of(path: Path, readme: str) -> str:
     """
     others = [
         each
-        for other in sorted(RESULTS.glob("*.json"))
-        if other.name != path.name
-        and "measurements" in (each := _read(other)[0])
-        and "card" not in each["machine"]
+        for file, each in _committed().items()
+        if file.name != path.name and "measurements" in each and "card" not in each["machine"]
     ]
-    return headline.replace(readme, headline.render(*_read(path), others))
+    block = headline.render(_read(path), os.path.relpath(path, ROOT), others)
+    return headline.replace(readme, block)
 
 
 def write(path: Path) -> None:
@@ -54,16 +56,15 @@ def write(path: Path) -> None:
     Results of a whole run on a CPU are in `benchmarks/results/`; for others the page goes beside
     them, and the README stays as it is.
     """
-    whole = path.parent.resolve() == RESULTS.resolve() and "card" not in _read(path)[0]["machine"]
-    page_path = PAGE if whole else path.with_suffix(".md")
-    written = [page_path]
-    page_path.write_text(page_of(path))
+    results = _read(path)
+    whole = path.parent.resolve() == RESULTS.resolve() and "card" not in results["machine"]
+    written = [PAGE if whole else path.with_suffix(".md")]
+    written[0].write_text(page_of(path))
     if whole:
         README.write_text(readme_of(path, README.read_text()))
         written.append(README)
         try:
-            written.append(pictures.draw_steps(_read(path)[0], BARS))
+            written.append(pictures.draw_steps(results, BARS))
         except ImportError as error:
             print(f"no picture: {error}", file=sys.stderr)
-    for file in written:
-        print(f"wrote {file}", file=sys.stderr)
+    print(*(f"wrote {file}" for file in written), sep="\n", file=sys.stderr)

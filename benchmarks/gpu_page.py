@@ -44,7 +44,7 @@ def _row(m: Measurement, peer: str, activity: Mapping[str, Sequence[int]]) -> li
     if GPU_OURS in m.timings.microseconds:
         over_ours = f"{number(m.timings.ratio(peer, GPU_OURS).median)}x"
     if "copy" in m.timings.microseconds:
-        of_copy = f"{percent_of_copy(m.timings, peer).median:.0f} %"
+        of_copy = f"{percent_of_copy(m, peer).median:.0f} %"
     if m.algorithm == "adam" and peer in activity:
         launches, copies = str(activity[peer][0]), str(sum(activity[peer][1:]))
     time = m.timings.time(peer)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
 
 from benchmarks.clocks import HostClock
 from benchmarks.measurement import measure as measure_case
 from benchmarks.plan import LARGE_PEERS, Case
+from benchmarks.table import number, table
 from benchmarks.workloads import Groups, Workload
 
 _PEERS: Final = (
@@ -17,21 +19,18 @@ _PEERS: Final = (
 )
 _LARGE_ELEMENTS: Final = 50_000_000
 
+_LARGE: Final = f"""\
+Cold Adam steps with 1 thread. With 50 M elements and more there are only the peers that
+`one-50M-tensor` has ({", ".join(LARGE_PEERS)}), for the sake of memory.
+"""
 
-@dataclass(frozen=True)
-class Dimension:
-    """What grows.
 
-    Attributes:
-        name: short.
-        axis: what is counted, and what stays as it is.
-        make: the groups of a size.
-        sizes: what is measured.
-    """
+class Dimension(NamedTuple):
+    """What grows."""
 
     name: str
-    axis: str
-    make: Callable[[int], Groups]
+    axis: str  # what is counted, and what stays as it is
+    make: Callable[[int], Groups]  # those of a size
     sizes: Sequence[int]
 
 
@@ -79,6 +78,7 @@ def measure(
         For each dimension its `name`, `axis` and `sizes`, and `microseconds`: by peer the median
         for each size, None where it was not measured.
     """
+    torch.set_num_threads(1)
     for dimension in dimensions:
         points = [
             _medians(Workload(f"{size} {dimension.name}", "", dimension.make(size)), seconds)
@@ -91,3 +91,17 @@ def measure(
             "sizes": list(dimension.sizes),
             "microseconds": {name: [point.get(name) for point in points] for name in measured},
         }
+
+
+def section(all_curves: Iterable[Mapping[str, Any]]) -> str:
+    """What the page says: a table for each dimension."""
+    parts = ["## Growth\n", _LARGE]
+    for curves in all_curves:
+        parts.append(f"### {curves['name'].capitalize()}\n")
+        parts.append(f"Microseconds by number of {curves['axis']}:\n")
+        rows = (
+            [peer, *("-" if time is None else number(time) for time in times)]
+            for peer, times in curves["microseconds"].items()
+        )
+        parts.append(table([curves["name"], *(f"{size:,}" for size in curves["sizes"])], rows))
+    return "\n".join(parts)

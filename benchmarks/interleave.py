@@ -10,12 +10,9 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
-
-from benchmarks.clocks import Clock
-from benchmarks.peers import Peer
+from typing import Any, Final
 
 _SLOW_STRIDE: Final = 4
 
@@ -52,6 +49,13 @@ class Timings:
             }
         )
 
+    def rounded(self, digits: int = 2) -> dict[str, list[float | None]]:
+        """What is written of them."""
+        return {
+            peer: [None if t is None else round(t, digits) for t in times]
+            for peer, times in self.microseconds.items()
+        }
+
     def time(self, peer: str) -> Quartiles:
         return quartiles([t for t in self.microseconds[peer] if t is not None])
 
@@ -62,8 +66,8 @@ class Timings:
 
 
 def interleave(
-    peers: Mapping[str, Sequence[Peer]],
-    clock: Clock,
+    peers: Mapping[str, Sequence[Any]],
+    clock: Callable[[Sequence[Any]], Callable[[], tuple[float, ...]]],
     *,
     seconds: float,
     slow: Collection[str] = (),
@@ -74,7 +78,7 @@ def interleave(
 
     Args:
         peers: what to time, by name: the copies of each.
-        clock: what times them.
+        clock: what times them: makes of the copies what takes a sample.
         seconds: rounds begin until this time is over.
         slow: peers that take part in every fourth round only, to leave time for the others.
         least_rounds, most_rounds: how many rounds there are whatever the time.

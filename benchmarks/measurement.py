@@ -51,15 +51,8 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         own = {key: value for key, value in vars(self).items() if key not in ("timings", "host")}
-        times = {"microseconds": self.timings, "host_microseconds": self.host}
-        return own | {
-            key: {
-                name: [None if t is None else round(t, 2) for t in rounds]
-                for name, rounds in timings.microseconds.items()
-            }
-            for key, timings in times.items()
-            if timings is not None
-        }
+        own["microseconds"] = self.timings.rounded()
+        return own | ({"host_microseconds": self.host.rounded()} if self.host else {})
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Measurement:

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from benchmarks.breakdown import VALUES, WHOLE
+from benchmarks import breakdown, growth
 from benchmarks.measurement import Measurement
 from benchmarks.peers import ALGORITHMS, CLIPPING_PEERS, DESCRIPTIONS, PEERS
-from benchmarks.plan import LARGE_PEERS
 from benchmarks.table import number, plural, table, with_quartiles
 from benchmarks.targets import TARGETS, Target
-from benchmarks.workloads import IN_ONE_GROUP
 
 # Below it, what the allocator keeps and returns outweighs the tensors.
 _LEAST_ELEMENTS_FOR_MEMORY: Final = 1_000_000
@@ -37,16 +35,6 @@ _COLUMNS: Final = """\
 Median time of a step, and that time over recap_fast's (above 1: slower than recap_fast). Peak
 memory is by how much the process grows from before a peer's tensors are made to the peak of its
 second step: parameters, gradients, states and what the step needs besides.
-"""
-
-_SMALL_STEPS: Final = """\
-Warm Adam steps with one thread, ten in a row, by differences of medians, as
-`python -m benchmarks.breakdown` prints them.
-"""
-
-_LARGE: Final = f"""\
-Cold Adam steps with 1 thread. With 50 M elements and more there are only the peers that
-`one-50M-tensor` has ({", ".join(LARGE_PEERS)}), for the sake of memory.
 """
 
 _REPRODUCE: Final = """\
@@ -192,45 +180,6 @@ def _machine(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _small_steps(breakdown: Sequence[Mapping[str, Any]]) -> str:
-    """A column per workload, and one of what each further param group costs."""
-    times = {b["workload"]: b["microseconds"] for b in breakdown}
-    (many,) = [b for b in breakdown if b["workload"] == "many-groups-of-scalars"]
-    whole, single = many["microseconds"], times[f"many-groups-of-scalars{IN_ONE_GROUP}"]
-    groups, entries = many["groups"], many["entries"]
-    further = groups - 1
-    each = {part: (whole[part] - single[part]) * 1e3 / further for part in whole}
-    left = 0.3 * single[WHOLE] * 1e3 / further
-    in_dict = entries * many["nanoseconds_per_entry"]
-    return (
-        table(
-            ["", *(f"{name}, µs" for name in times), "each further group, ns"],
-            (
-                [part, *(f"{of[part]:.1f}" for of in times.values()), f"{each[part]:.0f}"]
-                for part in whole
-            ),
-        )
-        + f"""
-For {groups} groups to take at most 1.3 times as long as one, {left:.0f} ns are left for each
-further one. To compare the {entries} entries of its dict with those of the step before,
-any of which may have been set, takes {in_dict:.0f} ns, and to compute its values
-{each[VALUES]:.0f} ns; besides, its learning rate is read, and its optimizer's `state` and
-`param_groups` are looked up.
-"""
-    )
-
-
-def _growth(curves: Mapping[str, Any]) -> str:
-    """The figures of one dimension."""
-    rows = (
-        [peer, *("-" if time is None else number(time) for time in times)]
-        for peer, times in curves["microseconds"].items()
-    )
-    return (
-        f"### {curves['name'].capitalize()}\n\nMicroseconds by number of {curves['axis']}:\n\n"
-    ) + table([curves["name"], *(f"{size:,}" for size in curves["sizes"])], rows)
-
-
 def render(results: Mapping[str, Any], source: str) -> str:
     """The page.
 
@@ -251,10 +200,8 @@ def render(results: Mapping[str, Any], source: str) -> str:
         measurements=measurements,
         tables=_of_one_algorithm,
     )
-    if results.get("breakdown"):
-        parts += ["## Where the time of a small step goes\n", _SMALL_STEPS]
-        parts.append(_small_steps(results["breakdown"]))
-    if results.get("growth"):
-        parts += ["## Growth\n", _LARGE, *map(_growth, results["growth"])]
+    for name, section in (("breakdown", breakdown.section), ("growth", growth.section)):
+        if results.get(name):
+            parts.append(section(results[name]))
     parts += ["## How to reproduce\n", _REPRODUCE]
     return "\n".join(parts)

@@ -151,14 +151,13 @@ def measure(
     counts: Sequence[int] = (1, 2, 4), repeats: int = 3, steps: int = 50
 ) -> dict[str, list[dict[str, Any]]]:
     """Every case takes its turn in each repeat; the bytes are those of the last."""
-    cases = [(count, sharding, "ddp") for count in counts if count > 1 for sharding in SHARDINGS]
-    cases += [(count, "table_wise", "fsdp") for count in counts if count > 1]
-    cases += [(count, "table_wise", "-") for count in counts if count == 1]
+    many = [*((sharding, "ddp") for sharding in SHARDINGS), ("table_wise", "fsdp")]
     throughput, traffic = [], []
-    for count, sharding, dense in sorted(cases):
-        case = {"processes": count, "sharding": sharding, "dense": dense}
-        throughput.append(case | {"ratings_per_second": [], "step_ms": [], "optimizer_ms": []})
-        traffic.append(case)
+    for count in counts:
+        for sharding, dense in many if count > 1 else [("table_wise", "-")]:
+            case = {"processes": count, "sharding": sharding, "dense": dense}
+            throughput.append(case | {"ratings_per_second": [], "step_ms": [], "optimizer_ms": []})
+            traffic.append(case)
     for _ in range(repeats):
         for timings, counted in zip(throughput, traffic, strict=True):
             with tempfile.TemporaryDirectory() as folder:
@@ -188,22 +187,33 @@ def throughput_table(results: Mapping[str, Any]) -> str:
     return table(header, rows)
 
 
+def compared(e: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Bytes that a process sends in a step: of what, as counted, and by the formulas."""
+    count, sharding, ratings = e["processes"], e["sharding"], RATINGS // e["processes"]
+    each = e["number_of_ids"] / ratings / FEATURES
+    ids, pooled = tables_by_formula(sharding, count, ratings, FEATURES, each, DIM)
+    dense = dense_by_formula(e["dense"], e["dense_elements"], count)
+    if e["dense"] == "fsdp":  # by the calls of torchrec
+        return [("dense, FSDP2", e["floats"] - 2 * pooled, dense)]
+    return [
+        ("ids", e["ids"], ids),
+        ("pooled, both ways", e["floats"], 2 * pooled),
+        ("dense, DDP", e["ddp"], dense),
+    ]
+
+
 def traffic_table(results: Mapping[str, Any]) -> str:
-    """What was counted, and what the formulas say of the same."""
-    rows = []
-    for e in results["traffic"]:
-        count, sharding, ratings = e["processes"], e["sharding"], RATINGS // e["processes"]
-        each = e["number_of_ids"] / ratings / FEATURES
-        ids, pooled = tables_by_formula(sharding, count, ratings, FEATURES, each, DIM)
-        dense = dense_by_formula(e["dense"], e["dense_elements"], count)
-        parts = [("dense, FSDP2", e["floats"] - 2 * pooled, dense)]  # by the calls of torchrec
-        if e["dense"] == "ddp":
-            parts = [("ids", e["ids"], ids), ("pooled, both ways", e["floats"], 2 * pooled)]
-            parts.append(("dense, DDP", e["ddp"], dense))
-        for name, *figures in parts:
-            kilobytes = (f"{figure / 1e3:,.1f}" for figure in figures)
-            rows.append([f"{count} processes, {sharding}: {name}", *kilobytes])
-    return table(["kB that a process sends in a step", "counted", "by formula"], rows)
+    return table(
+        ["kB that a process sends in a step", "counted", "by formula"],
+        (
+            [
+                f"{e['processes']} processes, {e['sharding']}: {name}",
+                *(f"{figure / 1e3:,.1f}" for figure in figures),
+            ]
+            for e in results["traffic"]
+            for name, *figures in compared(e)
+        ),
+    )
 
 
 if __name__ == "__main__":

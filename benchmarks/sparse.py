@@ -71,7 +71,7 @@ class _Table(Peer):
     renew_gradients = restore_gradients
 
 
-def measure_one(
+def _measure(
     algorithm: str, rows: int, threads: Iterable[int], seconds: float
 ) -> Iterator[dict[str, Any]]:
     """Times it warm and cold with each number of threads, for so long each."""
@@ -85,17 +85,14 @@ def measure_one(
         torch.set_num_threads(count)
         (timings,) = interleave(tables, HostClock(cache), seconds=seconds)
         case = {"algorithm": algorithm, "rows": rows, "threads": count, "cache": cache}
-        rounded = {
-            name: [t and round(t, 1) for t in times] for name, times in timings.microseconds.items()
-        }
-        yield case | {"microseconds": rounded}
+        yield case | {"microseconds": timings.rounded(1)}
 
 
 def measure(threads: Sequence[int], seconds: float) -> Iterator[dict[str, Any]]:
     """Every algorithm, and one on a table of a tenth of the rows."""
-    yield from measure_one("Adagrad", ROWS // 10, threads[:1], seconds)
+    yield from _measure("Adagrad", ROWS // 10, threads[:1], seconds)
     for algorithm in ALGORITHMS:
-        yield from measure_one(algorithm, ROWS, threads, seconds)
+        yield from _measure(algorithm, ROWS, threads, seconds)
 
 
 def _row(measured: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import scaling
-from benchmarks.scaling import DIM, FEATURES, RATINGS, SHARDINGS
+from benchmarks.scaling import RATINGS, SHARDINGS
 
 pytestmark = pytest.mark.long
 
@@ -24,12 +24,6 @@ def test_every_number_of_processes_is_timed_and_counted() -> None:
     assert {(e["processes"], e["sharding"], e["dense"]) for e in results["traffic"]} == counted
     assert scaling.throughput_table(results).count("\n") == 2 + 3
     for entry in results["traffic"]:
-        ids, pooled = scaling.tables_by_formula(
-            *(entry["sharding"], 2, RATINGS // 2, FEATURES),
-            *(entry["number_of_ids"] / (RATINGS // 2) / FEATURES, DIM),
-        )
-        assert entry["ids"] == pytest.approx(ids, rel=0.05)  # ids of a batch are drawn
-        if entry["dense"] == "ddp":
-            assert entry["floats"] == pytest.approx(2 * pooled)
-            dense = scaling.dense_by_formula("ddp", entry["dense_elements"], 2)
-            assert entry["ddp"] == pytest.approx(dense)
+        for name, sent, formula in scaling.compared(entry):
+            if entry["dense"] == "ddp":  # ids of a batch are drawn
+                assert sent == pytest.approx(formula, rel=0.05 if name == "ids" else None)

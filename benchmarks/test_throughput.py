@@ -1,4 +1,5 @@
-"""The workloads and peers as a pytest-benchmark suite, a table for each workload and algorithm:
+"""What a run on a CPU measures, as a pytest-benchmark suite: a table for each workload, algorithm
+and state of the caches:
 
     make bench-suite [SUITE='-k "scalars and adam"']
 
@@ -16,28 +17,21 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import peers, workloads
-from benchmarks.plan import LARGE_PEERS
+from benchmarks import peers, plan, workloads
+from benchmarks.clocks import Cache, HostClock
 from benchmarks.workloads import Workload
 
-_EVICT = torch.zeros(96 * 2**20 // 4)
-
-# These take long with the other peers, which the report measures.
-_PEERS = {
-    "ranker-36M": ("recap_fast", "reference", "torch fused", "DeepSpeed", "ceiling"),
-    "one-50M-tensor": LARGE_PEERS,
-    "ranker-48M": ("recap_fast", "reference", "torch fused", "DeepSpeed", "ceiling"),
-}
 _CASES = [
     pytest.param(
-        *(workload, algorithm, cache, peer),
-        id=f"{workload}-{algorithm}-{cache}-{peer.replace(' ', '_')}",
+        *(case, cache, peer),
+        id=f"{case.workload}-{case.algorithm}-{cache}-{peer.replace(' ', '_')}",
     )
-    for workload in workloads.NAMES
-    for algorithm in peers.ALGORITHMS
-    for cache in ("cold", "warm")
-    for peer in _PEERS.get(workload, peers.PEERS)
+    for case in plan.CASES
+    for cache in case.caches
+    for peer in case.peers
 ]
+_workload = functools.cache(workloads.by_name)
+_clock = functools.cache(HostClock)
 
 
 def _smaller(workload: Workload) -> Workload:
@@ -48,41 +42,24 @@ def _smaller(workload: Workload) -> Workload:
     return Workload(workload.name, workload.description, groups)
 
 
-@functools.cache
-def _workload(name: str) -> Workload:
-    return workloads.by_name(name)
-
-
-@pytest.mark.parametrize(("workload_name", "algorithm", "cache", "peer_name"), _CASES)
-def test_step(
-    benchmark: Any, workload_name: str, algorithm: str, cache: str, peer_name: str
-) -> None:
-    benchmark.group = f"{workload_name}, {algorithm}, {cache}"
+@pytest.mark.parametrize(("case", "cache", "peer_name"), _CASES)
+def test_step(benchmark: Any, case: plan.Case, cache: Cache, peer_name: str) -> None:
+    benchmark.group = f"{case.workload}, {case.algorithm}, {cache}"
     try:
-        workload = _workload(workload_name)
+        workload = _workload(case.workload)
     except ImportError as reason:
         pytest.skip(f"the demo needs a package that is not installed: {reason}")
     if not benchmark.enabled:
         workload = _smaller(workload)
     try:
-        peer = peers.build(peer_name, peers.initial_values(workload), algorithm)
+        peer = peers.build_and_step(peer_name, peers.initial_values(workload), case.algorithm)
     except peers.Unavailable as reason:
         pytest.skip(str(reason))
     before = peer.params[0].detach().clone()
-    peer.step()
-
-    def set_up() -> None:
-        if cache == "cold":
-            peer.renew_gradients()
-            if benchmark.enabled:
-                _EVICT.add_(1.0)
-        else:
-            peer.restore_gradients()
-        peer.set_learning_rates()
-
+    prepare = functools.partial(_clock(cache).prepare, peer)
     rounds = 5 if workload.elements > 10**7 else 15
-    warm_up = 1 if cache == "warm" else 0
-    benchmark.pedantic(peer.step, setup=set_up, rounds=rounds, warmup_rounds=warm_up)
-    benchmark.extra_info["megabytes per step"] = peers.bytes_per_step(workload, algorithm) / 1e6
+    benchmark.pedantic(peer.step, setup=prepare, rounds=rounds)
+    moved = peers.bytes_per_step(workload, case.algorithm)
+    benchmark.extra_info["megabytes per step"] = moved / 1e6
     if peer_name != "ceiling":  # it writes, but next to nothing
         assert not torch.equal(peer.params[0], before)

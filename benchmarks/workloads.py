@@ -123,12 +123,10 @@ _SYNTHETIC: Final = {
 NAMES: Final = (*_SYNTHETIC, "demo")
 
 
-def demo() -> Workload:
-    """The dense param groups of the demo's model.
-
-    Raises:
-        ImportError: the demo needs a package that is not installed.
-    """
+def by_name(name: str) -> Workload:
+    """Raises KeyError for an unknown name, ImportError for a demo that cannot be built here."""
+    if name != "demo":
+        return _SYNTHETIC[name]
     from examples.movielens.model import build_model, optimizer_configs
     from recap_fast.embeddings import find_fused_optimizer, fuse_embeddings
     from recap_fast.groups.assign import group_parameters
@@ -138,15 +136,5 @@ def demo() -> Workload:
     fused = find_fused_optimizer(model)
     assert fused is not None
     groups = group_parameters(model, dense_config, embedding_config, fused.params)
-    return Workload(
-        "demo",
-        "the dense groups of `make demo`",
-        tuple(tuple(tuple(p.shape) for p in group.params.values()) for group in groups),
-    )
-
-
-def by_name(name: str) -> Workload:
-    """Raises KeyError for an unknown name, ImportError for a demo that cannot be built here."""
-    if name == "demo":
-        return demo()
-    return _SYNTHETIC[name]
+    shapes = tuple(tuple(tuple(p.shape) for p in group.params.values()) for group in groups)
+    return Workload("demo", "the dense groups of `make demo`", shapes)

@@ -21,7 +21,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 
 from benchmarks import scaling, workloads
 from benchmarks.documents import ROOT
-from benchmarks.scaling import DIM, FEATURES, RATINGS, SHARDINGS
+from benchmarks.scaling import SHARDINGS
 from benchmarks.table import number
 from recap_fast.embeddings.algorithms import TABLE_ALGORITHMS
 
@@ -164,13 +164,6 @@ def test_what_was_counted_is_what_the_formulas_say() -> None:
     traffic = results()["traffic"]
     assert {(e["processes"], e["sharding"]) for e in traffic} >= set(product((2, 4), SHARDINGS))
     for e in traffic:
-        if e["dense"] != "ddp":
-            continue
-        gpus, ratings = e["processes"], RATINGS // e["processes"]
-        each = e["number_of_ids"] / ratings / FEATURES
-        ids, pooled = scaling.tables_by_formula(e["sharding"], gpus, ratings, FEATURES, each, DIM)
-        # Where a genre's ids go depends on the batch.
-        assert e["ids"] == pytest.approx(ids, rel=0.02)
-        assert e["floats"] == pytest.approx(2 * pooled)
-        dense = scaling.dense_by_formula("ddp", e["dense_elements"], gpus)
-        assert e["ddp"] == pytest.approx(dense)
+        for name, sent, formula in scaling.compared(e):
+            if e["dense"] == "ddp":  # where a genre's ids go depends on the batch
+                assert sent == pytest.approx(formula, rel=0.02 if name == "ids" else None)
