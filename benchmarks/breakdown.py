@@ -1,12 +1,11 @@
 """Where the time of one small step goes: `python -m benchmarks.breakdown [WORKLOAD]`.
 
 The parts cannot be timed apart from outside, so the same call is timed from further and further
-inside, and on workloads that lack one part after another; the differences are reported:
+inside, and without gradients; the differences are reported:
 
 * `optimizer.step()`, the stepper's step, the native call alone: the Python around each;
-* tensors that have a gradient but no elements: everything but the loops over elements;
-* the same tensors without gradients: the checks that nothing has changed since the plan was made;
-* the same again with further entries in each param group, which are compared and no more.
+* the native call over tensors without gradients: the checks that nothing has changed since the
+  plan was made.
 """
 
 from __future__ import annotations
@@ -25,26 +24,13 @@ from benchmarks.workloads import IN_ONE_GROUP, Workload
 
 _ROUNDS: Final = 100
 _CALLS: Final = 10
-_FURTHER_ENTRIES: Final = 16
 
 _WHOLE: Final = "optimizer.step()"
-_VALUES: Final = "- gradients and values of the step"
 
 _HOW: Final = """\
 Warm Adam steps with one thread, ten in a row, by differences of medians, as
 `python -m benchmarks.breakdown` prints them.
 """
-
-
-def _without_elements(peer: peers.Peer) -> None:
-    """Cuts parameters and gradients to no elements, before the first step makes the states."""
-    for param in peer.params:
-        assert param.grad is not None
-        grad = param.grad
-        param.grad = None
-        # Views, since a tensor without memory would be a special case.
-        param.data = param.data.flatten()[:0]
-        param.grad = grad.flatten()[:0]
 
 
 def _build(workload: Workload) -> peers.Peer:
@@ -83,79 +69,50 @@ def _medians(**calls: Callable[[], Any]) -> dict[str, float]:
     return {name: timings.time(name).median for name in calls}
 
 
-def _still(workload: Workload) -> peers.Peer:
-    """A step of it checks that the plan holds, and finds no gradient."""
-    peer = _build(workload)
-    _without_elements(peer)
-    return peer
-
-
 def parts(workload: Workload) -> dict[str, float]:
     """Microseconds of a warm step of `recap_fast` with Adam, in all and by part."""
-    whole, empty, still = _build(workload), _build(workload), _still(workload)
-    _without_elements(empty)
-    stepper = _stepper(whole)
-    native_of = {"empty": _native_call(empty), "still": _native_call(still)}
+    whole, still = _build(workload), _build(workload)
+    stepper, checks = _stepper(whole), _native_call(still)
     for param in still.params:
         param.grad = None
     times = _medians(
-        step=whole.step, stepper=stepper.step_plainly, native=_native_call(whole), **native_of
+        step=whole.step, stepper=stepper.step_plainly, native=_native_call(whole), checks=checks
     )
     return {
         _WHOLE: times["step"],
         "- torch's and our Python around it": times["step"] - times["stepper"],
         "- Python of the stepper": times["stepper"] - times["native"],
-        "- checks that the plan holds": times["still"],
-        _VALUES: times["empty"] - times["still"],
-        "- loops over elements": times["native"] - times["empty"],
+        "- checks that the plan holds": times["checks"],
+        "- gradients, values and loops": times["native"] - times["checks"],
     }
 
 
-def nanoseconds_per_entry(workload: Workload) -> float:
-    """What it takes to compare one entry of a param group with that of the step before."""
-    few, many = _still(workload), _still(workload)
-    for group in many.param_groups:
-        group.update({f"entry {i}": i for i in range(_FURTHER_ENTRIES)})
-    calls = {"few": _native_call(few), "many": _native_call(many)}
-    for param in few.params + many.params:
-        param.grad = None
-    times = _medians(**calls)
-    further = _FURTHER_ENTRIES * len(workload.groups)
-    return (times["many"] - times["few"]) * 1e3 / further
-
-
 def measure() -> Iterator[dict[str, Any]]:
-    """The parts of steps of scalars with one thread, and what an entry of a param group costs."""
+    """The parts of steps of scalars with one thread."""
     torch.set_num_threads(1)
     many = workloads.MANY_GROUPS_OF_SCALARS
     for workload in (workloads.SCALARS, many, many.in_one_group()):
         groups = len(workload.groups)
-        found = {"workload": workload.name, "groups": groups, "microseconds": parts(workload)}
-        if workload is many:
-            found["nanoseconds_per_entry"] = nanoseconds_per_entry(many)
-            found["entries"] = len(_build(many).param_groups[0])
-        yield found
+        yield {"workload": workload.name, "groups": groups, "microseconds": parts(workload)}
 
 
 def section(found: Sequence[Mapping[str, Any]]) -> str:
     """What the page says: a column per workload, and one of what each further param group costs."""
     times = {each["workload"]: each["microseconds"] for each in found}
-    (many,) = [each for each in found if "entries" in each]
+    (many,) = [each for each in found if each["workload"] == "many-groups-of-scalars"]
     whole, single = many["microseconds"], times[many["workload"] + IN_ONE_GROUP]
-    groups, entries = many["groups"], many["entries"]
-    each = {part: (whole[part] - single[part]) * 1e3 / (groups - 1) for part in whole}
-    left = 0.3 * single[_WHOLE] * 1e3 / (groups - 1)
-    in_dict = entries * many["nanoseconds_per_entry"]
+    further = many["groups"] - 1
+    each = {part: (whole[part] - single[part]) * 1e3 / further for part in whole}
     header = ["", *(f"{name}, µs" for name in times), "each further group, ns"]
     rows = (
         [part, *(f"{of[part]:.1f}" for of in times.values()), f"{each[part]:.0f}"] for part in whole
     )
+    left = 0.3 * single[_WHOLE] * 1e3 / further
     explained = f"""\
-For {groups} groups to take at most 1.3 times as long as one, {left:.0f} ns are left for each
-further one. To compare the {entries} entries of its dict with those of the step before,
-any of which may have been set, takes {in_dict:.0f} ns, and to compute its values
-{each[_VALUES]:.0f} ns; besides, its learning rate is read, and its optimizer's `state` and
-`param_groups` are looked up.
+For {many["groups"]} groups to take at most 1.3 times as long as one, {left:.0f} ns are left for
+each further one: to compare its dict with that of the step before, any entry of which may have been
+set, to read its learning rate, to compute its values, and to look up its optimizer's `state` and
+`param_groups`.
 """
     heading = "## Where the time of a small step goes\n"
     return "\n".join([heading, _HOW, table(header, rows), explained])

@@ -15,4 +15,3 @@ def test_the_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = parts.pop("optimizer.step()")
     assert whole > 0
     assert sum(parts.values()) == pytest.approx(whole)
-    assert 0 < abs(breakdown.nanoseconds_per_entry(workload)) < 1000
