@@ -15,6 +15,11 @@ from collections import Counter
 from collections.abc import Generator
 
 import pytest
+
+# Threads that spin at the end of each loop take the cores from other tests' workers. To be read by
+# the library of threads, which comes with torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch  # its libraries must be loaded before an extension that uses them
 
 
