@@ -10,6 +10,7 @@ inside, and without gradients; the differences are reported:
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,24 +49,23 @@ def _stepper(peer: peers.Peer) -> Any:
     return peer.step.__self__._stepper  # type: ignore[attr-defined]
 
 
-def _ten_calls(calls: Sequence[Callable[[], Any]]) -> Callable[[], tuple[float]]:
-    """A clock: the mean of ten calls in a row, after one."""
-    (call,) = calls
-
-    def sample() -> tuple[float]:
+def _ten_calls(call: Callable[[], Any]) -> tuple[float]:
+    """The mean of ten calls in a row, after one."""
+    call()
+    begin = time.perf_counter_ns()
+    for _ in range(_CALLS):
         call()
-        begin = time.perf_counter_ns()
-        for _ in range(_CALLS):
-            call()
-        return ((time.perf_counter_ns() - begin) / 1e3 / _CALLS,)
-
-    return sample
+    return ((time.perf_counter_ns() - begin) / 1e3 / _CALLS,)
 
 
 def _medians(**calls: Callable[[], Any]) -> dict[str, float]:
     """Microseconds of each call, taken in turn."""
+
+    def clock(copies: Sequence[Callable[[], Any]]) -> Callable[[], tuple[float]]:
+        return functools.partial(_ten_calls, *copies)
+
     each = {name: [call] for name, call in calls.items()}
-    (timings,) = interleave(each, _ten_calls, seconds=0, least_rounds=_ROUNDS)
+    (timings,) = interleave(each, clock, seconds=0, least_rounds=_ROUNDS)
     return {name: timings.time(name).median for name in calls}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 import time
@@ -53,17 +54,13 @@ class Comparison:
     difference: float
 
 
+def _sample(cache: Cache, side: Side) -> tuple[float]:
+    time.sleep(_PAUSE_SECONDS)
+    return (side.step(cache),)
+
+
 def _clock(cache: Cache) -> Callable[[Sequence[Side]], Callable[[], tuple[float]]]:
-    def sampler(sides: Sequence[Side]) -> Callable[[], tuple[float]]:
-        (side,) = sides
-
-        def sample() -> tuple[float]:
-            time.sleep(_PAUSE_SECONDS)
-            return (side.step(cache),)
-
-        return sample
-
-    return sampler
+    return lambda sides: functools.partial(_sample, cache, *sides)
 
 
 def _difference(sides: Iterable[Side]) -> float:
