@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from benchmarks import revision, workloads
 from benchmarks.clocks import Cache
 from benchmarks.interleave import Timings, interleave
@@ -65,7 +67,10 @@ def _clock(cache: Cache) -> Callable[[Sequence[Side]], Callable[[], tuple[float]
 
 def _difference(sides: Iterable[Side]) -> float:
     pairs = zip(*(side.parameters() for side in sides), strict=True)
-    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
+    return max(
+        float((a - b).abs().nan_to_num(nan=torch.inf).max() / a.abs().max().clamp_min(1e-30))
+        for a, b in pairs
+    )
 
 
 def compare(
