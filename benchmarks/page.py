@@ -40,7 +40,7 @@ second step: parameters, gradients, states and what the step needs besides.
 _REPRODUCE: Final = """\
 On a machine that does nothing else:
 
-    make bench                         # all of this page; under ten minutes on 2 cores, 10 GB
+    make bench                         # all of this page; twelve minutes on 2 cores, 10 GB
     make bench-compare BASE=HEAD~1     # another revision and the work tree, step by step in turn
     make bench-suite                   # throughput by pytest-benchmark, a table for each workload
 

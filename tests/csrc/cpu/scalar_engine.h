@@ -1,61 +1,12 @@
 // The slow, obvious engine: one element after another, straight from the algorithms.
 #pragma once
 
-#include <utility>
-
-#include "numerics/storage.h"
 #include "plan/plan.h"
 #include "plan/step.h"
 
 namespace scalar {
 
-template <typename Algorithm, typename T>
-void update_elements(const recap::Values& values, const recap::Slot& slot, const void* grad) {
-  using C = typename recap::Compute<T>::type;
-  const auto& h = values.in<C>().template of<Algorithm>();
-  for (int64_t i = 0; i < slot.size; ++i) {
-    T& param = static_cast<T*>(slot.param)[i];
-    C wide_param = recap::load(param);
-    C wide_state[recap::kMaxStates] = {};
-    for (int k = 0; k < Algorithm::kStates; ++k) {
-      wide_state[k] = recap::load(static_cast<T*>(slot.state[k])[i]);
-    }
-    Algorithm::update(h, recap::load(static_cast<const T*>(grad)[i]), wide_param, wide_state);
-    recap::store(wide_param, param);
-    for (int k = 0; k < Algorithm::kStates; ++k) {
-      recap::store(wide_state[k], static_cast<T*>(slot.state[k])[i]);
-    }
-  }
-}
-
-template <typename T, int... kUpdate>
-void update_slot(const recap::Values& values, const recap::Slot& slot, const void* grad,
-                 std::integer_sequence<int, kUpdate...>) {
-  const auto choose = [&](auto update) {
-    using Algorithm = typename recap::UpdateType<static_cast<recap::Update>(update())>::type;
-    if (update() == static_cast<int>(values.update))
-      update_elements<Algorithm, T>(values, slot, grad);
-  };
-  (choose(std::integral_constant<int, kUpdate>()), ...);
-}
-
-inline void run(const recap::Plan& plan, const recap::Step& step) {
-  constexpr std::make_integer_sequence<int, recap::kUpdates> kAll;
-  for (size_t i = 0; i < plan.slots.size(); ++i) {
-    if (!step.grads[i]) continue;
-    const recap::Slot& slot = plan.slots[i];
-    const recap::Values& values = step.values[step.values_of_slot[i]];
-    switch (slot.dtype) {
-      case recap::Dtype::float32: update_slot<float>(values, slot, step.grads[i], kAll); break;
-      case recap::Dtype::float64: update_slot<double>(values, slot, step.grads[i], kAll); break;
-      case recap::Dtype::bfloat16:
-        update_slot<recap::BFloat16>(values, slot, step.grads[i], kAll);
-        break;
-      case recap::Dtype::float16:
-        update_slot<recap::Float16>(values, slot, step.grads[i], kAll);
-        break;
-    }
-  }
-}
+void update(const recap::Values& values, const recap::Slot& slot, const void* grad);
+void run(const recap::Plan& plan, const recap::Step& step);
 
 }  // namespace scalar

@@ -98,8 +98,7 @@ class Table {
         slot.size = width_;
         slot.param = param;
         for (int k = 0; k < states_; ++k) slot.state[k] = reinterpret_cast<T*>(data(2 + k)) + at;
-        constexpr std::make_integer_sequence<int, recap::kUpdates> kAll;
-        scalar::update_slot<T>(step.values[0], slot, grad, kAll);
+        scalar::update(step.values[0], slot, grad);
       }
     }
   }

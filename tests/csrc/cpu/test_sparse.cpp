@@ -1,6 +1,7 @@
 // Sparse gradients against their sums, one row after the other, in the scalar engine: the same bits
 // for any type, instruction set and number of threads, and rows without lookups untouched.
 #include <thread>
+#include <type_traits>
 
 #include "check.h"
 #include "compare.h"
@@ -87,11 +88,11 @@ class Table {
         }
       }
       recap::Slot slot;
+      slot.dtype = std::is_same_v<C, double> ? recap::Dtype::float64 : recap::Dtype::float32;
       slot.size = width_;
       slot.param = wide[0].data();
       for (int k = 0; k < states_; ++k) slot.state[k] = wide[1 + k].data();
-      constexpr std::make_integer_sequence<int, recap::kUpdates> kAll;
-      scalar::update_slot<C>(step.values[0], slot, grad.data(), kAll);
+      scalar::update(step.values[0], slot, grad.data());
       for (int array = 0; array < 1 + states_; ++array) {
         for (int64_t k = 0; k < width_; ++k) {
           recap::store(wide[array][k], element(array, row * width_ + k));
