@@ -100,7 +100,7 @@ class StateMemory:
     Args:
         goes_on: where this thread last did so. A model may have an optimizer for each param group,
             which places its state by itself; a step over all of them reads blocks that are full,
-            and few. Up to 4 MB of them are kept for the next.
+            and few. The last of each kind, of at most 1 MB, is kept for the next optimizer.
     """
 
     def __init__(self, *, goes_on: bool = False) -> None:
