@@ -40,6 +40,9 @@ _PROCESSES: Final = 5
 _PAUSE_SECONDS: Final = 0.02
 
 
+_LEAST: Final = 1e-30
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One workload, algorithm, number of threads and cache state.
@@ -48,7 +51,7 @@ class Comparison:
         label: which.
         timings: of a step of "base" and of "tree".
         difference: largest difference between the parameters of both after all steps, relative to
-            the largest parameter of its tensor.
+            the largest parameter of its tensor; 0 means that all have the same bits.
     """
 
     label: str
@@ -66,11 +69,13 @@ def _clock(cache: Cache) -> Callable[[Sequence[Side]], Callable[[], tuple[float]
 
 
 def _difference(sides: Iterable[Side]) -> float:
-    pairs = zip(*(side.parameters() for side in sides), strict=True)
-    return max(
-        float((a - b).abs().nan_to_num(nan=torch.inf).max() / a.abs().max().clamp_min(1e-30))
-        for a, b in pairs
-    )
+    found = 0.0
+    for a, b in zip(*(side.parameters() for side in sides), strict=True):
+        if not torch.equal(a.view(torch.int32), b.view(torch.int32)):
+            furthest = (a - b).abs().nan_to_num(nan=torch.inf).max()
+            relative = float(furthest / a.abs().max().clamp_min(_LEAST))
+            found = max(found, relative, _LEAST)  # zeros may differ in their signs
+    return found
 
 
 def compare(
@@ -95,7 +100,7 @@ def compare(
         least_rounds: how many rounds each combination has in each process whatever the time.
     """
     for count in threads:
-        timings: dict[str, list[Timings]] = {}
+        timings: dict[tuple[str, Cache], list[Timings]] = {}
         differences: dict[str, float] = {}
         for _ in range(processes):
             with Side(base, count) as base_side, Side(tree, count) as tree_side:
@@ -103,18 +108,18 @@ def compare(
                 for workload, algorithm in itertools.product(chosen, algorithms):
                     for (side,) in sides.values():
                         side.load(workload.groups, algorithm)
+                    case = f"{workload.name}, {algorithm}, {plural(count, 'thread')}"
                     for cache in _CACHES:
                         (timed,) = interleave(
                             *(sides, _clock(cache)),
                             seconds=seconds / processes,
                             least_rounds=least_rounds,
                         )
-                        label = f"{workload.name}, {algorithm}, {plural(count, 'thread')}, {cache}"
-                        timings.setdefault(label, []).append(timed)
-                        differs = _difference((base_side, tree_side))
-                        differences[label] = max(differences.get(label, 0.0), differs)
-        for label, parts in timings.items():
-            yield Comparison(label, Timings.joined(parts), differences[label])
+                        timings.setdefault((case, cache), []).append(timed)
+                    differs = _difference((base_side, tree_side))
+                    differences[case] = max(differences.get(case, 0.0), differs)
+        for (case, cache), parts in timings.items():
+            yield Comparison(f"{case}, {cache}", Timings.joined(parts), differences[case])
 
 
 def render(comparisons: Iterable[Comparison], base: str) -> str:
@@ -126,7 +131,7 @@ def render(comparisons: Iterable[Comparison], base: str) -> str:
                 c.label,
                 *(f"{number(c.timings.time(side).median)} µs" for side in ("base", "tree")),
                 with_quartiles(c.timings.ratio("tree", "base")),
-                f"differ by {c.difference:.1e}" if c.difference else "equal",
+                f"differ by {c.difference:.1e}" if c.difference else "same bits",
             ]
             for c in comparisons
         ),

@@ -65,7 +65,7 @@ def _compare(base: Path, tree: Path, processes: int = 1) -> list[compare.Compari
     )
 
 
-def test_equal_sides_have_equal_parameters(older: Path, same: Path) -> None:
+def test_equal_sides_have_the_same_bits(older: Path, same: Path) -> None:
     comparisons = _compare(older, same, processes=2)
     assert [c.label for c in comparisons] == [
         "small, adam, 1 thread, cold",

@@ -72,6 +72,7 @@ def test_kernels_copies_and_sets_are_counted() -> None:
         _MARKER,
         _event("cpu_op", "aten::add"),
         _event("cuda_runtime", "cudaLaunchKernel"),
+        _event("gpu_user_annotation", "Optimizer.step#FusedAdam.step"),
         *[_event("kernel", step)] * 2,
         _event("kernel", "other"),
         _event("gpu_memcpy", "Memcpy HtoD (Pageable -> Device)"),
@@ -94,7 +95,9 @@ def test_a_trace_without_both_markers_proves_nothing(markers: int) -> None:
     ("name", "expected"),
     [
         ("NVIDIA H100 80GB HBM3", "nvidia-h100"),
+        ("NVIDIA H200", "nvidia-h200"),
         ("NVIDIA A100-SXM4-40GB", "nvidia-a100-sxm4"),
+        ("NVIDIA H100 PCIe", "nvidia-h100-pcie"),
         ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"),
     ],
 )
@@ -160,7 +163,10 @@ def test_a_batch_goes_through_all_copies(
 def test_times_are_those_of_one_step(no_device: None) -> None:
     steps = {"fast": lambda: None, "slow": lambda: time.sleep(0.002)}
     built = {name: [Peer(step, [{"lr": 0.1}], [])] for name, step in steps.items()}
-    for timings in interleave(built, clocks.device_clock, seconds=0):
+    for timings in interleave(
+        *(built, clocks.device_clock), seconds=0, slow=("slow",), least_rounds=5
+    ):
+        assert [t is None for t in timings.microseconds["slow"]] == [False, *[True] * 3, False]
         assert len(timings.microseconds["fast"]) == 5
         assert timings.time("slow").median > 2_000
         assert timings.time("fast").median < 1_000
@@ -212,7 +218,10 @@ def test_a_run_measures_every_case_and_the_page_shows_it(run: Any, tmp_path: Pat
     text = page.read_text()
     assert "# Performance on NVIDIA H100 80GB HBM3" in text
     assert "3,000.0 GB/s" in text and "1 and 0 met" in text
-    assert text.count("### ") == 2 and text.count("| recap_fast, one optimizer |") == 4
+    assert text.count("### ") == 2 and "### one-50M-tensor: tiny one-50M-tensor" in text
+    assert text.count("| recap_fast, one optimizer |") == 4
+    for algorithm in ("Adam", "SGD"):
+        assert f"**{algorithm}, warm**" in text
     page.unlink()
     assert report.main(["--documents-from", str(path)]) == 0
     assert page.read_text() == text

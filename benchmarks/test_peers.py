@@ -35,7 +35,7 @@ def test_every_peer_takes_the_step_of_the_for_loop(name: str, algorithm: str) ->
     for param, expected in zip(peer.params, oracle.params, strict=True):
         torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
     rates = [group["lr"] for group in peer.param_groups]
-    assert len(set(rates)) == len(_SMALL.groups)
+    assert rates == pytest.approx([1e-4, 1e-4 * 4 / 3, 1e-4 * 5 / 3])
 
 
 @pytest.mark.parametrize("algorithm", peers.ALGORITHMS)
@@ -66,6 +66,23 @@ def test_peers_share_no_memory() -> None:
         tensors += peer.params
         tensors += [param.grad for param in peer.params]
     assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+
+
+def test_overwritten_gradients_are_put_back() -> None:
+    originals = [torch.ones(3), torch.ones(2)]
+    params = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in originals]
+
+    def step() -> None:
+        for param in params:
+            param.grad.mul_(1e-3)
+
+    peer = peers.Peer(step, [], params, originals)
+    for param, original in zip(params, originals, strict=True):
+        param.grad = original.clone()
+    for renew in (peer.restore_gradients, peer.renew_gradients):
+        peer.step()
+        renew()
+        assert all(bool((param.grad == 1).all()) for param in params)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +134,29 @@ def test_the_ceiling_reads_and_writes_every_element(states: int, threads: int) -
     assert all(bool((grad == 1e6).all()) for grad in grads)
 
 
-def test_the_rankers_have_their_sizes() -> None:
-    ours, original = workloads.RANKER_36M, workloads.RANKER_48M
-    assert (len(ours.groups), ours.tensors, ours.elements) == (12, 128, 36_008_619)
-    assert (len(original.groups), original.tensors) == (11, 104)
-    assert original.elements == pytest.approx(48.1e6, rel=1e-3)
+@pytest.mark.parametrize(
+    ("workload", "groups", "tensors", "elements"),
+    [
+        (workloads.RANKER_36M, 12, 128, 36_008_619),
+        (workloads.MIXED_SIZES, 12, 480, None),
+        (workloads.ONE_50M_TENSOR, 1, 1, 50_000_000),
+        (workloads.MANY_GROUPS, 100, 400, 409_600),
+        (workloads.SCALARS, 12, 480, 480),
+        (workloads.MANY_GROUPS_OF_SCALARS, 100, 400, 400),
+        (workloads.RANKER_48M, 11, 104, None),
+    ],
+    ids=lambda value: value.name if isinstance(value, Workload) else None,
+)
+def test_the_workloads_have_their_sizes(
+    workload: Workload, groups: int, tensors: int, elements: int | None
+) -> None:
+    assert len(workload.groups) == groups
+    assert workload.tensors == tensors
+    assert elements is None or workload.elements == elements
+
+
+def test_the_larger_ranker_is_of_48_million_elements() -> None:
+    assert workloads.RANKER_48M.elements == pytest.approx(48.1e6, rel=1e-3)
 
 
 def test_bytes_of_an_element() -> None:

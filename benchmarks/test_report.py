@@ -9,11 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import breakdown, documents, gpu_page, headline, machine, page, pictures, report
+from benchmarks import (
+    breakdown,
+    documents,
+    gpu_page,
+    headline,
+    machine,
+    page,
+    pictures,
+    report,
+    sparse,
+)
 from benchmarks.clocks import HostClock
+from benchmarks.growth import DIMENSIONS
 from benchmarks.interleave import Quartiles, Timings, interleave
 from benchmarks.measurement import Measurement
 from benchmarks.peers import Peer
+from benchmarks.plan import CASES, GROWTH_SECONDS, SPARSE_SECONDS
 from benchmarks.targets import GPU_OURS, TARGETS, percent_of_copy
 
 
@@ -223,6 +235,9 @@ def test_the_headline_figures() -> None:
         "0.8 / 0.8 (8.00x / 8.00x) | 0.1 / 0.1 (1.11x / 1.11x) | - |"
     ) in text
     assert "Milliseconds of one `optimizer.step()`, Adam, with 1 / 2 threads (medians)" in text
+    assert "[x.json](x.json)" in text
+    assert "| torch, an optimizer per group |" in text
+    assert "*torch, an optimizer per group*" in text and 'the row "reference" in' in text
     assert "was slower" not in text and "a single `torch.optim.Adam`" not in text
 
     times = {"recap_fast": [2000.0], "torch for-loop": [5000.0], "reference": [9000.0]}
@@ -276,8 +291,15 @@ def test_documents_of_a_run_that_is_not_whole_lie_beside_it(tmp_path: Path) -> N
     readme = documents.README.read_bytes()
     documents.write(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["machine.json", "machine.md"]
-    assert "from `" in (tmp_path / "machine.md").read_text()
+    assert "### Groups" in (tmp_path / "machine.md").read_text()
     assert documents.README.read_bytes() == readme
+
+
+def test_a_whole_run_leaves_time_for_the_rest_of_twelve_minutes() -> None:
+    seconds = sum(case.seconds * len(case.caches) * 2 for case in CASES)
+    seconds += GROWTH_SECONDS * sum(len(d.sizes) for d in DIMENSIONS)
+    seconds += SPARSE_SECONDS * (2 + 2 * 2 * len(sparse.ALGORITHMS))
+    assert seconds < 330
 
 
 def test_machine_names() -> None:

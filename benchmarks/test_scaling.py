@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import scaling
-from benchmarks.scaling import RATINGS, SHARDINGS
+from benchmarks.scaling import DIM, FEATURES, RATINGS, SHARDINGS
 
 pytestmark = pytest.mark.long
 
@@ -24,6 +24,11 @@ def test_every_number_of_processes_is_timed_and_counted() -> None:
     assert {(e["processes"], e["sharding"], e["dense"]) for e in results["traffic"]} == counted
     assert scaling.throughput_table(results).count("\n") == 2 + 3
     for entry in results["traffic"]:
+        ids, _ = scaling.tables_by_formula(
+            *(entry["sharding"], 2, RATINGS // 2, FEATURES),
+            *(entry["number_of_ids"] / (RATINGS // 2) / FEATURES, DIM),
+        )
+        assert entry["ids"] == pytest.approx(ids, rel=0.05)  # ids of a batch are drawn
         for name, sent, formula in scaling.compared(entry):
-            if entry["dense"] == "ddp":  # ids of a batch are drawn
-                assert sent == pytest.approx(formula, rel=0.05 if name == "ids" else None)
+            if entry["dense"] == "ddp" and name != "ids":
+                assert sent == pytest.approx(formula)
