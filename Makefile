@@ -20,7 +20,9 @@ CSRC := $(shell find csrc tests/csrc benchmarks -name '*.h' -o -name '*.cpp' -o 
 demo: $(VENV)/built
 	$(BIN)/python -m examples.movielens
 
-# On all cores, file by file; those that take longest come first (tests/conftest.py).
+# On all cores, file by file; those that take longest come first (tests/conftest.py). What one process has
+# compiled of Python, the others take.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/built
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -29,13 +31,13 @@ test: $(VENV)/built
 test-all: $(VENV)/recipes
 	$(BIN)/python -m pytest -q -m "" tests benchmarks
 
-lint: $(VENV)/built
+lint: $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/mypy
 
-format: $(VENV)/built
+format: $(VENV)/linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
@@ -87,11 +89,16 @@ $(VENV)/installed: requirements/build.txt requirements/torchrec-cpu.txt
 	touch $@
 
 # To try and to test, the CUDA engine is compiled for the GPU that there is, or else for one of the newest;
-# `make wheel` and pip compile it for all.
+# `make wheel` and pip compile it for all. Tests look at the PTX that it keeps.
 GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '7\.5|([89]|1[0-9])\.[0-9]' | sort -u)
 $(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= $(or $(GPUS),12.0)
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/cuda/*.cmake) $(CSRC)
-	$(PIP) --no-build-isolation -e ".[demo,test,lint]"
+$(VENV)/built: export CUDAFLAGS ?= --keep
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*/*.cmake) $(CSRC)
+	$(PIP) --no-build-isolation -e ".[demo,test]"
+	touch $@
+
+$(VENV)/linters: $(VENV)/built
+	$(PIP) "recap-fast[lint]"
 	touch $@
 
 # DeepSpeed, a peer of the benchmarks: without it, they go on and say so.

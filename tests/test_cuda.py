@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.native_build import (
+    BUILD,
     build,
     build_extension,
     build_sanitized,
@@ -84,7 +85,7 @@ def _newest_by_default(architectures: Iterable[str]) -> list[Any]:
 
 
 class Compiled:
-    """What tests look at, compiled side by side: nvcc takes 6 to 8 seconds for each.
+    """What tests look at, compiled side by side: nvcc takes some 20 seconds for each.
 
     Args:
         architectures: those of the tests that run.
@@ -93,15 +94,11 @@ class Compiled:
     def __init__(self, architectures: Iterable[str]) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self._compiled = {
-                (kernel, architecture): pool.submit(check_ptx.compile_for, kernel, architecture)
+                (kernel, architecture): pool.submit(
+                    check_ptx.compile_for, kernel, architecture, BUILD
+                )
                 for kernel in check_ptx.KERNELS
                 for architecture in architectures
-            }
-            self._marked = {
-                (kernel, architecture): pool.submit(check_ptx.read_marked_ptx, kernel, architecture)
-                for kernel in check_ptx.KERNELS
-                for architecture in architectures
-                if architecture in OLDEST_AND_NEWEST
             }
 
     def reports(self, kernel: str, architecture: str) -> list[check_ptx.Report]:
@@ -109,9 +106,6 @@ class Compiled:
 
     def ptx(self, kernel: str, architecture: str) -> str:
         return self._compiled[kernel, architecture].result()[1]
-
-    def marked_ptx(self, kernel: str, architecture: str) -> str:
-        return self._marked[kernel, architecture].result()
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +177,10 @@ def test_a_ticket_is_taken_behind_a_fence(kernel: str, ptx: str) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", _newest_by_default(OLDEST_AND_NEWEST))
-def test_only_the_source_asks_for_fma(compiled: Compiled, kernel: str, architecture: str) -> None:
-    found = check_ptx.fmas(compiled.marked_ptx(kernel, architecture))
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", OLDEST_AND_NEWEST)
+def test_only_the_source_asks_for_fma(kernel: str, architecture: str) -> None:
+    found = check_ptx.fmas(check_ptx.read_marked_ptx(kernel, architecture))
     assert len(found) > 500
     assert all(check_ptx.is_asked_for(instruction) for instruction in found)
 
@@ -198,8 +193,9 @@ def test_every_operation_rounds_correctly(ptx: str) -> None:
 
 
 @needs_nvcc
+@pytest.mark.long
 def test_contraction_would_be_noticed() -> None:
-    """By both tests above, as nvcc compiles by default."""
+    """By both tests above, of which only one is long; without the flag, nvcc contracts."""
     flags = [flag for flag in check_ptx.FLAGS if flag != "--fmad=false"]
     newest = check_ptx.ARCHITECTURES[-1]
     ptx = check_ptx.read_marked_ptx("update_tiles_by_device_values", newest, flags)

@@ -93,15 +93,21 @@ def test_a_toolkit_must_be_of_torchs_major_release(
     assert _call("toolkit.cmake", call, tmp_path).strip() == f"<{expected}>"
 
 
+@pytest.fixture(scope="module")
+def with_nvcc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to configure again and again, as users do: CMake asks nvcc what it is once."""
+    return tmp_path_factory.mktemp("with_nvcc")
+
+
 @needs_nvcc
-def test_the_engine_is_not_built_for_another_cuda_than_torchs(tmp_path: Path) -> None:
+def test_the_engine_is_not_built_for_another_cuda_than_torchs(with_nvcc: Path) -> None:
     path, other = _path_with_nvcc(), "-DRECAP_TORCH_CUDA=9.2"
-    done = _configure(tmp_path / "auto", "AUTO", other, PATH=path)
+    done = _configure(with_nvcc, "AUTO", other, PATH=path)
     assert done.returncode == 0, done.stdout
     assert "CMake Warning" in done.stdout
     assert "recap_fast engines: cpu; not cuda: " in done.stdout
     assert "but torch is built for CUDA 9.2; set CUDACXX to an nvcc of CUDA 9" in done.stdout
-    done = _configure(tmp_path / "on", "ON", other, PATH=path)
+    done = _configure(with_nvcc, "ON", other, PATH=path)
     assert done.returncode != 0
     assert "RECAP_CUDA is ON, but " in done.stdout
 
@@ -134,30 +140,47 @@ def test_without_nvcc_the_engine_is_left_out_unless_it_is_asked_for(tmp_path: Pa
 
 
 @needs_nvcc
-def test_with_nvcc_the_engine_is_built_for_all_architectures(tmp_path: Path) -> None:
-    done = _configure(tmp_path, "AUTO", PATH=_path_with_nvcc())
+def test_with_nvcc_the_engine_is_built_for_all_architectures(with_nvcc: Path) -> None:
+    done = _configure(with_nvcc, "AUTO", "-DRECAP_TORCH_CUDA=", PATH=_path_with_nvcc())
     assert done.returncode == 0, done.stdout
     engines = re.search(r"recap_fast engines: cpu; cuda \(nvcc [\d.]+, (.*)\)", done.stdout)
     assert engines, done.stdout
     listed = engines[1].split(";")
     assert [each.removesuffix("-real") for each in listed] == list(check_ptx.ARCHITECTURES)
     assert [each for each in listed if not each.endswith("-real")] == listed[-1:]  # it has PTX too
-    for command in json.loads((tmp_path / "compile_commands.json").read_text()):
-        if command["file"].endswith(".cu"):
-            assert set(check_ptx.FLAGS) <= set(command["command"].split())
+    for command in _commands_of_kernels(with_nvcc):
+        assert set(check_ptx.FLAGS) <= set(command.split())
 
 
 @needs_nvcc
-def test_with_nvcc_the_engine_is_built_for_the_architectures_asked_for(tmp_path: Path) -> None:
+def test_with_nvcc_the_engine_is_built_for_the_architectures_asked_for(with_nvcc: Path) -> None:
     chosen = {"TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}
-    done = _configure(tmp_path, "AUTO", PATH=_path_with_nvcc(), **chosen)
+    torchs = "-DRECAP_TORCH_CUDA="
+    done = _configure(with_nvcc, "AUTO", torchs, PATH=_path_with_nvcc(), **chosen)
     assert re.search(r"; cuda \(nvcc [\d.]+, 80-real;90\)$", done.stdout, re.MULTILINE), done.stdout
-    commands = json.loads((tmp_path / "compile_commands.json").read_text())
-    kernels = [one["command"] for one in commands if one["file"].endswith(".cu")]
-    for command in kernels:
+    for command in _commands_of_kernels(with_nvcc):
         code = re.findall(r"code=\[?((?:sm|compute)_[\w,]+)", command)
         assert sorted(code) == ["compute_90,sm_90", "sm_80"]
+
+
+@needs_nvcc
+def test_profilers_find_the_lines_where_they_are_asked_for(with_nvcc: Path) -> None:
+    """They make the code of each architecture four times as large."""
+    for build_type, expected in (("RelWithDebInfo", True), ("Release", False)):
+        options = (f"-DCMAKE_BUILD_TYPE={build_type}", "-DRECAP_TORCH_CUDA=")
+        done = _configure(with_nvcc, "AUTO", *options, PATH=_path_with_nvcc())
+        assert done.returncode == 0, done.stdout
+        for command in _commands_of_kernels(with_nvcc):
+            words = command.split()
+            assert ("-lineinfo" in words) == expected
+            assert {"-O3", "-DNDEBUG", *check_ptx.FLAGS} <= set(words)
+
+
+def _commands_of_kernels(folder: Path) -> list[str]:
+    commands = json.loads((folder / "compile_commands.json").read_text())
+    kernels = [one["command"] for one in commands if one["file"].endswith(".cu")]
     assert len(kernels) == 2
+    return kernels
 
 
 def _path_with_nvcc() -> str:

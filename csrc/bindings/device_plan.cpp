@@ -5,21 +5,7 @@
 
 #include "devices.h"
 
-#if defined(RECAP_WITH_CUDA)
-#include "../cuda/engine.h"
-#endif
-
 namespace recap {
-
-#if defined(RECAP_WITH_CUDA)
-
-class DevicePlan::EngineHolder {
- public:
-  EngineHolder(at::Device device, const Plan& plan)
-      : engine(device_number(device), plan, current_stream(device)) {}
-  cuda::Engine engine;
-};
-
 namespace {
 
 Plan plan_of(const std::vector<Slot>& slots) { return {slots, cut_tiles(slots, cuda::kTileSize)}; }
@@ -36,12 +22,11 @@ void run_on(at::Device device, cuda::Engine& engine, const Step& step, void* str
 
 DevicePlan::DevicePlan(at::Device device, const std::vector<Slot>& slots) : device_(device) {
   const c10::DeviceGuard guard(device);
-  engine_ = std::make_unique<EngineHolder>(device, plan_of(slots));
+  engine_ =
+      std::make_unique<cuda::Engine>(device_number(device), plan_of(slots), current_stream(device));
 }
 
-void DevicePlan::run(const Step& step) {
-  run_on(device_, engine_->engine, step, current_stream(device_));
-}
+void DevicePlan::run(const Step& step) { run_on(device_, *engine_, step, current_stream(device_)); }
 
 void DevicePlan::run(const cuda::DeviceStep& step) {
   void* const stream = current_stream(device_);
@@ -51,19 +36,8 @@ void DevicePlan::run(const cuda::DeviceStep& step) {
     }
     last_stream_ = stream;
   }
-  run_on(device_, engine_->engine, step, stream);
+  run_on(device_, *engine_, step, stream);
 }
-
-#else  // devices.cpp sends no tensor here
-
-class DevicePlan::EngineHolder {};
-DevicePlan::DevicePlan(at::Device device, const std::vector<Slot>&) : device_(device) {
-  throw std::logic_error("this build has no CUDA engine");
-}
-void DevicePlan::run(const Step&) {}
-void DevicePlan::run(const cuda::DeviceStep&) {}
-
-#endif
 
 void DevicePlan::refuse_capture(at::Device device) {
   if (is_capturing(device)) {

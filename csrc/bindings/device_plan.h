@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "../cuda/device_step.h"
+#include "../cuda/engine.h"
 #include "../plan/step.h"
 #include "group_reader.h"
 #include "python.h"
@@ -42,10 +42,8 @@ class DevicePlan {
   const cuda::RateTable* rates() const { return rates_.defined() ? &rate_table_ : nullptr; }
 
  private:
-  class EngineHolder;
-
   at::Device device_;
-  std::unique_ptr<EngineHolder> engine_;
+  std::unique_ptr<cuda::Engine> engine_;
   at::Tensor counts_;  // float32, one per slot of the plan
   at::Tensor schedules_, rates_, step_;
   void* last_stream_ = nullptr;  // that used these

@@ -1,13 +1,11 @@
 // Where tensors live in torch's terms, and which engine steps them there.
 #pragma once
 
-#include "python.h"
+#include <ATen/core/Tensor.h>
 
 namespace recap {
 
 enum class EngineKind { none, cpu, cuda };
-
-bool has_cuda_engine();
 
 EngineKind engine_for(at::Device device);
 

@@ -3,6 +3,7 @@
 #include <torch/version.h>
 
 #include "../cpu/engine.h"
+#include "../cuda/engine.h"
 #include "../plan/schedule_table.h"
 #include "bound_plan.h"
 #include "devices.h"
@@ -178,7 +179,7 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
   m.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));
   m.def("instruction_set_in_use", &cpu::instruction_set_in_use);
   m.attr("torch_version") = TORCH_VERSION;
-  m.attr("has_cuda_engine") = has_cuda_engine();
+  m.attr("has_cuda_engine") = cuda::has_engine();
 }
 
 }  // namespace recap

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <sstream>
 
+#include "../cuda/engine.h"
 #include "devices.h"
 #include "mapping.h"
 
@@ -148,8 +149,8 @@ std::optional<SlotTensors::Refusal> SlotTensors::refusal() const {
   if (engine_for(param().device()) == EngineKind::none) {
     return runtime_error(" is on ", param().device(),
                          "; this build of recap_fast steps tensors on the CPU",
-                         has_cuda_engine() ? " and on CUDA devices"
-                                           : " only, having been built without a CUDA toolkit",
+                         cuda::has_engine() ? " and on CUDA devices"
+                                            : " only, having been built without a CUDA toolkit",
                          ": move the model, or use recap_fast.reference or a torch.optim class");
   }
   if (!dtype_of(param())) {

@@ -16,6 +16,9 @@ namespace recap::cuda {
 // table entry.
 constexpr int64_t kTileSize = 4096;
 
+// Whether this build has it. Without (no_engine.cpp), none can be made, and nothing is captured.
+bool has_engine();
+
 class Engine {
  public:
   // `plan` has the slots of `device` only, in tiles of at most kTileSize elements, in slot order.

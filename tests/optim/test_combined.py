@@ -413,6 +413,7 @@ def test_a_copy_has_its_hooks(device: torch.device) -> None:
     assert calls == [1]
 
 
+@pytest.mark.cpu_engine  # the process has the engine that is installed
 def test_hooks_work_in_a_process_that_only_unpickled(tmp_path: Any) -> None:
     file = tmp_path / "optimizer.pickle"
     file.write_bytes(pickle.dumps(FusedCombinedOptimizer([wrapped({"x": parameters(1)[0]})])))

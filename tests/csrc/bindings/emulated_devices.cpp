@@ -9,8 +9,6 @@
 
 namespace recap {
 
-bool has_cuda_engine() { return true; }
-
 namespace {
 
 // Variables of the environment that tests set to 1.

@@ -62,8 +62,8 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def _run(kernel: str, *arguments: str | Path, flags: Sequence[str] = FLAGS) -> str:
-    command = [str(find_nvcc()), *flags, *map(str, arguments), str(SOURCES[kernel])]
+def _run(source: Path, *arguments: str | Path, flags: Sequence[str] = FLAGS) -> str:
+    command = [str(find_nvcc()), *flags, *map(str, arguments), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
@@ -80,13 +80,32 @@ class Report:
     spills: int
 
 
-def compile_for(kernel: str, architecture: str) -> tuple[list[Report], str]:
-    """ptxas's reports for ``sm_<architecture>``, and the PTX that it assembled."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        options = ["-cubin", "-Xptxas=-v", "--keep", "--keep-dir", folder]
-        output = _run(kernel, f"-arch=sm_{architecture}", *options, "-o", folder / "kernel.cubin")
-        return _reports(kernel, output), (folder / f"{SOURCES[kernel].stem}.ptx").read_text()
+def compile_for(
+    kernel: str, architecture: str, kept: Path | None = None
+) -> tuple[list[Report], str]:
+    """ptxas's reports for ``sm_<architecture>``, and the PTX that it assembles.
+
+    Args:
+        kernel, architecture: one of `KERNELS`; one of `ARCHITECTURES`.
+        kept: a folder where a build may have kept that PTX, which takes half of the time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = kept and _kept_ptx(kernel, architecture, kept)
+        if ptx is None:
+            ptx = Path(folder) / "kernel.ptx"
+            _run(SOURCES[kernel], f"-arch=compute_{architecture}", "-ptx", "-o", ptx)
+        options = [f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v"]
+        output = _run(ptx, *options, "-o", Path(folder) / "kernel.cubin")
+        return _reports(kernel, output), ptx.read_text()
+
+
+def _kept_ptx(kernel: str, architecture: str, folder: Path) -> Path | None:
+    """None if there is none, or it is for another architecture or of other sources."""
+    ptx = folder / f"{SOURCES[kernel].stem}.ptx"
+    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*")]
+    if not ptx.exists() or ptx.stat().st_mtime < max(each.stat().st_mtime for each in sources):
+        return None
+    return ptx if f".target sm_{architecture}\n" in ptx.read_text() else None
 
 
 def _reports(kernel: str, output: str) -> list[Report]:
@@ -113,7 +132,7 @@ def read_marked_ptx(kernel: str, architecture: str, flags: Sequence[str] = FLAGS
         marks.write_text(_MARKED_FMA)
         ptx = Path(folder) / "kernel.ptx"
         options = [f"-arch=compute_{architecture}", "-ptx", "-o", ptx, "-include", marks]
-        _run(kernel, *options, flags=flags)
+        _run(SOURCES[kernel], *options, flags=flags)
         return ptx.read_text()
 
 
