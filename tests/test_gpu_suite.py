@@ -54,6 +54,7 @@ def _run(environment: dict[str, str], *command: str) -> tuple[int, list[str]]:
     return done.returncode, done.stdout.rstrip().split("\n")
 
 
+@pytest.mark.long  # the session below runs these tests without the packages, too
 def test_no_file_of_the_suite_fails_for_a_missing_package(without_packages: dict[str, str]) -> None:
     options = ["-q", "--collect-only", "-o", "addopts=", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, "tests/gpu", "tests/optim"]
@@ -140,7 +141,8 @@ def test_a_session_goes_on_behind_a_part_that_fails(
     parts = ("wheels", "build", "tests-gpu", "measure", "tests-step", "sanitizer")
     assert said == {part: "FAILED" if part in ("wheels", "measure") else "ok" for part in parts}
     assert (out / "summary.txt").read_text().rstrip().split("\n") == lines
-    assert any("skipped: could not import 'torchrec'" in line for line in lines)
+    for package in ("torchrec", "hypothesis"):
+        assert any(f"skipped: could not import '{package}'" in line for line in lines), lines
     assert "no CUDA device" in (out / "measure.log").read_text()
 
 

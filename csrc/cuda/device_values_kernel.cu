@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) update_til
 }
 
 template <int kBytes>
-cudaError_t launch(unsigned blocks, void* arguments, cudaStream_t stream) {
+cudaError_t launch_with_device_values(unsigned blocks, void* arguments, cudaStream_t stream) {
   return cudaLaunchKernel(update_tiles_by_device_values<kBytes>, dim3(blocks), dim3(kThreads),
                           &arguments, 0, stream);
 }
@@ -103,8 +103,9 @@ cudaError_t launch(unsigned blocks, void* arguments, cudaStream_t stream) {
 
 cudaError_t launch_device_values_kernel(size_t bytes, unsigned blocks, void* arguments,
                                         cudaStream_t stream) {
-  return bytes <= kSmallArguments ? launch<kSmallArguments>(blocks, arguments, stream)
-                                  : launch<kLargeArguments>(blocks, arguments, stream);
+  return bytes <= kSmallArguments
+             ? launch_with_device_values<kSmallArguments>(blocks, arguments, stream)
+             : launch_with_device_values<kLargeArguments>(blocks, arguments, stream);
 }
 
 }  // namespace recap::cuda

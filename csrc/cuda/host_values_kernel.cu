@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 }
 
 template <int kBytes>
-cudaError_t launch(unsigned blocks, void* arguments, cudaStream_t stream) {
+cudaError_t launch_with_host_values(unsigned blocks, void* arguments, cudaStream_t stream) {
   return cudaLaunchKernel(update_tiles<kBytes>, dim3(blocks), dim3(kThreads), &arguments, 0,
                           stream);
 }
@@ -37,8 +37,9 @@ cudaError_t launch(unsigned blocks, void* arguments, cudaStream_t stream) {
 
 cudaError_t launch_host_values_kernel(size_t bytes, unsigned blocks, void* arguments,
                                       cudaStream_t stream) {
-  return bytes <= kSmallArguments ? launch<kSmallArguments>(blocks, arguments, stream)
-                                  : launch<kLargeArguments>(blocks, arguments, stream);
+  return bytes <= kSmallArguments
+             ? launch_with_host_values<kSmallArguments>(blocks, arguments, stream)
+             : launch_with_host_values<kLargeArguments>(blocks, arguments, stream);
 }
 
 }  // namespace recap::cuda
