@@ -6,6 +6,7 @@ against. A mismatch would crash; here it is an ImportError that says what to do.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,24 @@ else:
     native = _load()
 
 
+def _number_of(variable: str, least: int, most: int) -> int | None:
+    """What a variable of the environment fixes; None if it leaves it to be measured."""
+    value = os.environ.get(variable) or "auto"
+    if value == "auto":
+        return None
+    if not value.isdecimal() or not least <= int(value) <= most:
+        raise ValueError(
+            f"{variable} in the environment is {value!r}; it must be auto, or a number from "
+            f"{least} to {most}"
+        )
+    return int(value)
+
+
+_STREAMS = _number_of("RECAP_FAST_STREAMS", 1, 8)
+_PREFETCH = _number_of("RECAP_FAST_PREFETCH", 0, 32)
+native.fix_way(_STREAMS, _PREFETCH)
+
+
 def build_info() -> dict[str, Any]:
     """What this build of recap_fast contains.
 
@@ -58,12 +77,23 @@ def build_info() -> dict[str, Any]:
         ``engines``: names of the engines built in (``"cpu"``, ``"cuda"``);
         ``instruction_sets``: those of the CPU engine that this processor can run, slowest first;
         ``instruction_set``: the one in use;
+        ``streams`` and ``prefetch``: in how many parts at once the CPU engine updates a long tensor
+        (128 KiB or more), and how many blocks of 256 bytes ahead it asks for memory there, as
+        ``RECAP_FAST_STREAMS`` (1 to 8) and ``RECAP_FAST_PREFETCH`` (0 to 32) in the environment
+        have it; ``"auto"``: as is fastest here, which is found while the first steps take turns;
+        ``ways``: what was found so far, as {class of work: (streams, prefetch)};
         ``torch_built_against`` and ``torch_running``: torch versions.
     """
     return {
         "engines": ["cpu", "cuda"] if native.has_cuda_engine else ["cpu"],
         "instruction_sets": native.instruction_sets(),
         "instruction_set": native.instruction_set_in_use(),
+        "streams": "auto" if _STREAMS is None else _STREAMS,
+        "prefetch": "auto" if _PREFETCH is None else _PREFETCH,
+        "ways": {
+            f"{dtype}, {arrays} arrays of {'4 MiB or more' if large else 'less than 4 MiB'}": way
+            for dtype, arrays, large, way in native.chosen_ways()
+        },
         "torch_built_against": native.torch_version,
         "torch_running": torch.__version__,
     }

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from recap_fast import _C, _native, build_info
 from recap_fast._native import use_instruction_set
+from recap_fast.optim import FusedSGD
 from tests.support.native_build import ROOT
 
 
@@ -70,6 +73,75 @@ def test_an_instruction_set_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match=r"'altivec' is not available.*baseline"):
         use_instruction_set("altivec")
     assert build_info()["instruction_set"] == before
+
+
+# --- how long tensors are updated ----------------------------------------------------------------
+
+
+@pytest.fixture
+def read_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Has variables of the environment read, as when the module is loaded; what it then says."""
+
+    def read(**variables: str) -> dict[str, Any]:
+        with monkeypatch.context() as context:
+            for name, value in variables.items():
+                context.setenv(name, value)
+            return importlib.reload(_native).build_info()
+
+    yield read
+    importlib.reload(_native)
+
+
+def _step_long_tensors(steps: int) -> None:
+    param = torch.nn.Parameter(torch.ones(20, 40_000, dtype=torch.float64))
+    param.grad = torch.ones_like(param)
+    optimizer = FusedSGD([param], lr=0.1)
+    for _ in range(steps):
+        optimizer.step()
+
+
+def test_the_environment_fixes_how_long_tensors_are_updated(
+    read_environment: Callable[..., dict[str, Any]],
+) -> None:
+    info = read_environment(RECAP_FAST_STREAMS="3", RECAP_FAST_PREFETCH="0")
+    assert (info["streams"], info["prefetch"], info["ways"]) == (3, 0, {})
+    _step_long_tensors(20)
+    assert build_info()["ways"] == {}  # nothing was measured
+
+
+def test_without_it_the_fastest_way_is_found_and_stays(
+    read_environment: Callable[..., dict[str, Any]],
+) -> None:
+    info = read_environment(RECAP_FAST_STREAMS="auto")
+    assert (info["streams"], info["prefetch"], info["ways"]) == ("auto", "auto", {})
+    _step_long_tensors(20)
+    (found,) = build_info()["ways"].items()
+    assert found[0] == "float64, 2 arrays of 4 MiB or more"
+    streams, prefetch = found[1]
+    assert streams in (1, 2, 4) and prefetch in (0, 8)
+    _step_long_tensors(20)
+    assert build_info()["ways"] == dict([found])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "numbers"),
+    [
+        ("RECAP_FAST_PREFETCH", "33", "0 to 32"),
+        ("RECAP_FAST_PREFETCH", "-1", "0 to 32"),
+        ("RECAP_FAST_PREFETCH", "1.5", "0 to 32"),
+        ("RECAP_FAST_STREAMS", "0", "1 to 8"),
+        ("RECAP_FAST_STREAMS", "two", "1 to 8"),
+    ],
+)
+def test_what_the_environment_cannot_fix_is_named(
+    name: str, value: str, numbers: str, read_environment: Callable[..., dict[str, Any]]
+) -> None:
+    message = f"{name} in the environment is '{value}'; it must be auto, or a number from {numbers}"
+    with pytest.raises(ValueError, match=message):
+        read_environment(**{name: value})
+
+
+# --- which torch it runs with --------------------------------------------------------------------
 
 
 def test_another_release_of_torch_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:

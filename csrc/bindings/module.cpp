@@ -3,6 +3,7 @@
 #include <torch/version.h>
 
 #include "../cpu/engine.h"
+#include "../cpu/ways.h"
 #include "../cuda/engine.h"
 #include "../plan/schedule_table.h"
 #include "bound_plan.h"
@@ -178,6 +179,15 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
   m.def("instruction_sets", &cpu::instruction_sets);
   m.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));
   m.def("instruction_set_in_use", &cpu::instruction_set_in_use);
+  m.def("fix_way", &cpu::fix_way, py::arg("streams"), py::arg("ahead"));
+  m.def("chosen_ways", [] {
+    std::vector<std::tuple<std::string, int, bool, std::pair<int, int>>> all;
+    for (const cpu::ChosenWay& each : cpu::chosen_ways()) {
+      all.emplace_back(dtype_name(each.dtype), each.arrays, each.large,
+                       std::pair(each.way.streams, each.way.ahead));
+    }
+    return all;
+  });
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("has_cuda_engine") = cuda::has_engine();
 }

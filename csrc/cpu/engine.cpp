@@ -1,11 +1,14 @@
 #include "engine.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 
 #include "kernels.h"
 #include "rows.h"
 #include "sparse.h"
 #include "tile_ranges.h"
+#include "ways.h"
 
 namespace recap::cpu {
 namespace {
@@ -30,40 +33,65 @@ std::atomic<const Kernels*>& in_use() {
   return kernels;
 }
 
+// Tiles of one tensor that follow each other are updated at once, but not more: a run is what is
+// timed, and the streams of a longer one would be pages apart for nothing.
+constexpr size_t kTilesOfRun = 16;
+
 void* advance(void* address, int64_t bytes) {
   return address ? static_cast<char*>(address) + bytes : nullptr;
 }
 
-void run_tile(const Kernels& kernels, const Plan& plan, const Step& step, const Tile& tile,
-              const void* grad, Prefetch& prefetch) {
-  const Slot& slot = plan.slots[tile.slot];
-  const Values& values = step.values[step.values_of_slot[tile.slot]];
-  if (slot.row_size) {
-    run_row_tile(kernels, slot, values, grad, tile);
-    return;
-  }
-  const int64_t offset = tile.begin * dtype_size(slot.dtype);
+// Updates `size` elements of a slot from `begin` on. `number` is that of the step.
+void run_elements(const Kernels& kernels, const Slot& slot, const Values& values, const void* grad,
+                  int64_t begin, int64_t size, uint64_t number, Prefetch& prefetch) {
+  const int64_t offset = begin * dtype_size(slot.dtype);
   Arrays arrays;
   arrays.param = advance(slot.param, offset);
   arrays.grad = static_cast<const char*>(grad) + offset;
   for (int k = 0; k < kMaxStates; ++k) arrays.state[k] = advance(slot.state[k], offset);
-  arrays.size = tile.size;
-  kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](values, arrays,
-                                                                            prefetch);
+  arrays.size = size;
+  arrays.quiet = 0;
+  const Kernel kernel = kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)];
+  if (!is_long(slot)) {
+    kernel(values, arrays, prefetch);
+    return;
+  }
+  arrays.quiet = Prefetch::before_last_blocks(slot, begin, size);
+  Tuner& tuner = tuner_of(slot);
+  const Tuner::Trial trial = tuner.next(number);
+  arrays.way = trial.way;
+  if (trial.number < 0) {
+    kernel(values, arrays, prefetch);
+    return;
+  }
+  using Clock = std::chrono::steady_clock;
+  const auto begun = Clock::now();
+  kernel(values, arrays, prefetch);
+  tuner.finish(trial, std::chrono::duration<double>(Clock::now() - begun).count() / size);
 }
 
-void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, size_t begin,
-               size_t end) {
+void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, uint64_t number,
+               size_t begin, size_t end) {
   Prefetch prefetch(plan, step, begin, end);
   for (size_t i = begin; i < end;) {
     const Tile& tile = plan.tiles[i];
+    const Slot& slot = plan.slots[tile.slot];
     const void* const grad = step.grads[tile.slot];
     if (!grad) {
-      i += tiles_left(plan.slots[tile.slot], tile);
+      i += tiles_left(slot, tile);
       continue;
     }
-    run_tile(kernels, plan, step, tile, grad, prefetch);
-    ++i;
+    const Values& values = step.values[step.values_of_slot[tile.slot]];
+    if (slot.row_size) {
+      run_row_tile(kernels, slot, values, grad, tile);
+      ++i;
+      continue;
+    }
+    const size_t count = std::min({tiles_left(slot, tile), end - i, kTilesOfRun});
+    const Tile& last = plan.tiles[i + count - 1];
+    run_elements(kernels, slot, values, grad, tile.begin, last.begin + last.size - tile.begin,
+                 number, prefetch);
+    i += count;
   }
 }
 
@@ -72,16 +100,18 @@ void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, size_
 const Kernels& kernels() { return *in_use().load(std::memory_order_relaxed); }
 
 void run(const Plan& plan, const Step& step, const ThreadPool& pool) {
+  static std::atomic<uint64_t> steps{0};
   struct Context {
     const Kernels& kernels;
     const Plan& plan;
     const Step& step;
-  } context{kernels(), plan, step};
+    uint64_t number;
+  } context{kernels(), plan, step, steps.fetch_add(1, std::memory_order_relaxed)};
   run_tile_ranges(
       plan, step, pool,
       [](size_t begin, size_t end, void* opaque) {
         const Context& c = *static_cast<Context*>(opaque);
-        run_tiles(c.kernels, c.plan, c.step, begin, end);
+        run_tiles(c.kernels, c.plan, c.step, c.number, begin, end);
       },
       &context);
   if (!step.sparse.empty()) run_sparse(plan, step, pool);

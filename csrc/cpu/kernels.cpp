@@ -9,35 +9,44 @@ namespace {
 
 // A block at a time, small enough to stay in the first-level cache.
 template <typename Algorithm>
-void update_wide(const Values& values, Float16* param, const Float16* grad, Float16* const* state,
-                 int64_t size, Prefetch& prefetch) {
-  constexpr int64_t kBlock = kBlockBytes / sizeof(Float16);
-  alignas(64) float wide_param[kBlock], wide_grad[kBlock], wide_state[kMaxStates][kBlock];
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int64_t count = size - begin < kBlock ? size - begin : kBlock;
-    prefetch.next_block();
+void update_wide(const Values& values, const Arrays& arrays, Prefetch& prefetch) {
+  Float16* const param = static_cast<Float16*>(arrays.param);
+  const Float16* const grad = static_cast<const Float16*>(arrays.grad);
+  constexpr int64_t kMost = kTurnBytes / sizeof(Float16);
+  alignas(64) float wide_param[kMost], wide_grad[kMost], wide_state[kMaxStates][kMost];
+  // Not inlined: called in three places, and long.
+  const auto update = [&](int64_t begin, int64_t count) __attribute__((noinline)) {
     load_all(param + begin, wide_param, count);
     load_all(grad + begin, wide_grad, count);
-    for (int k = 0; k < Algorithm::kStates; ++k) load_all(state[k] + begin, wide_state[k], count);
-    NoRequests in_cache;
-    update_all<Algorithm, float>(values, wide_param, wide_grad, wide_state[0], wide_state[1],
-                                 wide_state[2], count, in_cache);
+    for (int k = 0; k < Algorithm::kStates; ++k) {
+      load_all(static_cast<const Float16*>(arrays.state[k]) + begin, wide_state[k], count);
+    }
+    update_in_cache<Algorithm, float>(values, wide_param, wide_grad, wide_state[0], wide_state[1],
+                                      wide_state[2], count);
     store_all(wide_param, param + begin, count);
-    for (int k = 0; k < Algorithm::kStates; ++k) store_all(wide_state[k], state[k] + begin, count);
-  }
+    for (int k = 0; k < Algorithm::kStates; ++k) {
+      store_all(wide_state[k], static_cast<Float16*>(arrays.state[k]) + begin, count);
+    }
+  };
+  for_blocks<Algorithm, Float16>(arrays, prefetch, update);
 }
 
 template <typename Algorithm, typename T>
 void kernel(const Values& values, const Arrays& arrays, Prefetch& prefetch) {
-  T* param = static_cast<T*>(arrays.param);
-  const T* grad = static_cast<const T*>(arrays.grad);
-  T* state[kMaxStates];
-  for (int k = 0; k < kMaxStates; ++k) state[k] = static_cast<T*>(arrays.state[k]);
   if constexpr (__is_same(T, Float16)) {
-    update_wide<Algorithm>(values, param, grad, state, arrays.size, prefetch);
+    update_wide<Algorithm>(values, arrays, prefetch);
   } else {
-    update_all<Algorithm, T>(values, param, grad, state[0], state[1], state[2], arrays.size,
-                             prefetch);
+    T* __restrict const param = static_cast<T*>(arrays.param);
+    const T* __restrict const grad = static_cast<const T*>(arrays.grad);
+    T* __restrict const state0 = static_cast<T*>(arrays.state[0]);
+    T* __restrict const state1 = static_cast<T*>(arrays.state[1]);
+    T* __restrict const state2 = static_cast<T*>(arrays.state[2]);
+    with_values<Algorithm, T>(values, [&](const auto& h) __attribute__((always_inline)) {
+      for_blocks<Algorithm, T>(
+          arrays, prefetch, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+            update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, begin + count);
+          });
+    });
   }
 }
 

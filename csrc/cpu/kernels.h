@@ -2,6 +2,7 @@
 #pragma once
 
 #include "prefetch.h"
+#include "tuner.h"
 
 // The name of this instruction set's table of a kind, in sources that are compiled for several.
 #define RECAP_JOIN(a, b) a##_##b
@@ -16,6 +17,8 @@ struct Arrays {
   const void* grad;
   void* state[kMaxStates];
   int64_t size;
+  int64_t quiet;  // so many at the beginning are updated without requests for the next tensors
+  Way way;        // how these are
 };
 
 using Kernel = void (*)(const Values& values, const Arrays& arrays, Prefetch& prefetch);

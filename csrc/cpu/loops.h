@@ -8,7 +8,7 @@
 
 #include "../numerics/storage.h"
 #include "../plan/step.h"
-#include "prefetch.h"
+#include "kernels.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -36,20 +36,47 @@ RECAP_INLINE void update_range(const Values& h, T* __restrict param, const T* __
   }
 }
 
-// A block at a time, with a request for later memory before each.
-template <typename Algorithm, typename T, typename Values, typename Requests>
-RECAP_INLINE void update_blocks(const Values& h, T* __restrict param, const T* __restrict grad,
-                                T* __restrict state0, T* __restrict state1, T* __restrict state2,
-                                int64_t size, Requests& prefetch) {
-  constexpr int64_t kBlock = kBlockBytes / sizeof(T);
-  int64_t begin = 0;
-  for (; begin + kBlock <= size; begin += kBlock) {
-    prefetch.next_block();
-    update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, begin + kBlock);
+// Asks for `bytes` of every array, from so far after the element `begin` as is the way.
+template <typename Algorithm, typename T>
+RECAP_INLINE void ask_ahead(const Arrays& arrays, int64_t begin, int64_t bytes) {
+  const int64_t first = begin * sizeof(T) + arrays.way.ahead * kBlockBytes;
+  for (int64_t byte = first; byte < first + bytes; byte += 64) {
+    __builtin_prefetch(static_cast<const char*>(arrays.grad) + byte);
+    __builtin_prefetch(static_cast<const char*>(arrays.param) + byte, 1);
+    for (int k = 0; k < Algorithm::kStates; ++k) {
+      __builtin_prefetch(static_cast<const char*>(arrays.state[k]) + byte, 1);
+    }
   }
-  if (begin == size) return;
-  prefetch.next_block();
-  update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, size);
+}
+
+// So much of each stream is updated in turn.
+constexpr int64_t kTurnBytes = 512;
+
+// Calls update(first element, elements) for all of some arrays: first for the middle of a long
+// tensor, in the way that it is to be, then a block at a time, with a request for later memory
+// before each.
+template <typename Algorithm, typename T, typename Update>
+RECAP_INLINE void for_blocks(const Arrays& arrays, Prefetch& prefetch, const Update& update) {
+  constexpr int64_t kTurn = kTurnBytes / sizeof(T), kBlock = kBlockBytes / sizeof(T);
+  int64_t done = 0;
+  if (arrays.quiet) {
+    const int64_t part = arrays.quiet / arrays.way.streams / kTurn * kTurn;
+    done = part * arrays.way.streams;
+    for (int64_t turn = 0; turn < part; turn += kTurn) {
+      for (int64_t begin = turn; begin < done; begin += part) {
+        if (arrays.way.ahead) ask_ahead<Algorithm, T>(arrays, begin, kTurnBytes);
+        update(begin, kTurn);
+      }
+    }
+  }
+  for (; done + kBlock <= arrays.size; done += kBlock) {
+    prefetch.next_block();
+    update(done, kBlock);
+  }
+  if (const int64_t rest = arrays.size & (kBlock - 1)) {
+    prefetch.next_block();
+    update(done, rest);
+  }
 }
 
 // Whether Adam's averages keep more than half of themselves, as with all usual betas.
@@ -64,15 +91,13 @@ RECAP_INLINE constexpr bool slow(const Values&) {
 
 // Adam's loop is compiled twice: where it knows that the averages are slow, the compiler drops what
 // the update selects by that, which is much of what is not waiting for a root or a quotient.
-template <typename Algorithm, typename T, typename Requests>
-void update_all(const Values& values, T* __restrict param, const T* __restrict grad,
-                T* __restrict state0, T* __restrict state1, T* __restrict state2, int64_t size,
-                Requests& prefetch) {
+template <typename Algorithm, typename T, typename Update>
+RECAP_INLINE void with_values(const Values& values, const Update& update) {
   const auto h = values.in<typename Compute<T>::type>().template of<Algorithm>();
   if (slow(h)) {
-    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, prefetch);
+    update(h);
   } else {
-    update_blocks<Algorithm>(h, param, grad, state0, state1, state2, size, prefetch);
+    update(h);
   }
 }
 
@@ -85,12 +110,12 @@ void update_all(const Values& values, T* __restrict param, const T* __restrict g
 [[maybe_unused]] void load_all(const Float16* __restrict from, float* __restrict to, int64_t size) {
   int64_t i = 0;
 #if defined(__AVX512F__)
-  for (; i + 16 <= size; i += 16) {
+  for (; i < (size & ~int64_t{15}); i += 16) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
     _mm512_storeu_ps(to + i, _mm512_maskz_cvtph_ps(0xffff, half));
   }
 #elif defined(__F16C__)
-  for (; i + 8 <= size; i += 8) {
+  for (; i < (size & ~int64_t{7}); i += 8) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
   }
@@ -107,13 +132,13 @@ void update_all(const Values& values, T* __restrict param, const T* __restrict g
                                 int64_t size) {
   int64_t i = 0;
 #if defined(__AVX512F__)
-  for (; i + 16 <= size; i += 16) {
+  for (; i < (size & ~int64_t{15}); i += 16) {
     const __m512 value = _mm512_loadu_ps(from + i);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
                         _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT));
   }
 #elif defined(__F16C__)
-  for (; i + 8 <= size; i += 8) {
+  for (; i < (size & ~int64_t{7}); i += 8) {
     const __m256 value = _mm256_loadu_ps(from + i);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                      _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
@@ -122,10 +147,15 @@ void update_all(const Values& values, T* __restrict param, const T* __restrict g
   for (; i < size; ++i) store(from[i], to[i]);
 }
 
-// For memory that is in the cache already.
-struct NoRequests {
-  RECAP_INLINE void next_block() {}
-};
+// A block that is in the cache already.
+template <typename Algorithm, typename T>
+void update_in_cache(const Values& values, T* __restrict param, const T* __restrict grad,
+                     T* __restrict state0, T* __restrict state1, T* __restrict state2,
+                     int64_t size) {
+  with_values<Algorithm, T>(values, [&](const auto& h) __attribute__((always_inline)) {
+    update_range<Algorithm>(h, param, grad, state0, state1, state2, 0, size);
+  });
+}
 
 }  // namespace
 }  // namespace recap::cpu

@@ -1,12 +1,12 @@
 #include "prefetch.h"
 
-namespace recap::cpu {
+#include <algorithm>
 
-constexpr int kBlocksAhead = 8;
+namespace recap::cpu {
 
 Prefetch::Prefetch(const Plan& plan, const Step& step, size_t begin, size_t end)
     : plan_(plan), step_(step), tile_(begin), end_(end) {
-  for (int block = 0; block < kBlocksAhead; ++block) next_block();
+  for (int block = 0; block < kLead; ++block) next_block();
 }
 
 Prefetch Prefetch::none() {
@@ -15,18 +15,16 @@ Prefetch Prefetch::none() {
   return Prefetch(plan, step, 0, 0);
 }
 
-bool Prefetch::next_tile() {
+bool Prefetch::next_slot() {
   while (tile_ < end_) {
     const Tile& tile = plan_.tiles[tile_];
     const Slot& slot = plan_.slots[tile.slot];
     const void* const grad = step_.grads[tile.slot];
-    if (!grad || slot.row_size) {
-      tile_ += tiles_left(slot, tile);
-      continue;
-    }
-    ++tile_;
+    tile_ += tiles_left(slot, tile);
+    if (!grad || slot.row_size) continue;
     const int64_t item_size = dtype_size(slot.dtype), offset = tile.begin * item_size;
-    left_ = tile.size * item_size;
+    left_ = (slot.size - tile.begin) * item_size;
+    if (is_long(slot)) left_ = std::min(left_, kLead * kBlockBytes);
     grad_ = static_cast<const char*>(grad) + offset;
     int count = 0;
     written_[count++] = static_cast<const char*>(slot.param) + offset;

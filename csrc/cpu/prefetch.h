@@ -1,6 +1,6 @@
-// Asks for memory some time before it is updated. A processor's own prefetcher does not keep up
-// with a loop over several streams, stops at the end of a page, and knows nothing of the next
-// tensor.
+// Asks for memory some time before it is updated. A processor's own prefetcher knows nothing of the
+// next tensor, and has no time to find out what a short one is. In the middle of a long one,
+// whether to ask is a matter of the machine (tuner.h).
 #pragma once
 
 #include <cstddef>
@@ -14,19 +14,34 @@ namespace recap::cpu {
 // So much of every array is updated between two requests: a block.
 constexpr int64_t kBlockBytes = 256;
 
-// Goes through a range of tiles block by block, a fixed number of blocks before the one that is
-// updated, from one tensor to the next. Tiles without a gradient are left out, as in the update,
-// and those of whole rows, which ask for theirs themselves.
+// Memory is asked for so many blocks before it is updated, from one tensor to the next.
+constexpr int64_t kLead = 8;
+
+// A tensor of so many bytes is long: requests go on to the next one after its first kLead blocks.
+constexpr int64_t kLongBytes = 128 * 1024;
+
+inline bool is_long(const Slot& slot) { return slot.size * dtype_size(slot.dtype) >= kLongBytes; }
+
 class Prefetch {
  public:
+  // For a range of tiles. Tiles without a gradient are left out, as in the update, and those of
+  // whole rows, which ask for theirs themselves.
   Prefetch(const Plan& plan, const Step& step, size_t begin, size_t end);
 
   // Asks for nothing.
   static Prefetch none();
 
-  // To be called once for each block that is updated, a tile's last one included.
+  // How many of the `size` elements from `begin` on come before the last kLead blocks of their
+  // slot.
+  static int64_t before_last_blocks(const Slot& slot, int64_t begin, int64_t size) {
+    const int64_t block = kBlockBytes / dtype_size(slot.dtype);
+    const int64_t end = ((slot.size + block - 1) / block - kLead) * block - begin;
+    return end < 0 ? 0 : end < size ? end : size;
+  }
+
+  // To be called once for each block that is updated; of a long tensor, for the last kLead.
   RECAP_INLINE void next_block() {
-    if (left_ <= 0 && !next_tile()) return;
+    if (left_ <= 0 && !next_slot()) return;
     const int64_t bytes = left_ < kBlockBytes ? left_ : kBlockBytes;
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(grad_ + line);
     for (int k = 0; k < written_count_; ++k) {
@@ -38,12 +53,12 @@ class Prefetch {
   }
 
  private:
-  bool next_tile();
+  bool next_slot();
 
   const Plan& plan_;
   const Step& step_;
   size_t tile_, end_;
-  int64_t left_ = 0;  // bytes of each array of the tile
+  int64_t left_ = 0;  // bytes of each array of the slot
   const char* grad_ = nullptr;
   const char* written_[kMaxStates + 1];  // parameter and states
   int written_count_ = 0;

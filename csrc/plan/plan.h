@@ -23,6 +23,16 @@ constexpr int64_t dtype_size(Dtype dtype) {
   return 0;
 }
 
+constexpr const char* dtype_name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32: return "float32";
+    case Dtype::float64: return "float64";
+    case Dtype::bfloat16: return "bfloat16";
+    case Dtype::float16: return "float16";
+  }
+  return "";
+}
+
 // One parameter tensor with its state tensors: dense memory, visited in memory order.
 struct Slot {
   void* param = nullptr;

@@ -47,6 +47,7 @@ def _examine() -> int:
     _print_section("Build", _described(info))
     is_well = _check()
     _time()
+    print(f"  Long tensors: {_described_ways(recap_fast.build_info())}")
     _print_missing(info)
     return 0 if is_well else 1
 
@@ -58,6 +59,20 @@ def _described(info: dict[str, Any]) -> dict[str, str]:
         "instruction sets": f"{', '.join(info['instruction_sets'])}; {info['instruction_set']} is"
         " in use",
     }
+
+
+def _described_ways(info: dict[str, Any]) -> str:
+    """How the CPU engine updates long tensors: what is fixed, and what was found."""
+    fixed = [
+        f"RECAP_FAST_{name.upper()}={info[name]}"
+        for name in ("streams", "prefetch")
+        if info[name] != "auto"
+    ]
+    found = [
+        f"in {streams} parts at once, {prefetch} blocks ahead ({work})"
+        for work, (streams, prefetch) in info["ways"].items()
+    ]
+    return "; ".join(fixed + found) or "the fastest way is found in the first steps"
 
 
 def _check() -> bool:

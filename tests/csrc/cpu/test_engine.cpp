@@ -8,6 +8,8 @@
 
 #include "check.h"
 #include "compare.h"
+#include "cpu/prefetch.h"
+#include "cpu/ways.h"
 #include "problem.h"
 #include "scalar_engine.h"
 
@@ -65,6 +67,48 @@ TEST(sizes_around_the_tile_have_the_bits_of_the_scalar_engine) {
 TEST(any_bit_pattern_has_the_bits_of_the_scalar_engine) {
   check_against_scalar(4099, Numbers::any, true);
   check_against_scalar(4099, Numbers::any, false);
+}
+
+// Long tensors, which are updated in parts and with requests further ahead, between short ones.
+TEST(every_way_has_the_bits_of_the_scalar_engine) {
+  for (const int64_t rest : {0, 4099}) {
+    std::vector<SlotShape> shapes;
+    for (int update = 0; update < recap::kUpdates; ++update) {
+      const Dtype dtype = static_cast<Dtype>((update + rest % 2) % recap::kDtypes);
+      const int64_t size = recap::cpu::kLongBytes / recap::dtype_size(dtype);
+      const int64_t sizes[] = {size - 1, 700, 3 * size + rest};
+      for (const int64_t each : sizes) {
+        shapes.push_back({static_cast<Update>(update), dtype, each, true, update % 4});
+      }
+    }
+    Problem expected(shapes, Numbers::ordinary, true);
+    scalar::run(expected.plan, expected.step);
+    using recap::cpu::Way;
+    for (const Way way : {Way{1, 0}, Way{2, 8}, Way{3, 1}, Way{8, 32}}) {
+      recap::cpu::fix_way(way.streams, way.ahead);
+      Problem found(shapes, Numbers::ordinary, true);
+      recap::cpu::run(found.plan, found.step, kOneThread);
+      check_same(found, expected, "streams ", way.streams, ", ahead ", way.ahead, ", rest ", rest);
+    }
+  }
+  recap::cpu::fix_way(std::nullopt, std::nullopt);
+}
+
+TEST(a_way_is_chosen_within_some_steps) {
+  std::vector<SlotShape> shapes(8, {Update::adam, Dtype::float32, 4 * kTile});
+  Problem problem(shapes, Numbers::ordinary, true);
+  recap::cpu::fix_way(std::nullopt, std::nullopt);
+  for (int step = 0; step < 12; ++step) {  // 8 runs in each, of 60 trials, after two steps
+    CHECK(recap::cpu::chosen_ways().empty() == (step < 10), "step ", step);
+    recap::cpu::run(problem.plan, problem.step, kOneThread);
+  }
+  const std::vector<recap::cpu::ChosenWay> chosen = recap::cpu::chosen_ways();
+  CHECK_EQ(chosen.size(), size_t{1});
+  CHECK(chosen[0].dtype == Dtype::float32 && !chosen[0].large);
+  CHECK_EQ(chosen[0].arrays, 4);
+  recap::cpu::run(problem.plan, problem.step, kOneThread);
+  CHECK(recap::cpu::chosen_ways()[0].way == chosen[0].way);
+  recap::cpu::fix_way(std::nullopt, std::nullopt);
 }
 
 // A gradient, and the state that takes its square: Adam's second moment, Adagrad's sum.

@@ -1,0 +1,32 @@
+// The way of every class of work: bytes per element, and size of the tensor.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "../plan/plan.h"
+#include "tuner.h"
+
+namespace recap::cpu {
+
+// From so many bytes of each array on, a tensor is of another class than long ones of less.
+constexpr int64_t kLargeBytes = 4 * 1024 * 1024;
+
+// The tuner of a slot that is long.
+Tuner& tuner_of(const Slot& slot);
+
+// From now on long tensors are updated with so many streams, or so many blocks ahead; without a
+// number, that is chosen anew by measuring. No step may be running.
+void fix_way(std::optional<int> streams, std::optional<int> ahead);
+
+struct ChosenWay {
+  Dtype dtype;
+  int arrays;  // with the gradient
+  bool large;
+  Way way;
+};
+
+// Those that were chosen by measuring.
+std::vector<ChosenWay> chosen_ways();
+
+}  // namespace recap::cpu
