@@ -69,8 +69,8 @@ sanitize: $(VENV)/built
 	ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 	$(BIN)/python -m tests.support.under_sanitizers address,undefined $(SANITIZED:%=tests/optim/test_%.py)
 	cmake -S tests/csrc -B build/sanitize-thread -DRECAP_SANITIZE=thread
-	cmake --build build/sanitize-thread --parallel --target test_threads test_grad_norm test_rows test_sparse
-	ctest --test-dir build/sanitize-thread -R "cpu/test_(threads|grad_norm|rows|sparse)" --output-on-failure --no-tests=error
+	cmake --build build/sanitize-thread --parallel --target test_threads test_grad_norm test_rows test_sparse test_tuner
+	ctest --test-dir build/sanitize-thread -R "cpu/test_(threads|grad_norm|rows|sparse|tuner)" --output-on-failure --no-tests=error
 	$(BIN)/python -m tests.support.under_sanitizers thread tests/optim/test_threads.py
 
 # Without torch's libraries, which it finds where it is installed; with the CUDA engine if there is nvcc.

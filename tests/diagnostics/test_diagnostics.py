@@ -33,7 +33,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_prints_versions_build_checks_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     info, threads = recap_fast.build_info(), torch.get_num_threads()
     assert main([]) == 0
-    assert recap_fast.build_info() == info and torch.get_num_threads() == threads
+    now = recap_fast.build_info()
+    assert now == info | {"ways": now["ways"]} and torch.get_num_threads() == threads
     text, errors = capsys.readouterr()
     assert errors == ""
     for name, value in {
@@ -53,6 +54,9 @@ def test_it_prints_versions_build_checks_and_speed(capsys: pytest.CaptureFixture
     number = r"\d+(\.\d+)?(e\+\d+)?"
     ratio = rf"{number} ms, torch {number} ms: {number} times as fast \({number} to {number}\)"
     assert len(re.findall(ratio, text)) >= 2 * len({1, threads})
+    assert "\n  Long tensors: " in text
+    for work, (streams, prefetch) in now["ways"].items():
+        assert f"in {streams} parts at once, {prefetch} blocks ahead ({work})" in text
     assert "\nMissing\n  " in text
 
 
