@@ -41,33 +41,57 @@ void* advance(void* address, int64_t bytes) {
   return address ? static_cast<char*>(address) + bytes : nullptr;
 }
 
-// Updates `size` elements of a slot from `begin` on. `number` is that of the step.
-void run_elements(const Kernels& kernels, const Slot& slot, const Values& values, const void* grad,
-                  int64_t begin, int64_t size, uint64_t number, Prefetch& prefetch) {
+// The elements [begin, begin + size) of a slot.
+Arrays arrays_of(const Slot& slot, const void* grad, int64_t begin, int64_t size) {
   const int64_t offset = begin * dtype_size(slot.dtype);
   Arrays arrays;
   arrays.param = advance(slot.param, offset);
   arrays.grad = static_cast<const char*>(grad) + offset;
   for (int k = 0; k < kMaxStates; ++k) arrays.state[k] = advance(slot.state[k], offset);
   arrays.size = size;
-  arrays.quiet = 0;
-  const Kernel kernel = kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)];
-  if (!is_long(slot)) {
-    kernel(values, arrays, prefetch);
+  return arrays;
+}
+
+void run_tile(const Kernels& kernels, const Slot& slot, const Values& values, const void* grad,
+              const Tile& tile, Prefetch& prefetch) {
+  if (slot.row_size) {
+    run_row_tile(kernels, slot, values, grad, tile);
     return;
   }
-  arrays.quiet = Prefetch::before_last_blocks(slot, begin, size);
+  kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](
+      values, arrays_of(slot, grad, tile.begin, tile.size), prefetch);
+}
+
+// Tiles of one long slot, the first of them `first`. Its middle is updated in the way that was
+// found best, or in one that is to be tried. `number` is that of the step. Returns how many tiles
+// there are. Not inlined, so that it costs short slots nothing.
+__attribute__((noinline)) size_t run_long(const Kernels& kernels, const Plan& plan,
+                                          const Step& step, uint64_t number, size_t first,
+                                          size_t end, Prefetch& prefetch) {
+  const Tile& tile = plan.tiles[first];
+  const Slot& slot = plan.slots[tile.slot];
+  const void* const grad = step.grads[tile.slot];
+  const Values& values = step.values[step.values_of_slot[tile.slot]];
+  const int dtype = static_cast<int>(slot.dtype), update = static_cast<int>(values.update);
+  const size_t count = std::min({tiles_left(slot, tile), end - first, kTilesOfRun});
+  const Tile& last = plan.tiles[first + count - 1];
+  const int64_t size = last.begin + last.size - tile.begin;
+
+  const int64_t middle = Prefetch::before_last_blocks(slot, tile.begin, size);
+  const Arrays arrays = arrays_of(slot, grad, tile.begin, middle);
   Tuner& tuner = tuner_of(slot);
-  const Tuner::Trial trial = tuner.next(number);
-  arrays.way = trial.way;
-  if (trial.number < 0) {
-    kernel(values, arrays, prefetch);
-    return;
-  }
+  // What is left of a slot at its end is no fair trial.
+  const bool is_fair = middle * dtype_size(slot.dtype) >= kLongBytes / 2;
+  const Tuner::Trial trial = is_fair ? tuner.next(number) : Tuner::Trial{tuner.current()};
   using Clock = std::chrono::steady_clock;
-  const auto begun = Clock::now();
-  kernel(values, arrays, prefetch);
-  tuner.finish(trial, std::chrono::duration<double>(Clock::now() - begun).count() / size);
+  const auto begun = trial.number < 0 ? Clock::time_point() : Clock::now();
+  const int64_t done = kernels.middle_of[dtype][update](values, arrays, trial.way);
+  if (trial.number >= 0) {
+    tuner.finish(trial, std::chrono::duration<double>(Clock::now() - begun).count() / middle);
+  }
+  kernels.of[dtype][update](values, arrays_of(slot, grad, tile.begin + done, size - done),
+                            prefetch);
+  return count;
 }
 
 void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, uint64_t number,
@@ -81,17 +105,12 @@ void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, uint6
       i += tiles_left(slot, tile);
       continue;
     }
-    const Values& values = step.values[step.values_of_slot[tile.slot]];
-    if (slot.row_size) {
-      run_row_tile(kernels, slot, values, grad, tile);
-      ++i;
+    if (is_long(slot) && !slot.row_size) {
+      i += run_long(kernels, plan, step, number, i, end, prefetch);
       continue;
     }
-    const size_t count = std::min({tiles_left(slot, tile), end - i, kTilesOfRun});
-    const Tile& last = plan.tiles[i + count - 1];
-    run_elements(kernels, slot, values, grad, tile.begin, last.begin + last.size - tile.begin,
-                 number, prefetch);
-    i += count;
+    run_tile(kernels, slot, step.values[step.values_of_slot[tile.slot]], grad, tile, prefetch);
+    ++i;
   }
 }
 

@@ -7,47 +7,84 @@
 namespace recap::cpu {
 namespace {
 
-// A block at a time, small enough to stay in the first-level cache.
+// The elements of some arrays of `T`.
+template <typename Algorithm, typename T>
+class Elements {
+ public:
+  explicit Elements(const Arrays& arrays)
+      : param_(static_cast<T*>(arrays.param)),
+        grad_(static_cast<const T*>(arrays.grad)),
+        state_{static_cast<T*>(arrays.state[0]), static_cast<T*>(arrays.state[1]),
+               static_cast<T*>(arrays.state[2])} {}
+
+  template <typename Values>
+  RECAP_INLINE void update(const Values& h, int64_t begin, int64_t count) const {
+    update_range<Algorithm>(h, param_, grad_, state_[0], state_[1], state_[2], begin,
+                            begin + count);
+  }
+
+ protected:
+  T* const param_;
+  const T* const grad_;
+  T* const state_[kMaxStates];
+};
+
+// Half precision, widened a piece at a time, small enough to stay in the first-level cache.
 template <typename Algorithm>
-void update_wide(const Values& values, const Arrays& arrays, Prefetch& prefetch) {
-  Float16* const param = static_cast<Float16*>(arrays.param);
-  const Float16* const grad = static_cast<const Float16*>(arrays.grad);
-  constexpr int64_t kMost = kTurnBytes / sizeof(Float16);
-  alignas(64) float wide_param[kMost], wide_grad[kMost], wide_state[kMaxStates][kMost];
-  // Not inlined: called in three places, and long.
-  const auto update = [&](int64_t begin, int64_t count) __attribute__((noinline)) {
-    load_all(param + begin, wide_param, count);
-    load_all(grad + begin, wide_grad, count);
+class WideElements : Elements<Algorithm, Float16> {
+ public:
+  explicit WideElements(const Arrays& arrays) : Elements<Algorithm, Float16>(arrays) {}
+
+  // Not inlined: called in several places, and long.
+  __attribute__((noinline)) void update(const Values& values, int64_t begin, int64_t count) {
+    load_all(this->param_ + begin, wide_param_, count);
+    load_all(this->grad_ + begin, wide_grad_, count);
     for (int k = 0; k < Algorithm::kStates; ++k) {
-      load_all(static_cast<const Float16*>(arrays.state[k]) + begin, wide_state[k], count);
+      load_all(this->state_[k] + begin, wide_state_[k], count);
     }
-    update_in_cache<Algorithm, float>(values, wide_param, wide_grad, wide_state[0], wide_state[1],
-                                      wide_state[2], count);
-    store_all(wide_param, param + begin, count);
+    update_in_cache<Algorithm, float>(values, wide_param_, wide_grad_, wide_state_[0],
+                                      wide_state_[1], wide_state_[2], count);
+    store_all(wide_param_, this->param_ + begin, count);
     for (int k = 0; k < Algorithm::kStates; ++k) {
-      store_all(wide_state[k], static_cast<Float16*>(arrays.state[k]) + begin, count);
+      store_all(wide_state_[k], this->state_[k] + begin, count);
     }
-  };
-  for_blocks<Algorithm, Float16>(arrays, prefetch, update);
+  }
+
+ private:
+  static constexpr int64_t kMost = kTurnBytes / sizeof(Float16);
+  alignas(64) float wide_param_[kMost], wide_grad_[kMost], wide_state_[kMaxStates][kMost];
+};
+
+// Calls go_through(update), where update(first element, elements) updates some of the arrays.
+template <typename Algorithm, typename T, typename GoThrough>
+RECAP_INLINE void with_update(const Values& values, const Arrays& arrays,
+                              const GoThrough& go_through) {
+  if constexpr (__is_same(T, Float16)) {
+    WideElements<Algorithm> elements(arrays);
+    go_through([&](int64_t begin, int64_t count) { elements.update(values, begin, count); });
+  } else {
+    const Elements<Algorithm, T> elements(arrays);
+    with_values<Algorithm, T>(values, [&](const auto& h) __attribute__((always_inline)) {
+      go_through([&](int64_t begin, int64_t count)
+                     __attribute__((always_inline)) { elements.update(h, begin, count); });
+    });
+  }
 }
 
 template <typename Algorithm, typename T>
 void kernel(const Values& values, const Arrays& arrays, Prefetch& prefetch) {
-  if constexpr (__is_same(T, Float16)) {
-    update_wide<Algorithm>(values, arrays, prefetch);
-  } else {
-    T* __restrict const param = static_cast<T*>(arrays.param);
-    const T* __restrict const grad = static_cast<const T*>(arrays.grad);
-    T* __restrict const state0 = static_cast<T*>(arrays.state[0]);
-    T* __restrict const state1 = static_cast<T*>(arrays.state[1]);
-    T* __restrict const state2 = static_cast<T*>(arrays.state[2]);
-    with_values<Algorithm, T>(values, [&](const auto& h) __attribute__((always_inline)) {
-      for_blocks<Algorithm, T>(
-          arrays, prefetch, [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-            update_range<Algorithm>(h, param, grad, state0, state1, state2, begin, begin + count);
-          });
-    });
-  }
+  with_update<Algorithm, T>(values, arrays, [&](const auto& update) __attribute__((always_inline)) {
+    for_blocks<T>(arrays, prefetch, update);
+  });
+}
+
+template <typename Algorithm, typename T>
+int64_t middle_kernel(const Values& values, const Arrays& arrays, Way way) {
+  int64_t done = 0;
+  with_update<Algorithm, T>(values, arrays, [&](const auto& update) __attribute__((always_inline)) {
+    done = for_turns<Algorithm, T>(arrays, way, update);
+  });
+  return done;
 }
 
 // Vectors of a size of their own, which the compiler splits into those that there are.
@@ -100,9 +137,13 @@ double sum_of_squares(const void* elements, int64_t size) {
 }
 
 template <typename T>
-constexpr void fill(Kernel (&row)[kUpdates]) {
-#define RECAP_KERNEL(name, ...) \
-  row[static_cast<int>(Update::name)] = kernel<typename UpdateType<Update::name>::type, T>;
+constexpr void fill(Kernels& kernels, Dtype dtype) {
+  Kernel(&row)[kUpdates] = kernels.of[static_cast<int>(dtype)];
+  MiddleKernel(&middle)[kUpdates] = kernels.middle_of[static_cast<int>(dtype)];
+#define RECAP_KERNEL(name, ...)                                                             \
+  row[static_cast<int>(Update::name)] = kernel<typename UpdateType<Update::name>::type, T>; \
+  middle[static_cast<int>(Update::name)] =                                                  \
+      middle_kernel<typename UpdateType<Update::name>::type, T>;
   RECAP_ELEMENT_UPDATES(RECAP_KERNEL)
 #undef RECAP_KERNEL
 }
@@ -110,10 +151,10 @@ constexpr void fill(Kernel (&row)[kUpdates]) {
 constexpr Kernels make_kernels(const char* instruction_set) {
   Kernels kernels{};
   kernels.instruction_set = instruction_set;
-  fill<float>(kernels.of[static_cast<int>(Dtype::float32)]);
-  fill<double>(kernels.of[static_cast<int>(Dtype::float64)]);
-  fill<BFloat16>(kernels.of[static_cast<int>(Dtype::bfloat16)]);
-  fill<Float16>(kernels.of[static_cast<int>(Dtype::float16)]);
+  fill<float>(kernels, Dtype::float32);
+  fill<double>(kernels, Dtype::float64);
+  fill<BFloat16>(kernels, Dtype::bfloat16);
+  fill<Float16>(kernels, Dtype::float16);
   kernels.sum_of_squares[static_cast<int>(Dtype::float32)] = sum_of_squares<float>;
   kernels.sum_of_squares[static_cast<int>(Dtype::float64)] = sum_of_squares<double>;
   kernels.sum_of_squares[static_cast<int>(Dtype::bfloat16)] = sum_of_squares<BFloat16>;

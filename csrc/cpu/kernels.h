@@ -17,11 +17,14 @@ struct Arrays {
   const void* grad;
   void* state[kMaxStates];
   int64_t size;
-  int64_t quiet;  // so many at the beginning are updated without requests for the next tensors
-  Way way;        // how these are
 };
 
+// Updates all of them, with requests for the memory of the next tensors.
 using Kernel = void (*)(const Values& values, const Arrays& arrays, Prefetch& prefetch);
+
+// The middle of a long tensor, in the given way. Returns how many elements, from the first on, it
+// has updated: all but a few.
+using MiddleKernel = int64_t (*)(const Values& values, const Arrays& arrays, Way way);
 
 // Squares and sums in double, in an order that is the same for every instruction set.
 using SumOfSquares = double (*)(const void* elements, int64_t size);
@@ -31,6 +34,7 @@ struct RowKernels;  // in row_kernels.h
 struct Kernels {
   const char* instruction_set;
   Kernel of[kDtypes][kUpdates];
+  MiddleKernel middle_of[kDtypes][kUpdates];
   SumOfSquares sum_of_squares[kDtypes];
   const RowKernels* rows;
 };

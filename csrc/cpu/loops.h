@@ -38,8 +38,8 @@ RECAP_INLINE void update_range(const Values& h, T* __restrict param, const T* __
 
 // Asks for `bytes` of every array, from so far after the element `begin` as is the way.
 template <typename Algorithm, typename T>
-RECAP_INLINE void ask_ahead(const Arrays& arrays, int64_t begin, int64_t bytes) {
-  const int64_t first = begin * sizeof(T) + arrays.way.ahead * kBlockBytes;
+RECAP_INLINE void ask_ahead(const Arrays& arrays, Way way, int64_t begin, int64_t bytes) {
+  const int64_t first = begin * sizeof(T) + way.ahead * kBlockBytes;
   for (int64_t byte = first; byte < first + bytes; byte += 64) {
     __builtin_prefetch(static_cast<const char*>(arrays.grad) + byte);
     __builtin_prefetch(static_cast<const char*>(arrays.param) + byte, 1);
@@ -52,31 +52,34 @@ RECAP_INLINE void ask_ahead(const Arrays& arrays, int64_t begin, int64_t bytes) 
 // So much of each stream is updated in turn.
 constexpr int64_t kTurnBytes = 512;
 
-// Calls update(first element, elements) for all of some arrays: first for the middle of a long
-// tensor, in the way that it is to be, then a block at a time, with a request for later memory
-// before each.
+// Calls update(first element, elements) in the middle of a long tensor, in a way; returns how many
+// elements that were.
 template <typename Algorithm, typename T, typename Update>
-RECAP_INLINE void for_blocks(const Arrays& arrays, Prefetch& prefetch, const Update& update) {
-  constexpr int64_t kTurn = kTurnBytes / sizeof(T), kBlock = kBlockBytes / sizeof(T);
-  int64_t done = 0;
-  if (arrays.quiet) {
-    const int64_t part = arrays.quiet / arrays.way.streams / kTurn * kTurn;
-    done = part * arrays.way.streams;
-    for (int64_t turn = 0; turn < part; turn += kTurn) {
-      for (int64_t begin = turn; begin < done; begin += part) {
-        if (arrays.way.ahead) ask_ahead<Algorithm, T>(arrays, begin, kTurnBytes);
-        update(begin, kTurn);
-      }
+RECAP_INLINE int64_t for_turns(const Arrays& arrays, Way way, const Update& update) {
+  constexpr int64_t kTurn = kTurnBytes / sizeof(T);
+  const int64_t part = arrays.size / way.streams / kTurn * kTurn;
+  const int64_t end = part * way.streams;
+  for (int64_t turn = 0; turn < part; turn += kTurn) {
+    for (int64_t begin = turn; begin < end; begin += part) {
+      if (way.ahead) ask_ahead<Algorithm, T>(arrays, way, begin, kTurnBytes);
+      update(begin, kTurn);
     }
   }
-  for (; done + kBlock <= arrays.size; done += kBlock) {
+  return end;
+}
+
+// The same for all elements, a block at a time, with a request for later memory before each.
+template <typename T, typename Update>
+RECAP_INLINE void for_blocks(const Arrays& arrays, Prefetch& prefetch, const Update& update) {
+  constexpr int64_t kBlock = kBlockBytes / sizeof(T);
+  int64_t begin = 0;
+  for (; begin + kBlock <= arrays.size; begin += kBlock) {
     prefetch.next_block();
-    update(done, kBlock);
+    update(begin, kBlock);
   }
-  if (const int64_t rest = arrays.size & (kBlock - 1)) {
-    prefetch.next_block();
-    update(done, rest);
-  }
+  if (begin == arrays.size) return;
+  prefetch.next_block();
+  update(begin, arrays.size & (kBlock - 1));
 }
 
 // Whether Adam's averages keep more than half of themselves, as with all usual betas.

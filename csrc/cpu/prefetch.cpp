@@ -15,16 +15,22 @@ Prefetch Prefetch::none() {
   return Prefetch(plan, step, 0, 0);
 }
 
-bool Prefetch::next_slot() {
+bool Prefetch::next_tile() {
   while (tile_ < end_) {
     const Tile& tile = plan_.tiles[tile_];
     const Slot& slot = plan_.slots[tile.slot];
     const void* const grad = step_.grads[tile.slot];
-    tile_ += tiles_left(slot, tile);
-    if (!grad || slot.row_size) continue;
+    if (!grad || slot.row_size) {
+      tile_ += tiles_left(slot, tile);
+      continue;
+    }
+    ++tile_;
     const int64_t item_size = dtype_size(slot.dtype), offset = tile.begin * item_size;
-    left_ = (slot.size - tile.begin) * item_size;
-    if (is_long(slot)) left_ = std::min(left_, kLead * kBlockBytes);
+    left_ = tile.size * item_size;
+    if (is_long(slot)) {
+      tile_ += tiles_left(slot, tile) - 1;
+      left_ = std::min((slot.size - tile.begin) * item_size, kLead * kBlockBytes);
+    }
     grad_ = static_cast<const char*>(grad) + offset;
     int count = 0;
     written_[count++] = static_cast<const char*>(slot.param) + offset;

@@ -20,7 +20,10 @@ constexpr int64_t kLead = 8;
 // A tensor of so many bytes is long: requests go on to the next one after its first kLead blocks.
 constexpr int64_t kLongBytes = 128 * 1024;
 
-inline bool is_long(const Slot& slot) { return slot.size * dtype_size(slot.dtype) >= kLongBytes; }
+// The first condition spares small tensors the second.
+RECAP_INLINE bool is_long(const Slot& slot) {
+  return slot.size >= kLongBytes / 8 && slot.size * dtype_size(slot.dtype) >= kLongBytes;
+}
 
 class Prefetch {
  public:
@@ -41,7 +44,7 @@ class Prefetch {
 
   // To be called once for each block that is updated; of a long tensor, for the last kLead.
   RECAP_INLINE void next_block() {
-    if (left_ <= 0 && !next_slot()) return;
+    if (left_ <= 0 && !next_tile()) return;
     const int64_t bytes = left_ < kBlockBytes ? left_ : kBlockBytes;
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(grad_ + line);
     for (int k = 0; k < written_count_; ++k) {
@@ -53,12 +56,12 @@ class Prefetch {
   }
 
  private:
-  bool next_slot();
+  bool next_tile();
 
   const Plan& plan_;
   const Step& step_;
   size_t tile_, end_;
-  int64_t left_ = 0;  // bytes of each array of the slot
+  int64_t left_ = 0;  // bytes of each array of the tile
   const char* grad_ = nullptr;
   const char* written_[kMaxStates + 1];  // parameter and states
   int written_count_ = 0;

@@ -46,6 +46,12 @@ class Tuner {
   // How long it took, in any unit, for each element.
   void finish(const Trial& trial, double time);
 
+  // The way of runs that are not measured.
+  Way current() const {
+    const int chosen = chosen_.load(std::memory_order_acquire);
+    return ways_[chosen >= 0 ? chosen : 0];
+  }
+
   bool has_a_choice() const { return ways_count_ > 1; }
 
   // Nothing before all trials are finished; it stays.
