@@ -78,6 +78,7 @@ def _cell(by_threads: Iterable[Measurement], peer: str) -> str:
 def _lost(results: Mapping[str, Any]) -> Iterator[str]:
     """Every figure, of any algorithm, in which a peer of the table is faster than recap_fast."""
     facts = results["machine"]
+    machine = "{processor} with {instruction_set} at {revision}".format(**facts)
     measurements = map(Measurement.from_json, results["measurements"])
     for m in (m for m in measurements if m.workload in WORKLOADS and m.cache == "cold"):
         for peer in filter(m.timings.microseconds.__contains__, _PEERS):
@@ -85,7 +86,7 @@ def _lost(results: Mapping[str, Any]) -> Iterator[str]:
             if ratio < 1:
                 yield (
                     f"* {label(m)}, {ALGORITHMS[m.algorithm]}, {plural(m.threads, 'thread')}, "
-                    f"{facts['processor']}: {_times([m], 'recap_fast')} ms against "
+                    f"{machine}: {_times([m], 'recap_fast')} ms against "
                     f"{_times([m], peer)} ms of {_PEERS[peer]} ({ratio:.3g}x)"
                 )
 
@@ -127,7 +128,7 @@ def render(
     if one:
         parts += [f"\n{_EXPLAINED_ONE}\n", *one]
     if lost:
-        parts += ["\nOn the machines measured, recap_fast was slower in these cases:\n", *lost]
+        parts += ["\nOn the machines measured, recap_fast was slower in these cases, at the revision named:\n", *lost]
     return "\n".join([*parts, _END])
 
 
