@@ -128,7 +128,8 @@ def render(
     if one:
         parts += [f"\n{_EXPLAINED_ONE}\n", *one]
     if lost:
-        parts += ["\nOn the machines measured, recap_fast was slower in these cases, at the revision named:\n", *lost]
+        said = "On the machines measured, recap_fast was slower in these cases, at the revision named:"
+        parts += [f"\n{said}\n", *lost]
     return "\n".join([*parts, _END])
 
 
