@@ -128,8 +128,8 @@ def render(
     if one:
         parts += [f"\n{_EXPLAINED_ONE}\n", *one]
     if lost:
-        said = "On the machines measured, recap_fast was slower in these cases, at the revision named:"
-        parts += [f"\n{said}\n", *lost]
+        said = "recap_fast was slower in these cases, each at the revision named"
+        parts += [f"\nOn the machines measured, {said}:\n", *lost]
     return "\n".join([*parts, _END])
 
 
