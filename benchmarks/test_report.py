@@ -66,6 +66,7 @@ _FACTS: dict[str, Any] = {
     "torch_instruction_set": "AVX2",
     "instruction_set": "avx2",
     "busy": 0.0,
+    "revision": "0123abc",
     "date": "2026-01-01",
 }
 
@@ -255,10 +256,10 @@ def test_the_headline_tells_what_is_lost_on_any_machine() -> None:
     facts = _FACTS | {"processor": "another processor"}
     other = _results(lost, _measurement(times), machine=facts)  # the second is not shown
     text = headline.render(_results(_recap(1)), "x.json", [other])
-    assert "recap_fast was slower in these cases:" in text
+    assert "recap_fast was slower in these cases, each at the revision named:" in text
     assert _listed(text) == [
-        "* one tensor of 50 M elements, SGD, 2 threads, another processor: 2.00 ms against 1.99 ms "
-        "of torch `fused=True` (0.996x)"
+        "* one tensor of 50 M elements, SGD, 2 threads, another processor with avx2 at 0123abc: "
+        "2.00 ms against 1.99 ms of torch `fused=True` (0.996x)"
     ]
 
 
