@@ -165,7 +165,7 @@ def test_with_nvcc_the_engine_is_built_for_the_architectures_asked_for(with_nvcc
 
 @needs_nvcc
 def test_profilers_find_the_lines_where_they_are_asked_for(with_nvcc: Path) -> None:
-    """They make the code of each architecture four times as large."""
+    """They make the code of each architecture much larger."""
     for build_type, expected in (("RelWithDebInfo", True), ("Release", False)):
         options = (f"-DCMAKE_BUILD_TYPE={build_type}", "-DRECAP_TORCH_CUDA=")
         done = _configure(with_nvcc, "AUTO", *options, PATH=_path_with_nvcc())

@@ -112,7 +112,7 @@ def test_the_environment_fixes_how_long_tensors_are_updated(
 def test_without_it_the_fastest_way_is_found_and_stays(
     read_environment: Callable[..., dict[str, Any]],
 ) -> None:
-    info = read_environment(RECAP_FAST_STREAMS="auto")
+    info = read_environment(RECAP_FAST_STREAMS="auto", RECAP_FAST_PREFETCH="auto")
     assert (info["streams"], info["prefetch"], info["ways"]) == ("auto", "auto", {})
     _step_long_tensors(20)
     (found,) = build_info()["ways"].items()

@@ -85,11 +85,11 @@ __attribute__((noinline)) size_t run_long(const Kernels& kernels, const Plan& pl
   const Tuner::Trial trial = is_fair ? tuner.next(number) : Tuner::Trial{tuner.current()};
   using Clock = std::chrono::steady_clock;
   const auto begun = trial.number < 0 ? Clock::time_point() : Clock::now();
-  const int64_t done = kernels.middle_of[dtype][update](values, arrays, trial.way);
+  kernels.middle_of[dtype][update](values, arrays, trial.way);
   if (trial.number >= 0) {
     tuner.finish(trial, std::chrono::duration<double>(Clock::now() - begun).count() / middle);
   }
-  kernels.of[dtype][update](values, arrays_of(slot, grad, tile.begin + done, size - done),
+  kernels.of[dtype][update](values, arrays_of(slot, grad, tile.begin + middle, size - middle),
                             prefetch);
   return count;
 }

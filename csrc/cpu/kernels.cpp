@@ -79,12 +79,10 @@ void kernel(const Values& values, const Arrays& arrays, Prefetch& prefetch) {
 }
 
 template <typename Algorithm, typename T>
-int64_t middle_kernel(const Values& values, const Arrays& arrays, Way way) {
-  int64_t done = 0;
+void middle_kernel(const Values& values, const Arrays& arrays, Way way) {
   with_update<Algorithm, T>(values, arrays, [&](const auto& update) __attribute__((always_inline)) {
-    done = for_turns<Algorithm, T>(arrays, way, update);
+    for_turns<Algorithm, T>(arrays, way, update);
   });
-  return done;
 }
 
 // Vectors of a size of their own, which the compiler splits into those that there are.

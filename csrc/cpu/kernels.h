@@ -22,9 +22,8 @@ struct Arrays {
 // Updates all of them, with requests for the memory of the next tensors.
 using Kernel = void (*)(const Values& values, const Arrays& arrays, Prefetch& prefetch);
 
-// The middle of a long tensor, in the given way. Returns how many elements, from the first on, it
-// has updated: all but a few.
-using MiddleKernel = int64_t (*)(const Values& values, const Arrays& arrays, Way way);
+// The same for the middle of a long tensor, in the given way, without these requests.
+using MiddleKernel = void (*)(const Values& values, const Arrays& arrays, Way way);
 
 // Squares and sums in double, in an order that is the same for every instruction set.
 using SumOfSquares = double (*)(const void* elements, int64_t size);

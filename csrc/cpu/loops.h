@@ -52,10 +52,10 @@ RECAP_INLINE void ask_ahead(const Arrays& arrays, Way way, int64_t begin, int64_
 // So much of each stream is updated in turn.
 constexpr int64_t kTurnBytes = 512;
 
-// Calls update(first element, elements) in the middle of a long tensor, in a way; returns how many
-// elements that were.
+// Calls update(first element, elements) for the middle of a long tensor, in a way; what is left of
+// the streams comes last.
 template <typename Algorithm, typename T, typename Update>
-RECAP_INLINE int64_t for_turns(const Arrays& arrays, Way way, const Update& update) {
+RECAP_INLINE void for_turns(const Arrays& arrays, Way way, const Update& update) {
   constexpr int64_t kTurn = kTurnBytes / sizeof(T);
   const int64_t part = arrays.size / way.streams / kTurn * kTurn;
   const int64_t end = part * way.streams;
@@ -65,10 +65,13 @@ RECAP_INLINE int64_t for_turns(const Arrays& arrays, Way way, const Update& upda
       update(begin, kTurn);
     }
   }
-  return end;
+  for (int64_t begin = end; begin < arrays.size; begin += kTurn) {
+    const int64_t left = arrays.size - begin;
+    update(begin, left < kTurn ? left : kTurn);
+  }
 }
 
-// The same for all elements, a block at a time, with a request for later memory before each.
+// The same for any tensor, a block at a time, with a request for later memory before each.
 template <typename T, typename Update>
 RECAP_INLINE void for_blocks(const Arrays& arrays, Prefetch& prefetch, const Update& update) {
   constexpr int64_t kBlock = kBlockBytes / sizeof(T);

@@ -1,5 +1,6 @@
 #include "ways.h"
 
+#include <algorithm>
 #include <array>
 #include <memory>
 
@@ -7,7 +8,7 @@ namespace recap::cpu {
 namespace {
 
 // One stream, eight blocks ahead, was best of those with one stream on an Intel Xeon; asking ahead
-// takes an AMD EPYC of the fourth generation a tenth of its speed or more.
+// makes an AMD EPYC of the fourth generation slower.
 const std::vector<Way> kCandidates = {{1, 8}, {1, 0}, {2, 0}, {2, 8}, {4, 0}};
 
 constexpr int kMostArrays = kMaxStates + 2;
@@ -43,9 +44,9 @@ void fix_way(std::optional<int> streams, std::optional<int> ahead) {
   std::vector<Way> candidates;
   for (Way way : kCandidates) {
     way = {streams.value_or(way.streams), ahead.value_or(way.ahead)};
-    bool is_new = true;
-    for (const Way& other : candidates) is_new = is_new && !(way == other);
-    if (is_new) candidates.push_back(way);
+    if (std::find(candidates.begin(), candidates.end(), way) == candidates.end()) {
+      candidates.push_back(way);
+    }
   }
   tuners() = std::make_unique<Tuners>(candidates);
 }

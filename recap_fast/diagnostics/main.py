@@ -42,7 +42,7 @@ def _examine() -> int:
     _print_section("Versions", versions.versions())
     try:
         info = recap_fast.build_info()
-    except (ImportError, OSError) as error:  # missing, or for another torch
+    except (ImportError, OSError, ValueError) as error:  # missing, for another torch, misconfigured
         return _fail(str(error))
     _print_section("Build", _described(info))
     is_well = _check()
