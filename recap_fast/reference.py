@@ -12,14 +12,16 @@ from typing import Any
 
 from torch import nn
 
+from recap_fast import torch_classes
 from recap_fast.assembly import OptimizerClasses, assemble
 from recap_fast.config import EmbeddingOptimizerConfig, OptimizerConfig, RecapOptimizerConfig
 from recap_fast.keyed import CombinedOptimizer
 from recap_fast.scheduler import RecapLRShim
 from recap_fast.table_optimizers import LazyAdamW, RowwiseAdagrad
-from recap_fast.torch_classes import TORCH_CLASSES, Lion
+from recap_fast.torch_classes import *  # noqa: F403
+from recap_fast.torch_classes import TORCH_CLASSES
 
-__all__ = ["LazyAdamW", "Lion", "RowwiseAdagrad", "build_optimizer"]
+__all__ = ["LazyAdamW", "RowwiseAdagrad", "build_optimizer", *torch_classes.__all__]
 
 _CLASSES = OptimizerClasses(
     by_algorithm={

@@ -12,6 +12,9 @@ from torch.optim.optimizer import ParamsT
 
 from recap_fast.closure import evaluate
 
+# Those that torch does not have; `recap_fast.reference` has them too.
+__all__ = ["Lion"]
+
 
 class Lion(Optimizer):
     """Moves each element by the sign of a blend of momentum and gradient.

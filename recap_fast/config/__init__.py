@@ -10,20 +10,8 @@ torchrec nor FBGEMM.
 dataclasses and pydantic models of any version, such as the recap recommender's own.
 """
 
-from recap_fast.config.algorithms import (
-    AdagradConfig,
-    AdamConfig,
-    AdamWConfig,
-    LionConfig,
-    RecapAdagradConfig,
-    RecapAdamConfig,
-    RecapAdamWConfig,
-    RecapLionConfig,
-    RecapRmspropConfig,
-    RecapSgdConfig,
-    RmspropConfig,
-    SgdConfig,
-)
+from recap_fast.config import algorithms
+from recap_fast.config.algorithms import *  # noqa: F403
 from recap_fast.config.base import BaseConfig
 from recap_fast.config.convert import as_embedding_config, as_learning_rate, as_optimizer_config
 from recap_fast.config.dense import (
@@ -63,9 +51,6 @@ from recap_fast.config.rowwise_adagrad import (
 )
 
 __all__ = [
-    "AdagradConfig",
-    "AdamConfig",
-    "AdamWConfig",
     "BaseConfig",
     "EmbeddingAdagradConfig",
     "EmbeddingAdamConfig",
@@ -87,23 +72,15 @@ __all__ = [
     "LearningRate",
     "LinearRampToConstant",
     "LinearRampToCosine",
-    "LionConfig",
     "MultiTaskLearningRates",
     "OptimizerConfig",
     "PiecewiseConstant",
-    "RecapAdagradConfig",
-    "RecapAdamConfig",
-    "RecapAdamWConfig",
     "RecapGroupConfig",
-    "RecapLionConfig",
     "RecapOptimizerConfig",
-    "RecapRmspropConfig",
-    "RecapSgdConfig",
-    "RmspropConfig",
-    "SgdConfig",
     "TableOptimizerConfig",
     "as_embedding_config",
     "as_learning_rate",
     "as_optimizer_config",
     "load_optimizer_config",
+    *algorithms.__all__,
 ]

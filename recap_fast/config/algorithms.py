@@ -13,6 +13,21 @@ from pydantic import model_validator
 
 from recap_fast.config.base import BaseConfig, Flag, Fraction, NonNegative
 
+__all__ = [
+    "AdagradConfig",
+    "AdamConfig",
+    "AdamWConfig",
+    "LionConfig",
+    "RecapAdagradConfig",
+    "RecapAdamConfig",
+    "RecapAdamWConfig",
+    "RecapLionConfig",
+    "RecapRmspropConfig",
+    "RecapSgdConfig",
+    "RmspropConfig",
+    "SgdConfig",
+]
+
 
 class DenseSection(BaseConfig):
     """What every section has.

@@ -25,7 +25,7 @@ class OptimizerConfig(AlgorithmSections):
     Attributes:
         learning_rate: The schedule. Without it, the `lr` of the chosen section is used as a
             constant; with it, that `lr` has no effect.
-        adam, adamw, adagrad, sgd, rmsprop, lion: The algorithm: exactly one of them.
+        adam, adamw, ...: The algorithm: exactly one of `AlgorithmSections`.
         groups: What is different about some parameters, by the name of the entry; see
             `GroupOptions`. Without `learning_rate`, an entry with an algorithm has the `lr` of that
             section, which only its own `lr_multiplier` multiplies.
@@ -65,7 +65,8 @@ class RecapOptimizerConfig(RecapAlgorithmSections):
     Attributes:
         multi_task_learning_rates: A param group per task tower and one for the backbone.
         single_task_learning_rate: Instead of the above: a single group.
-        adam, adamw, adagrad, sgd, rmsprop, lion: The algorithm of all dense groups: exactly one.
+        adam, adamw, ...: The algorithm of all dense groups: exactly one of
+            `RecapAlgorithmSections`.
         groups: What is different about some parameters, by the name of the entry; see
             `GroupOptions`.
         clip_grad_norm: The greatest global norm of the gradients of all dense groups; the argument

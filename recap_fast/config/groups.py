@@ -51,7 +51,7 @@ class GroupOptions(BaseConfig):
             does; the FQN is without what wrappers such as DDP add. Anchor it with ^ and $.
         lr_multiplier: Factor of the schedule, 0 or greater.
         weight_decay_multiplier: Factor of `weight_decay`, 0 or greater.
-        adam, adamw, adagrad, sgd, rmsprop, lion: The algorithm, at most one; its hyperparameters
+        adam, adamw, ...: The algorithm, at most one of `AlgorithmSections`; its hyperparameters
             replace all others.
     """
 

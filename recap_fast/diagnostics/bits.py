@@ -18,10 +18,10 @@ from torch import Tensor, nn, optim
 
 from recap_fast._native import build_info, use_instruction_set
 from recap_fast.optim import (
+    DENSE,
     FusedAdagrad,
     FusedAdam,
     FusedAdamW,
-    FusedLion,
     FusedOptimizer,
     FusedRMSprop,
     FusedRowwiseAdagrad,
@@ -55,7 +55,7 @@ class _Update:
     has_cuda_kernel: bool = True
 
 
-_UPDATES: Final = (
+_NAMED: Final = (
     _Update("Adam", FusedAdam, optim.Adam),
     _Update("Adam, L2", FusedAdam, optim.Adam, {"weight_decay": 0.1, "amsgrad": True}),
     _Update("Adam, lazy", FusedAdam, None, {"lazy": True}, has_cuda_kernel=False),
@@ -63,9 +63,16 @@ _UPDATES: Final = (
     _Update("Adagrad", FusedAdagrad, optim.Adagrad, {"weight_decay": 0.1}),
     _Update("row-wise Adagrad", FusedRowwiseAdagrad, has_cuda_kernel=False),
     _Update("RMSprop", FusedRMSprop, optim.RMSprop, {"centered": True, "momentum": 0.9}),
-    _Update("Lion", FusedLion, None, {"weight_decay": 0.1}),
     _Update("SGD", FusedSGD, optim.SGD),
     _Update("SGD, momentum", FusedSGD, optim.SGD, {"momentum": 0.9, "nesterov": True}),
+)
+_UPDATES: Final = (
+    *_NAMED,
+    *(
+        _Update(kind.__name__.removeprefix("Fused"), kind, None, {"weight_decay": 0.1})
+        for kind in DENSE.values()
+        if not any(update.fused is kind for update in _NAMED)
+    ),
 )
 
 

@@ -69,9 +69,9 @@ def new_state(
     """Returns the state of ``param`` before its first step, under torch's names.
 
     Args:
-        optimizer: a `torch.optim.Adam` (or AdamW), `SparseAdam`, `Adagrad`, `RMSprop` or `SGD`, a
-            `Lion` of `recap_fast.torch_classes`, or a subclass; or one whose ``algorithm`` is
-            ``rowwise_adagrad``.
+        optimizer: a `torch.optim.Adam` (or AdamW), `SparseAdam`, `Adagrad`, `RMSprop` or `SGD`, or
+            a subclass; one whose ``state_names`` says what state it has; or one whose
+            ``algorithm`` is ``rowwise_adagrad``.
         group: the param group of ``param``.
         param: a dense floating point tensor of any shape.
         memory: where the state goes; one for all parameters whose state is made together.
@@ -107,7 +107,7 @@ def new_state(
         return {"momentum_buffer": memory.full_like(param, 0.0, 0)} if group["momentum"] else {}
     raise TypeError(
         f"cannot make state for {type(optimizer).__name__}; it must be Adam, AdamW, Adagrad, "
-        "RMSprop, SGD or Lion"
+        "RMSprop or SGD of torch, or have `state_names`"
     )
 
 
