@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,7 +65,8 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         # In no temporary folder, which pip would remove: the next build takes what has not changed,
         # and so do the tests of the native code (tests/support/native_build.py).
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        python = f"{platform.machine()}-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / f"{python}-torch{torch.__version__}"
         arguments = {
             "CMAKE_BUILD_TYPE": os.environ.get("RECAP_BUILD_TYPE", "Release"),
             "RECAP_CUDA": os.environ.get("RECAP_CUDA", "AUTO"),
@@ -79,6 +82,7 @@ class CMakeBuild(build_ext):
         }
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-D{key}={value}" for key, value in arguments.items() if value is not None]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))  # a toolchain, for instance
         made_before = build.exists()
         done = subprocess.run(configure, check=not made_before)
         if done.returncode != 0:  # perhaps since another cmake has made it, or elsewhere

@@ -12,6 +12,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace recap::cpu {
@@ -125,6 +127,11 @@ RECAP_INLINE void with_values(const Values& values, const Update& update) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
   }
+#elif defined(__aarch64__)
+  for (; i < (size & ~int64_t{3}); i += 4) {
+    const uint16x4_t half = vld1_u16(reinterpret_cast<const uint16_t*>(from + i));
+    vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(half)));
+  }
 #endif
   for (; i < size; ++i) to[i] = load(from[i]);
 }
@@ -148,6 +155,11 @@ RECAP_INLINE void with_values(const Values& values, const Update& update) {
     const __m256 value = _mm256_loadu_ps(from + i);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                      _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__aarch64__)
+  for (; i < (size & ~int64_t{3}); i += 4) {
+    const float16x4_t half = vcvt_f16_f32(vld1q_f32(from + i));
+    vst1_u16(reinterpret_cast<uint16_t*>(to + i), vreinterpret_u16_f16(half));
   }
 #endif
   for (; i < size; ++i) store(from[i], to[i]);

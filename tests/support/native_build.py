@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "tests" / "csrc"
-BUILD = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+PYTHON = f"{platform.machine()}-{sys.implementation.cache_tag}"
+BUILD = ROOT / "build" / f"{PYTHON}-torch{torch.__version__}"
 # Those of `make sanitize`, by their sanitizers.
 SANITIZED = {
     "address,undefined": ROOT / "build" / "sanitize",
@@ -74,7 +76,7 @@ def _cmake_of(folder: Path) -> str:
     return found[1] if found and Path(found[1]).exists() else "cmake"
 
 
-def _run_cmake(source: Path, folder: Path, options: list[str], targets: Sequence[str]) -> None:
+def build_in(folder: Path, source: Path, options: list[str], targets: Sequence[str]) -> None:
     """Configures `folder` and builds targets there; other processes wait their turn."""
     folder.parent.mkdir(exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
@@ -93,12 +95,12 @@ def build(*targets: str, sanitizers: str = "") -> Path:
     if sanitizers:
         folder = SANITIZED[sanitizers]
         options = [f"-DRECAP_SANITIZE={sanitizers}", *_with_extension()]
-        _run_cmake(SOURCES, folder, options, targets)
+        build_in(folder, SOURCES, options, targets)
         return folder
     options = ["-DRECAP_BUILD_TESTS=ON", *_with_extension()]
     if not (BUILD / "CMakeCache.txt").exists():  # the installed extension was not built here
         options += ["-G", "Ninja", "-DRECAP_CUDA=OFF"]
-    _run_cmake(ROOT, BUILD, options, targets)
+    build_in(BUILD, ROOT, options, targets)
     return BUILD
 
 

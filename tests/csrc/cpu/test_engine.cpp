@@ -69,6 +69,27 @@ TEST(any_bit_pattern_has_the_bits_of_the_scalar_engine) {
   check_against_scalar(4099, Numbers::any, false);
 }
 
+// FNV-1a of what an array holds.
+void add_to_digest(Guarded& array, uint64_t& digest) {
+  for (size_t i = 0; i < array.size(); ++i) digest = (digest ^ array.data()[i]) * 0x100000001b3;
+}
+
+// So does x86-64, and any other: a change of an update's arithmetic alone may change the number.
+TEST(every_machine_gives_the_same_bits) {
+  uint64_t digest = 0xcbf29ce484222325;
+  for (const bool slow : {false, true}) {
+    const std::vector<SlotShape> shapes = every_update_and_dtype(1031, 1);
+    Problem problem(shapes, Numbers::ordinary, slow);
+    recap::cpu::run(problem.plan, problem.step, kOneThread);
+    for (size_t slot = 0; slot < shapes.size(); ++slot) {
+      for (int index = 0; index < kArrays; ++index) {
+        if (Guarded* array = problem.array(slot, index)) add_to_digest(*array, digest);
+      }
+    }
+  }
+  CHECK_EQ(digest, uint64_t{0x4e1dedbb103315e3});
+}
+
 // Long tensors, which are updated in parts and with requests further ahead, between short ones.
 TEST(every_way_has_the_bits_of_the_scalar_engine) {
   for (const int64_t rest : {0, 4099}) {

@@ -1,0 +1,5 @@
+# A toolchain for Arm on another processor: g++-aarch64-linux-gnu and qemu-user of Debian or Ubuntu.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu)
