@@ -26,6 +26,7 @@ class GroupSource:
         group: dict[str, Any],
         state: dict[Tensor, Any],
         names: Sequence[str],
+        clears_grads: bool,
     ) -> None: ...
 
 def any_on_cuda(groups: Sequence[GroupSource]) -> bool: ...

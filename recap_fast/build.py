@@ -30,6 +30,7 @@ def build_optimizer(
     clip_grad_norm: float | None = None,
     step_supports_amp_scaling: bool | None = None,
     unscale_grads: bool = True,
+    clear_grads: bool = False,
 ) -> tuple[FusedCombinedOptimizer, RecapLRShim]:
     """Makes the optimizer of a model and its learning-rate scheduler.
 
@@ -54,8 +55,11 @@ def build_optimizer(
             gradients, are clipped by `emb_optimizer_config` alone.
         step_supports_amp_scaling: Whether a `torch.amp.GradScaler` leaves unscaling and skipping to
             the step, which then never waits for the device, or does both itself, as for most
-            optimizers; see `recap_fast.optim.FusedAdam`. None: the value of `capturable`.
+            optimizers; see `recap_fast.optim.FusedAdam`. None: whether `capturable` or
+            `clear_grads` is set.
         unscale_grads: If the step is given a scale, `.grad` is divided by it, too.
+        clear_grads: A step leaves zeros in the gradients of all dense groups, in the place of
+            `zero_grad(set_to_none=False)`; see `recap_fast.optim.FusedAdam`.
 
     Returns:
         The optimizer, with a param group for each group in the order of `group_parameters` and then
@@ -71,6 +75,7 @@ def build_optimizer(
         "capturable": capturable or device_schedule,
         "step_supports_amp_scaling": step_supports_amp_scaling,
         "unscale_grads": unscale_grads,
+        "clear_grads": clear_grads,
     }
     classes = OptimizerClasses(
         by_algorithm={
@@ -108,5 +113,11 @@ def _by_rows(
             "capturable=True, but emb_optimizer_config chooses rowwise_adagrad or adam for tables "
             "on a GPU that are not fused, which cannot be captured: fuse them, or choose sgd or "
             "adagrad"
+        )
+    if native.keywords["clear_grads"] and not on_cpu:
+        raise ValueError(
+            "clear_grads=True, but emb_optimizer_config chooses rowwise_adagrad or adam for tables "
+            "on a GPU that are not fused, which torch steps, and does not clear: fuse them, or "
+            "choose sgd or adagrad"
         )
     return (native if on_cpu else pure_torch)(params, **hyperparameters)

@@ -58,7 +58,8 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
   for (const NewState& made : new_states) made_for[made.slot] = &made;
   std::set<PyObject*> seen_states;
   for (const GroupSource& source : groups) {
-    GroupReader reader(source.algorithm, source.group, source.name, device_values_);
+    GroupReader reader(source.algorithm, source.group, source.name, source.clears_grads,
+                       device_values_);
     ListSnapshot params(source.group["params"]);
     const size_t begin = slots_.size();
     for (size_t i = 0; i < params.size(); ++i) {
@@ -70,6 +71,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
       slots_.emplace_back(source.names.at(i), param, std::move(state), reader.hyper());
     }
     groups_.push_back({std::move(reader), std::move(params), begin, slots_.size()});
+    if (source.clears_grads) cleared_.add_group(begin, slots_.size());
   }
   check_devices();
   shared_memory_ = SharedMemory(slots_);
@@ -88,6 +90,7 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
     has_inference_tensors_ |= !slot.is_inert() && slot.param().is_inference();
     has_host_values_ |= !slot.is_inert() && !is_stepped_on_device(slot);
   }
+  cleared_.set_slots(slots);
   make_engine_plans(slots);
   gives_up_gil_ |= bytes > kShortStep || has_device_plans();
   for (const GroupSource& source : groups) {

@@ -12,6 +12,7 @@
 #include "../plan/plan.h"
 #include "../plan/step.h"
 #include "capture_guard.h"
+#include "cleared_gradients.h"
 #include "device_plan.h"
 #include "host_clipping.h"
 #include "host_values.h"
@@ -156,9 +157,10 @@ class BoundPlan {
   bool read_slots();  // false: a slot changed since the plan was built
   void read_unusual(size_t slot, const at::Tensor& grad);
   void sort_lookups();
-  std::vector<ScaledGradient> gradients_read();
+  std::vector<ScaledGradient> gradients_kept();  // those that the step has read and does not clear
   void call_others(const py::sequence& others);
   void put_new_states();
+  Outcome skip_step();
   void run_device_plans(const py::object& grad_scale, const py::object& found_inf);
   void remember_gradients();
 
@@ -180,6 +182,7 @@ class BoundPlan {
   std::vector<DevicePlan> device_plans_;
   Step step_;
   StepGradients gradients_{step_};
+  ClearedGradients cleared_;
   HostValues host_values_;
   HostClipping clipping_;
   CaptureGuard capture_;

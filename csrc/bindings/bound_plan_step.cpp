@@ -43,6 +43,7 @@ BoundPlan::Turn::Turn(BoundPlan& plan) : plan_(plan) {
 
 BoundPlan::Turn::~Turn() {
   plan_.gradients_.release();
+  plan_.cleared_.release();
   plan_.stepped_by_ = {};
   plan_.stepping_.unlock();
 }
@@ -143,9 +144,10 @@ void BoundPlan::read_unusual(size_t slot, const at::Tensor& grad) {
   if (needs_copy) copied_.push_back(static_cast<uint32_t>(slot));
 }
 
-std::vector<ScaledGradient> BoundPlan::gradients_read() {
+std::vector<ScaledGradient> BoundPlan::gradients_kept() {
   std::vector<ScaledGradient> gradients;
   for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    if (cleared_.has(slot)) continue;
     if (gradients_.is_sparse(slot)) {
       const at::Tensor& grad = probes_[slot].grad();
       gradients.push_back({grad, SparseGradients::values_of(grad)});
@@ -154,6 +156,11 @@ std::vector<ScaledGradient> BoundPlan::gradients_read() {
     }
   }
   return gradients;
+}
+
+Outcome BoundPlan::skip_step() {
+  cleared_.finish(false);
+  return Outcome::skipped;
 }
 
 void BoundPlan::call_others(const py::sequence& others) {
@@ -172,6 +179,7 @@ void BoundPlan::run_device_plans(const py::object& grad_scale, const py::object&
     const at::Tensor& lr = groups_[i].reader.device_lr();
     cuda::DeviceGroup& group = device_step_.groups[i];
     group = {groups_[i].reader.hyper(), nullptr, true};
+    group.hyper.clears_grads &= cleared_.in_step();
     if (scheduled_rates_[i]) {
       group.lr = scheduled_rates_[i];
     } else if (lr.defined()) {
@@ -203,21 +211,26 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
   const double scale = on_host ? scalar(grad_scale, "grad_scale", 1.0) : 1.0;
   const bool skip = on_host && scalar(found_inf, "found_inf", 0.0) != 0.0;
   const bool clips = clipping_.is_on();
-  if (skip && !clips) return Outcome::skipped;
+  if (cleared_.has_any()) cleared_.read(slots_, probes_, gradients_, step_.grads);
+  if (skip && !clips) return skip_step();
   if (!slots_without_state_.empty() && !skip) return Outcome::needs_state;
 
   // Now: another thread may replace them once this one has given up the GIL.
   std::vector<ScaledGradient> scaled;
-  if (!unscale_by.is_none()) scaled = gradients_read();
+  if (!unscale_by.is_none()) scaled = gradients_kept();
   for (const uint32_t slot : copied_) slots_[slot].copy_in();
   if (!step_.sparse.empty()) sort_lookups();
   const double factor =
       clips ? clipping_.factor(cpu_plan_, step_, scale, skip, gives_up_gil_) : 1.0;
-  if (std::isnan(factor)) return Outcome::skipped;
+  if (std::isnan(factor)) return skip_step();
   std::optional<HeldSignals> signals;
   if (has_others) signals.emplace();
   host_values_.fill(groups_, slots_, probes_, first_, gradients_, scale, factor, step_);
   if (captures) capture_.capture(groups_);
+  if (cleared_.has_any()) {
+    cleared_.bump_versions();
+    for (Values& values : step_.values) values.clears_grads &= cleared_.in_step();
+  }
   try {
     if (has_others) call_others(others);
     if (!new_states_.empty()) put_new_states();
@@ -233,6 +246,7 @@ Outcome BoundPlan::step(const py::object& grad_scale, const py::object& found_in
     cpu::run(cpu_plan_, step_, torch_thread_pool());
   }
   for (const uint32_t slot : copied_) slots_[slot].copy_out();
+  cleared_.finish(true);
   if (!scaled.empty()) unscale_gradients(scaled, unscale_by, found_inf);
   remember_gradients();
   if (!new_states_.empty()) new_states_.finish();

@@ -42,10 +42,11 @@ bool can_change_in_place(PyObject* value) {
 }  // namespace
 
 GroupReader::GroupReader(const std::string& algorithm, py::dict group, std::string name,
-                         bool device_values)
+                         bool clears_grads, bool device_values)
     : group_(std::move(group)), name_(std::move(name)), device_values_(device_values) {
   hyper_.algorithm = algorithm_named(algorithm);
   hyper_.sparse_only = algorithm == kSparseAdam;
+  hyper_.clears_grads = clears_grads;
   hyper_.visit([](auto, auto& options) { options = {}; });
   for (auto entry : group_) {
     items_.push_back({py::reinterpret_borrow<py::object>(entry.first),

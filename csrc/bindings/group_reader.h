@@ -15,7 +15,8 @@ class GroupReader {
   // `name` is how errors call the group. With `device_values`, a learning rate in the memory of a
   // device that can read it there is left there. Raises KeyError, TypeError or ValueError naming
   // the group and the field.
-  GroupReader(const std::string& algorithm, py::dict group, std::string name, bool device_values);
+  GroupReader(const std::string& algorithm, py::dict group, std::string name, bool clears_grads,
+              bool device_values);
 
   // Brings `hyper()` up to date. Returns false if what changed needs another plan: which states the
   // algorithm keeps, whether it goes by rows, or which keys the group has.

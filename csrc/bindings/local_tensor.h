@@ -22,6 +22,15 @@ inline bool is_lazy(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->key_set().has_any(kLazyKeys);
 }
 
+// Without the dimensions along which an expanded tensor repeats its elements.
+inline at::Tensor distinct_elements(at::Tensor tensor) {
+  if (tensor.layout() != at::kStrided) return tensor;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    if (tensor.stride(dim) == 0 && tensor.size(dim) > 1) tensor = tensor.narrow(dim, 0, 1);
+  }
+  return tensor;
+}
+
 // An attribute that the object goes on holding, and so a borrowed reference; null if it has none.
 inline PyObject* held_attribute(PyObject* object, PyObject* name) {
   PyObject* const value = PyObject_GetAttr(object, name);

@@ -81,9 +81,9 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
   m.attr("NEEDS_STATE") = static_cast<int>(Outcome::needs_state);
 
   py::class_<GroupSource>(m, "GroupSource")
-      .def(py::init<std::string, std::string, py::dict, py::dict, std::vector<std::string>>(),
+      .def(py::init<std::string, std::string, py::dict, py::dict, std::vector<std::string>, bool>(),
            py::arg("algorithm"), py::arg("name"), py::arg("group"), py::arg("state"),
-           py::arg("names"));
+           py::arg("names"), py::arg("clears_grads"));
 
   py::class_<StateBlock, std::shared_ptr<StateBlock>>(m, "StateBlock")
       .def(py::init<int64_t>(), py::arg("size"))

@@ -19,6 +19,7 @@ struct GroupSource {
   py::dict group;                  // the torch param group
   py::dict state;                  // the optimizer's state
   std::vector<std::string> names;  // one per parameter, for errors
+  bool clears_grads;               // a step leaves its gradients at zero
 };
 
 struct DeviceOrder {

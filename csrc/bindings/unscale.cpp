@@ -24,14 +24,6 @@ struct GradientExtent {
   bool shared = false;  // with another, or among its own elements
 };
 
-// Without the dimensions along which an expanded tensor repeats its elements.
-at::Tensor distinct_elements(at::Tensor tensor) {
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    if (tensor.stride(dim) == 0 && tensor.size(dim) > 1) tensor = tensor.narrow(dim, 0, 1);
-  }
-  return tensor;
-}
-
 // `gradient` has elements.
 GradientExtent gradient_extent_of(const at::Tensor& gradient) {
   int64_t elements = 1;

@@ -74,14 +74,22 @@ RECAP_INLINE void with_update(const Values& values, const Arrays& arrays,
 template <typename Algorithm, typename T>
 void kernel(const Values& values, const Arrays& arrays, Prefetch& prefetch) {
   with_update<Algorithm, T>(values, arrays, [&](const auto& update) __attribute__((always_inline)) {
-    for_blocks<T>(arrays, prefetch, update);
+    for_blocks<T>(arrays, prefetch,
+                  [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+                    update(begin, count);
+                    if (values.clears_grads) clear_grad<T>(arrays, begin, count);
+                  });
   });
 }
 
 template <typename Algorithm, typename T>
 void middle_kernel(const Values& values, const Arrays& arrays, Way way) {
   with_update<Algorithm, T>(values, arrays, [&](const auto& update) __attribute__((always_inline)) {
-    for_turns<Algorithm, T>(arrays, way, update);
+    for_turns<Algorithm, T>(arrays, way,
+                            [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+                              update(begin, count);
+                              if (values.clears_grads) clear_grad<T>(arrays, begin, count);
+                            });
   });
 }
 

@@ -51,6 +51,12 @@ RECAP_INLINE void ask_ahead(const Arrays& arrays, Way way, int64_t begin, int64_
   }
 }
 
+// Has the gradient of some elements, which are in the first-level cache, be zero from now on.
+template <typename T>
+RECAP_INLINE void clear_grad(const Arrays& arrays, int64_t begin, int64_t count) {
+  memset(const_cast<T*>(static_cast<const T*>(arrays.grad)) + begin, 0, count * sizeof(T));
+}
+
 // So much of each stream is updated in turn.
 constexpr int64_t kTurnBytes = 512;
 

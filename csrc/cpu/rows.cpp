@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "row_kernels.h"
 
@@ -69,7 +70,11 @@ class RowTile {
       if (of_rows_) {
         of_rows_(values_, arrays_.at(first, grad_of(first), row - first), no_prefetch_);
       } else {
-        for (int64_t i = first; i < row; ++i) of_row_(values_, arrays_.at(i, grad_of(i)));
+        for (int64_t i = first; i < row; ++i) {
+          of_row_(values_, arrays_.at(i, grad_of(i)));
+          if (values_.clears_grads)
+            std::memset(const_cast<char*>(grad_of(i)), 0, arrays_.row_bytes());
+        }
       }
     }
   }

@@ -89,6 +89,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) update_til
     update_tile_of_any_dtype(*tile, found.values.update, found.values.float32, found.values.float64,
                              grad.address());
   }
+  // In a step that is skipped too: what is not finite would stay so whatever is added to it.
+  if (header.clears_grads) {
+    // All is read anew: kept until here, it would take registers from the update.
+    const uint32_t block = block_number();
+    if (block < header.tile_count) {
+      const TileEntry& again = header.tiles[block];
+      const SlotGrad of_slot =
+          table<SlotGrad>(header, header.grads)[again.slot - header.first_slot];
+      if (of_slot.bits && found.values.clears_grads) clear_grad(again, of_slot.address());
+    }
+  }
   // Not before the update, whose registers it would need.
   if (found.is_last) move_on(header, found);
 }

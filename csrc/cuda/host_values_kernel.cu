@@ -4,7 +4,8 @@
 //    without a gradient), and the hardware hands the next to whichever multiprocessor is free.
 //  * A block waits for one table entry, then asks for elements: addresses and sizes come with the
 //    entry, the gradient's address and the hyperparameters with the kernel's parameter.
-//  * No shared memory and no synchronisation: there is nothing to exchange.
+//  * No shared memory, and no synchronisation but where gradients are cleared, which others of the
+//    block may not have read yet.
 #include "kernel.h"
 #include "tile_update.cuh"
 
@@ -21,10 +22,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const SlotGrad grad = table<SlotGrad>(header, header.grads)[slot];
   if (!grad.bits) return;
   const uint32_t entry = grad.entry();
-  update_tile_of_any_dtype(tile, table<Update>(header, header.updates)[entry],
-                           table<UpdateValues<float>>(header, header.float32_values)[entry],
-                           table<UpdateValues<double>>(header, header.float64_values)[entry],
-                           grad.address());
+  const EntryUpdate update = table<EntryUpdate>(header, header.updates)[entry];
+  update_tile_of_any_dtype(
+      tile, update.update(), table<UpdateValues<float>>(header, header.float32_values)[entry],
+      table<UpdateValues<double>>(header, header.float64_values)[entry], grad.address());
+  if (header.clears_grads) {
+    // All is read anew: kept until here, it would take registers from the update.
+    const TileEntry& again = header.tiles[block_number()];
+    const SlotGrad of_slot = table<SlotGrad>(header, header.grads)[again.slot - header.first_slot];
+    if (table<EntryUpdate>(header, header.updates)[of_slot.entry()].clears_grads()) {
+      clear_grad(again, of_slot.address());
+    }
+  }
 }
 
 template <int kBytes>

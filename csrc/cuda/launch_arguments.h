@@ -35,6 +35,17 @@ struct SlotGrad {
   RECAP_INLINE uint32_t entry() const { return static_cast<uint32_t>(bits >> kAddressBits); }
 };
 
+// What an entry does with its slots; the highest bit says whether gradients are zero afterwards.
+struct EntryUpdate {
+  static constexpr uint8_t kClearsGrads = 0x80;
+
+  uint8_t bits;
+
+  RECAP_INLINE Update update() const { return static_cast<Update>(bits & ~kClearsGrads); }
+  RECAP_INLINE bool clears_grads() const { return bits & kClearsGrads; }
+};
+static_assert(kRowUpdates <= EntryUpdate::kClearsGrads);
+
 // The front of the parameter if values come from the host. Offsets are in bytes from the header's
 // own address.
 struct ArgumentsHeader {
@@ -44,7 +55,8 @@ struct ArgumentsHeader {
   uint32_t
       float64_values;  // offset of UpdateValues<double>, one per entry, if some slot needs them
   uint32_t float32_values;  // offset of UpdateValues<float>, one per entry
-  uint32_t updates;         // offset of Update, one per entry
+  uint32_t updates;         // offset of EntryUpdate, one per entry
+  uint32_t clears_grads;    // whether some entry does
 };
 
 // The same if they come from the device. An entry is a group.
@@ -60,6 +72,7 @@ struct DeviceArgumentsHeader {
   uint32_t block_count;  // at least 1
   uint32_t grads;        // offset of SlotGrad, one per slot
   uint32_t groups;       // offset of DeviceGroup, one per entry
+  uint32_t clears_grads;
 };
 
 template <typename Header, int kBytes>

@@ -1,5 +1,6 @@
 #include "launches.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -50,7 +51,7 @@ Launches::Demand Launches::demand(const Step& step) {
           step.values_of_slot,
           step.values.size(),
           sizeof(ArgumentsHeader),
-          sizeof(UpdateValues<float>) + sizeof(Update),
+          sizeof(UpdateValues<float>) + sizeof(EntryUpdate),
           sizeof(UpdateValues<double>),
           false,
           false};
@@ -125,6 +126,9 @@ void Launches::write(const Step& step, const TileEntry* tiles, unsigned char* ou
   header.float32_values =
       header.float64_values + (float64_ ? entries_.size() * sizeof(UpdateValues<double>) : 0);
   header.updates = header.float32_values + entries_.size() * sizeof(UpdateValues<float>);
+  header.clears_grads = std::any_of(entries_.begin(), entries_.end(), [&step](uint32_t entry) {
+    return step.values[entry].clears_grads;
+  });
   std::memcpy(out, &header, sizeof header);
   write_grads(step.grads, step.values_of_slot, out + header.grads);
   for (size_t i = 0; i < entries_.size(); ++i) {
@@ -135,7 +139,9 @@ void Launches::write(const Step& step, const TileEntry* tiles, unsigned char* ou
     }
     std::memcpy(out + header.float32_values + i * sizeof values.float32, &values.float32,
                 sizeof values.float32);
-    out[header.updates + i] = static_cast<unsigned char>(values.update);
+    out[header.updates + i] =
+        static_cast<unsigned char>(static_cast<unsigned>(values.update) |
+                                   (values.clears_grads ? EntryUpdate::kClearsGrads : 0));
   }
 }
 
@@ -155,6 +161,9 @@ void Launches::write(const DeviceStep& step, const TileEntry* tiles, uint32_t* t
   header.block_count = blocks();
   header.grads = sizeof header;
   header.groups = header.grads + slots * sizeof(SlotGrad);
+  header.clears_grads = std::any_of(entries_.begin(), entries_.end(), [&step](uint32_t entry) {
+    return step.groups[entry].hyper.clears_grads;
+  });
   std::memcpy(out, &header, sizeof header);
   write_grads(step.grads, step.group_of_slot, out + header.grads);
   for (size_t i = 0; i < entries_.size(); ++i) {

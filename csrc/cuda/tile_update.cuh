@@ -283,6 +283,33 @@ RECAP_DEVICE void update_tile_of_any_dtype(const TileEntry& tile, Update update,
   }
 }
 
+// That of the block, as if it were not known yet.
+RECAP_DEVICE uint32_t block_number() {
+  uint32_t block = blockIdx.x;
+  asm volatile("" : "+r"(block));
+  return block;
+}
+
+// Leaves zeros in the gradient of a tile that was updated, or whose step is skipped. Every thread
+// writes what it alone has read, so that none waits for another.
+RECAP_DEVICE void clear_grad(const TileEntry& tile, const void* grad) {
+  constexpr int kChunkBytes = kThreads * sizeof(uint4);
+  const int width = static_cast<int>(dtype_size(tile.dtype)), size = tile.size * width;
+  auto* const bytes = static_cast<char*>(const_cast<void*>(grad)) + tile.begin * width;
+  auto addresses = reinterpret_cast<uintptr_t>(tile.param) | reinterpret_cast<uintptr_t>(bytes);
+  for (const void* state : tile.state) addresses |= reinterpret_cast<uintptr_t>(state);
+  for (int begin = 0; begin < size; begin += kChunkBytes) {
+    const int end = size - begin < kChunkBytes ? size : begin + kChunkBytes;
+    if (addresses % sizeof(uint4) == 0 && end - begin == kChunkBytes) {
+      store_to(bytes + begin + threadIdx.x * sizeof(uint4), uint4{});
+      continue;
+    }
+    for (int at = begin + threadIdx.x * width; at < end; at += kThreads * width) {
+      for (int half = 0; half < width; half += 2) store_to(bytes + at + half, uint16_t{});
+    }
+  }
+}
+
 // --- parameter -------------------------------------------------------------------------
 
 // A table of the kernel's parameter, which is in the constant bank: `__grid_constant__` lets it be

@@ -13,7 +13,7 @@ namespace recap {
 enum class Dtype : uint8_t { float32, float64, bfloat16, float16 };
 constexpr int kDtypes = 4;
 
-constexpr int64_t dtype_size(Dtype dtype) {
+RECAP_INLINE constexpr int64_t dtype_size(Dtype dtype) {
   switch (dtype) {
     case Dtype::float64: return 8;
     case Dtype::float32: return 4;

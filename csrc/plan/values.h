@@ -12,7 +12,8 @@ namespace recap {
 struct Hyper {
   Algorithm algorithm = Algorithm::adam;
   bool maximize = false;
-  bool sparse_only = false;  // refuses dense gradients, as torch.optim.SparseAdam does
+  bool sparse_only = false;   // refuses dense gradients, as torch.optim.SparseAdam does
+  bool clears_grads = false;  // a step leaves them at zero
   double lr = 0.0;
   union {
 #define RECAP_HYPER_OF(name, Traits) Traits::Hyper name;
@@ -63,6 +64,7 @@ struct Hyper {
 // One update with its values, for slots that compute in float or in double.
 struct Values {
   Update update;
+  bool clears_grads;
   UpdateValues<float> float32;
   UpdateValues<double> float64;
 
@@ -87,6 +89,7 @@ RECAP_INLINE void compute_values(const Hyper& hyper, const StepInputs& inputs, P
   const double inverse_scale = static_cast<float>(divide(1.0, inputs.grad_scale));
   const double factor = inverse_scale * inputs.clip;
   const double grad_factor = hyper.maximize ? -factor : factor;
+  out.clears_grads = hyper.clears_grads;
 #define RECAP_CASE(name, Traits)                                                \
   case Algorithm::name: {                                                       \
     out.update = Traits::update<Update>(hyper.name);                            \

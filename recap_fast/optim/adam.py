@@ -43,9 +43,16 @@ class FusedAdam(FusedOptimizer, optim.Adam):
             the step, which divides and skips without waiting for the device, as torch does with
             ``fused=True``. If False, the scaler unscales ``.grad`` before the step and does not
             call a step that is to be skipped, as for torch's other optimizers: so libraries can
-            clip in between, and see which steps were taken. None: the value of ``capturable``.
+            clip in between, and see which steps were taken. None: whether ``capturable`` or
+            ``clear_grads`` is set.
         unscale_grads: after a step that was given a scale, ``.grad`` is divided by it, as after
             torch's. False leaves it scaled, which saves a pass over the gradients.
+        clear_grads: a step leaves zeros in every ``.grad`` that it has read, written while they are
+            in the cache: in the place of ``zero_grad(set_to_none=False)``, for those who keep the
+            buffers, as static graphs, DDP's bucket views and accumulation do. A step that it skips
+            clears too. A sparse gradient has no rows afterwards. Let then the step skip what a
+            `torch.amp.GradScaler` finds: a step that the scaler does not call clears nothing. torch
+            does not have it.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -72,6 +79,7 @@ class FusedAdam(FusedOptimizer, optim.Adam):
         clip_grad_norm: float | None = None,
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
+        clear_grads: bool = False,
     ) -> None:
         self._take_options(
             foreach,
@@ -81,6 +89,7 @@ class FusedAdam(FusedOptimizer, optim.Adam):
             clip_grad_norm,
             step_supports_amp_scaling,
             unscale_grads,
+            clear_grads,
         )
         super().__init__(
             params,
@@ -122,6 +131,7 @@ class FusedAdamW(FusedOptimizer, optim.AdamW):
         clip_grad_norm: float | None = None,
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
+        clear_grads: bool = False,
     ) -> None:
         self._take_options(
             foreach,
@@ -131,6 +141,7 @@ class FusedAdamW(FusedOptimizer, optim.AdamW):
             clip_grad_norm,
             step_supports_amp_scaling,
             unscale_grads,
+            clear_grads,
         )
         super().__init__(
             params,

@@ -25,7 +25,7 @@ class FusedLion(FusedOptimizer, Lion):
         weight_decay: decoupled from the gradient, as AdamW's.
         maximize: ascend instead of descend.
         foreach, fused, differentiable, capturable, clip_grad_norm, step_supports_amp_scaling,
-            unscale_grads: as in `FusedAdam`.
+            unscale_grads, clear_grads: as in `FusedAdam`.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -48,6 +48,7 @@ class FusedLion(FusedOptimizer, Lion):
         clip_grad_norm: float | None = None,
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
+        clear_grads: bool = False,
     ) -> None:
         self._take_options(
             foreach,
@@ -57,6 +58,7 @@ class FusedLion(FusedOptimizer, Lion):
             clip_grad_norm,
             step_supports_amp_scaling,
             unscale_grads,
+            clear_grads,
         )
         super().__init__(params, lr, betas, weight_decay, maximize=maximize)
         if capturable:

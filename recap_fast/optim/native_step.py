@@ -65,12 +65,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     # What torch.amp.GradScaler, Lightning and accelerate look at, under torch's name for it.
     _step_supports_amp_scaling: bool = False
     unscale_grads: bool = True
+    _clear_grads: bool = False
     _stepper: Stepper | None = None
     _has_large_state_to_place: bool = False
     _clip_grad_norm: float | None = None
     _left_to_torch: LeftToTorch | None = None  # None: what is not native is refused
     # What torch's class does not have, and a pickle or copy must keep.
     _OWN_OPTIONS = (
+        "_clear_grads",
         "_clip_grad_norm",
         "_left_to_torch",
         "_step_supports_amp_scaling",
@@ -86,6 +88,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         clip_grad_norm: float | None,
         step_supports_amp_scaling: bool | None,
         unscale_grads: bool,
+        clear_grads: bool,
     ) -> None:
         """Checks and keeps the arguments of a constructor that are about the step, not the update.
 
@@ -106,15 +109,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         if clip_grad_norm is not None:
             self._clip_grad_norm = check_max_norm(clip_grad_norm)
         if step_supports_amp_scaling is None:
-            step_supports_amp_scaling = capturable
+            step_supports_amp_scaling = capturable or clear_grads
         self._step_supports_amp_scaling = bool(step_supports_amp_scaling)
         self.unscale_grads = bool(unscale_grads)
+        self._clear_grads = bool(clear_grads)
         table_types.register(type(self), self.torch_class())
 
     @property
     def clip_grad_norm(self) -> float | None:
         """What the global norm of the gradients is clipped to; None: it is not. Read only."""
         return self._clip_grad_norm
+
+    @property
+    def clear_grads(self) -> bool:
+        """Whether a step leaves zeros in the gradients that it has read. Read only."""
+        return self._clear_grads
 
     @property
     def grad_norm(self) -> float | torch.Tensor | None:

@@ -24,7 +24,7 @@ class FusedRMSprop(FusedOptimizer, optim.RMSprop):
         momentum: decay of the momentum buffer; 0 keeps none.
         centered: divide by an estimate of the standard deviation (Graves, 2013). Where rounding
             takes the variance below zero it is zero, where torch's step gives NaN.
-        capturable, step_supports_amp_scaling, unscale_grads: as in `FusedAdam`.
+        capturable, step_supports_amp_scaling, unscale_grads, clear_grads: as in `FusedAdam`.
         foreach: accepted as in torch, and without effect: a step is always one native call.
         maximize: ascend instead of descend.
         differentiable: False; a step has no backward.
@@ -54,6 +54,7 @@ class FusedRMSprop(FusedOptimizer, optim.RMSprop):
         clip_grad_norm: float | None = None,
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
+        clear_grads: bool = False,
     ) -> None:
         self._take_options(
             foreach,
@@ -63,6 +64,7 @@ class FusedRMSprop(FusedOptimizer, optim.RMSprop):
             clip_grad_norm,
             step_supports_amp_scaling,
             unscale_grads,
+            clear_grads,
         )
         super().__init__(
             params,

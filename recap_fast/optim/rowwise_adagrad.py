@@ -39,7 +39,7 @@ class FusedRowwiseAdagrad(FusedOptimizer, Optimizer):
         decoupled_weight_decay: see there.
         maximize: ascend instead of descend.
         capturable: False; there is no CUDA kernel for it.
-        clip_grad_norm, step_supports_amp_scaling, unscale_grads: as in `FusedAdam`.
+        clip_grad_norm, step_supports_amp_scaling, unscale_grads, clear_grads: as in `FusedAdam`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -60,6 +60,7 @@ class FusedRowwiseAdagrad(FusedOptimizer, Optimizer):
         clip_grad_norm: float | None = None,
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
+        clear_grads: bool = False,
     ) -> None:
         if capturable:
             raise ValueError(
@@ -74,6 +75,7 @@ class FusedRowwiseAdagrad(FusedOptimizer, Optimizer):
             clip_grad_norm,
             step_supports_amp_scaling,
             unscale_grads,
+            clear_grads,
         )
         defaults = {
             "lr": lr,

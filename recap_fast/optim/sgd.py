@@ -25,8 +25,8 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         maximize: ascend instead of descend.
         foreach, fused: accepted as in torch, and without effect: a step is always one native call.
         differentiable: False; a step has no backward.
-        capturable, step_supports_amp_scaling, unscale_grads: as in `FusedAdam`; torch's class does
-            not have them.
+        capturable, step_supports_amp_scaling, unscale_grads, clear_grads: as in `FusedAdam`;
+            torch's class does not have them.
         clip_grad_norm: clip gradients by their global norm, see `FusedOptimizer`; None does not.
 
     Raises:
@@ -52,6 +52,7 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         clip_grad_norm: float | None = None,
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
+        clear_grads: bool = False,
     ) -> None:
         self._take_options(
             foreach,
@@ -61,6 +62,7 @@ class FusedSGD(FusedOptimizer, optim.SGD):
             clip_grad_norm,
             step_supports_amp_scaling,
             unscale_grads,
+            clear_grads,
         )
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         if capturable:

@@ -27,8 +27,8 @@ class FusedSparseAdam(FusedOptimizer, optim.SparseAdam):
         eps: added to the root of ``exp_avg_sq``, before the bias correction.
         maximize: ascend instead of descend.
         clip_grad_norm: clip gradients by their global norm, see `FusedOptimizer`; None does not.
-        step_supports_amp_scaling, unscale_grads: as in `FusedAdam`; torch's class does not have
-            them.
+        step_supports_amp_scaling, unscale_grads, clear_grads: as in `FusedAdam`; torch's class does
+            not have them.
 
     Raises:
         ValueError: an argument is out of range, or a parameter is sparse or complex.
@@ -47,8 +47,16 @@ class FusedSparseAdam(FusedOptimizer, optim.SparseAdam):
         clip_grad_norm: float | None = None,
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
+        clear_grads: bool = False,
     ) -> None:
         self._take_options(
-            None, None, False, False, clip_grad_norm, step_supports_amp_scaling, unscale_grads
+            None,
+            None,
+            False,
+            False,
+            clip_grad_norm,
+            step_supports_amp_scaling,
+            unscale_grads,
+            clear_grads,
         )
         super().__init__(params, lr, betas, eps, maximize)

@@ -19,6 +19,7 @@ class Stepped(HasState, Protocol):
 
     algorithm: ClassVar[str]
     _left_to_torch: LeftToTorch | None
+    _clear_grads: bool
 
     @classmethod
     def torch_class(cls) -> type[Optimizer]:

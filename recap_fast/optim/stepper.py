@@ -373,7 +373,10 @@ class Stepper:
         names = [names_of.get(param) or f"{i} of {name}" for i, param in enumerate(group["params"])]
         own_names = group.get("param_names", ())
         names[: len(own_names)] = own_names[: len(names)]
-        source = native.GroupSource(optimizer.algorithm, name, group, optimizer.state, names)
+        clears = optimizer._clear_grads
+        source = native.GroupSource(
+            optimizer.algorithm, name, group, optimizer.state, names, clears
+        )
         return source, names
 
     def _divide(

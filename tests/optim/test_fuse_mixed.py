@@ -392,7 +392,7 @@ def test_what_is_foretold_is_what_the_native_step_refuses(kind: str) -> None:
     group = {**torch.optim.SGD(parameters(1)).param_groups[0], "params": [param]}
     with pytest.raises((RuntimeError, TypeError)):
         native.BoundPlan(
-            [native.GroupSource("sgd", "group", group, {}, ["p"])],
+            [native.GroupSource("sgd", "group", group, {}, ["p"], False)],
             [FusedSGD(parameters(1))],
             [],
             False,

@@ -167,7 +167,7 @@ def test_to_build_a_plan_changes_nothing(edit: Callable[[dict[str, Any]], None])
     states = [dict(optimizer.state[param]) for param in params]
     values = copy.deepcopy(states)
     group = optimizer.param_groups[0]
-    source = native.GroupSource("adam", "group", group, optimizer.state, ["p", "q"])
+    source = native.GroupSource("adam", "group", group, optimizer.state, ["p", "q"], False)
     plan = native.BoundPlan([source], [optimizer], [], False)
     assert plan.step(None, None) == native.STALE
     for param, state in zip(params, states, strict=True):

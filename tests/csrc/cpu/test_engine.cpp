@@ -69,6 +69,43 @@ TEST(any_bit_pattern_has_the_bits_of_the_scalar_engine) {
   check_against_scalar(4099, Numbers::any, false);
 }
 
+// In short tensors, in long ones in any way, and in rows that are left alone.
+TEST(gradients_are_left_at_zero_where_values_say_so) {
+  std::vector<SlotShape> shapes = every_update_and_dtype(1031, 1);
+  for (int dtype = 0; dtype < recap::kDtypes; ++dtype) {
+    const int64_t size = 3 * recap::cpu::kLongBytes / recap::dtype_size(static_cast<Dtype>(dtype));
+    shapes.push_back({Update::adam, static_cast<Dtype>(dtype), size + 77});
+    shapes.push_back({Update::sgd, static_cast<Dtype>(dtype), size + 5, false});
+  }
+  Problem expected(shapes, Numbers::ordinary);
+  recap::cpu::run(expected.plan, expected.step, kOneThread);
+  for (const int streams : {1, 4}) {
+    recap::cpu::fix_way(streams, 8);
+    for (const std::string& set : recap::cpu::instruction_sets()) {
+      CHECK(recap::cpu::use_instruction_set(set));
+      Problem found(shapes, Numbers::ordinary);
+      for (size_t slot = 0; slot < shapes.size(); slot += 2) {
+        found.step.values[slot].clears_grads = true;
+      }
+      recap::cpu::run(found.plan, found.step, kOneThread);
+      for (size_t slot = 0; slot < shapes.size(); ++slot) {
+        for (int index = 0; index < kArrays; ++index) {
+          if (!found.array(slot, index)) continue;
+          Guarded &array = *found.array(slot, index), &other = *expected.array(slot, index);
+          const bool cleared = index == 1 && slot % 2 == 0 && shapes[slot].has_grad;
+          for (size_t i = 0; i < array.size(); ++i) {
+            CHECK_EQ(int{array.data()[i]}, cleared ? 0 : int{other.data()[i]}, set, ", slot ",
+                     slot);
+          }
+        }
+      }
+      CHECK(found.guards_intact());
+    }
+  }
+  recap::cpu::use_instruction_set("");
+  recap::cpu::fix_way(std::nullopt, std::nullopt);
+}
+
 // FNV-1a of what an array holds.
 void add_to_digest(Guarded& array, uint64_t& digest) {
   for (size_t i = 0; i < array.size(); ++i) digest = (digest ^ array.data()[i]) * 0x100000001b3;

@@ -174,6 +174,33 @@ TEST(a_skipped_step_leaves_no_trace_in_the_next) {
   }
 }
 
+TEST(gradients_are_left_at_zero_in_steps_that_are_skipped_too) {
+  RandomMachine random;
+  emulation::Stream* stream = random.machine.stream(0);
+  for (const float found_inf : {0.0f, 1.0f}) {
+    std::vector<Tensor> tensors = one_of_each();
+    tensors.push_back({Update::adam, Dtype::float16, 2 * kTileSize + 3, true, {0, 1, 2, 3, 1}});
+    tensors.push_back({Update::sgd, Dtype::float32, kTileSize + 5, false});
+    DeviceTwin device(tensors), before(tensors);
+    device.found_inf = found_inf;
+    auto& groups = device.step.groups;
+    for (size_t i = 0; i < groups.size(); i += 2) groups[i].hyper.clears_grads = true;
+    {
+      Engine engine(0, device.twin.cuda.plan, stream);
+      engine.run(device.step, stream);
+    }
+    random.machine.synchronize();
+    const auto clears = [&](size_t slot) { return device.step.group_of_slot[slot] % 2 == 0; };
+    CHECK_EQ(device.twin.wrong_gradient(clears, before.twin), -1, "found_inf ", found_inf);
+    device.run_cpu();
+    for (size_t slot = 0; found_inf != 0 && slot < tensors.size(); ++slot) {
+      Guarded& grad = *device.twin.cpu.arrays[slot * kArrays + 1];
+      if (tensors[slot].has_grad && clears(slot)) std::fill_n(grad.data(), grad.size(), 0);
+    }
+    CHECK_EQ(device.difference(), "");
+  }
+}
+
 TEST(each_slot_counts_its_own_steps) {
   RandomMachine random;
   emulation::Stream* stream = random.machine.stream(0);

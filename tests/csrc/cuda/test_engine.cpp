@@ -105,6 +105,32 @@ TEST(aligned_tensors_are_written_16_bytes_at_a_time) {
   }
 }
 
+TEST(gradients_are_left_at_zero_where_values_say_so) {
+  std::mt19937 random(11);
+  for (uint32_t seed = 0; seed < 4; ++seed) {
+    const std::vector<Tensor> tensors = random_tensors(random, [&] { return 1 + random() % 4; });
+    Twin twin(tensors, seed), before(tensors, seed);
+    for (Twin::Side* side : {&twin.cpu, &twin.cuda}) {
+      for (size_t i = seed % 2; i < side->step.values.size(); i += 2) {
+        side->step.values[i].clears_grads = true;
+      }
+    }
+    emulation::Machine& machine = emulation::machine();
+    emulation::Stream* stream = machine.stream(0);
+    {
+      Engine engine(0, twin.cuda.plan, stream);
+      engine.run(twin.cuda.step, stream);
+    }
+    machine.synchronize();
+    twin.run_cpu();
+    CHECK_EQ(twin.difference(), "");
+    const auto clears = [&](size_t slot) {
+      return twin.cuda.step.values[twin.cuda.step.values_of_slot[slot]].clears_grads;
+    };
+    CHECK_EQ(twin.wrong_gradient(clears, before), -1);
+  }
+}
+
 TEST(several_steps_continue_from_each_other) {
   std::vector<Tensor> tensors;
   for (const Update update : all_updates()) tensors.push_back({update, Dtype::bfloat16, 5000});

@@ -116,6 +116,22 @@ class Twin {
 
   const std::vector<Tensor>& tensors() const { return tensors_; }
 
+  Guarded& gradient(size_t slot) { return *cuda.arrays[slot * kArrays + 1]; }
+
+  // The first slot whose gradient is not zero, if `clears(slot)` and it has one, or else is not
+  // that of `before`; -1: none.
+  template <typename Clears>
+  int wrong_gradient(const Clears& clears, Twin& before) {
+    for (size_t slot = 0; slot < tensors_.size(); ++slot) {
+      const bool cleared = tensors_[slot].has_grad && clears(slot);
+      const unsigned char* const found = gradient(slot).data();
+      for (size_t i = 0; i < gradient(slot).size(); ++i) {
+        if (found[i] != (cleared ? 0 : before.gradient(slot).data()[i])) return slot;
+      }
+    }
+    return -1;
+  }
+
   // The emulated machine counts stores to the CUDA side's arrays from now on.
   void watch() {
     auto& watched = emulation::machine().watched;
