@@ -232,6 +232,11 @@ def _check_can_unfuse(optimizer: FusedOptimizer) -> None:
             f"{kind.torch_class().__name__} does not clip; make a new one, and call "
             "torch.nn.utils.clip_grad_norm_ before its step"
         )
+    if optimizer.clear_grads:
+        raise ValueError(
+            f"unfuse: this {kind.__name__} has clear_grads=True, and {kind.torch_class().__name__} "
+            "leaves gradients as they are; make a new one, and call zero_grad after its step"
+        )
     if any(group.get("lazy") for group in optimizer.param_groups):
         raise ValueError(
             f"unfuse: this {kind.__name__} has lazy=True, of which {kind.torch_class().__name__} "

@@ -44,6 +44,7 @@ def test_the_engine_on_an_emulated_machine(build: Callable[[str], Path]) -> None
 EMULATED_TESTS = (
     "test_amp.py",
     "test_amp_refused.py",
+    "test_clear_grads.py",
     "test_clipping.py",
     "test_combined.py",
     "test_device_values.py",

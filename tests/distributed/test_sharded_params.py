@@ -76,6 +76,35 @@ def test_fully_sharded_params_step_as_with_torch(case, backend):
     assert min(sizes[1]) == 0 < min(sizes[0])  # an empty shard was among them
 
 
+def cleared_steps():
+    """Gradients that are added up in buffers that the step clears; whole ones of torch beside."""
+    model, whole = make_model(), make_model()
+    for layer in model:
+        fully_shard(layer, mesh=mesh())
+    params, whole_params = list(model.parameters()), list(whole.parameters())
+    ours = FusedAdam(params, lr=0.02, clear_grads=True)
+    theirs = torch.optim.Adam(whole_params, lr=0.02, foreach=False)
+    for step in range(3):
+        theirs.zero_grad()
+        backward(whole, step)
+        for own, other in zip(params, whole_params, strict=True):
+            grad = distribute_tensor(other.grad.clone(), own.device_mesh, own.placements)
+            own.grad = grad if own.grad is None else own.grad.add_(grad)
+        versions = [param.grad._version for param in params]
+        ours.step()
+        theirs.step()
+        for param, version in zip(params, versions, strict=True):
+            assert not param.grad.to_local().count_nonzero()
+            assert param.grad._version > version or not param.grad.to_local().numel()
+    for own, other in zip(params, whole_params, strict=True):
+        # A few roundings of float32 per step, of values around one.
+        torch.testing.assert_close(own.full_tensor(), other, rtol=2e-6, atol=5e-7)
+
+
+def test_local_shards_of_gradients_are_cleared(backend):
+    run(2, cleared_steps, backend=backend)
+
+
 def scaled_steps(by_step):
     """Under a GradScaler: ours on the shards, torch's for loop on the whole parameters."""
     model, whole = make_model(), make_model()
