@@ -55,7 +55,9 @@ def _one_optimizer(optimizer: torch.optim.Optimizer) -> Stepping:
 # --- on any device -------------------------------------------------------------------------------
 
 
-def _keyed(combined: Callable[[list[Any]], Any], inner: type, groups: Groups) -> Stepping:
+def _keyed(
+    combined: Callable[[list[Any]], Any], inner: Callable[..., Any], groups: Groups
+) -> Stepping:
     """What `build_optimizer` makes: a keyed wrapper for each group, combined."""
     from torchrec.optim.keyed import KeyedOptimizerWrapper
 
@@ -71,14 +73,17 @@ def _keyed(combined: Callable[[list[Any]], Any], inner: type, groups: Groups) ->
     return _one_optimizer(optimizer)
 
 
-def _ours(groups: Groups, algorithm: str, **options: Any) -> Stepping:
+def _ours(groups: Groups, algorithm: str, clear_grads: bool = False, **options: Any) -> Stepping:
     # Not at the top of this file: it needs torchrec, which the other peers do without.
     try:  # where older revisions have it, to compare with
         from recap_fast.optim.combined import FusedCombinedOptimizer
     except ImportError:
         from recap_fast import FusedCombinedOptimizer
     combined = functools.partial(FusedCombinedOptimizer, **options)
-    return _keyed(combined, _OURS[algorithm], groups)
+    inner = _OURS[algorithm]
+    if clear_grads:
+        inner = functools.partial(inner, clear_grads=True)
+    return _keyed(combined, inner, groups)
 
 
 def _reference(groups: Groups, algorithm: str) -> Stepping:
@@ -96,6 +101,9 @@ def _torch(groups: Groups, algorithm: str, **options: Any) -> Stepping:
     return _one_optimizer(_TORCH[algorithm](_with_rates(groups), **options))
 
 
+_torch_fused: Builder = functools.partial(_torch, fused=True)
+
+
 def _torch_per_group(groups: Groups, algorithm: str, **options: Any) -> Stepping:
     optimizers = [_TORCH[algorithm]([group], **options) for group in _with_rates(groups)]
 
@@ -104,6 +112,17 @@ def _torch_per_group(groups: Groups, algorithm: str, **options: Any) -> Stepping
             optimizer.step()
 
     return step, [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def _then_zero_grad(build: Builder, set_to_none: bool, groups: Groups, algorithm: str) -> Stepping:
+    own_step, param_groups = build(groups, algorithm)
+    optimizer = own_step.__self__  # type: ignore[attr-defined]
+
+    def step() -> None:
+        own_step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+    return step, param_groups
 
 
 def _torch_fused_clipping(groups: Groups, algorithm: str) -> Stepping:
@@ -219,12 +238,16 @@ BUILDERS: Final[Mapping[str, Builder]] = {
     "reference": _reference,
     "torch for-loop": functools.partial(_torch, foreach=False, fused=False),
     "torch foreach": functools.partial(_torch, foreach=True),
-    "torch fused": functools.partial(_torch, fused=True),
+    "torch fused": _torch_fused,
     "torch fused per group": functools.partial(_torch_per_group, fused=True),
     "DeepSpeed": _deepspeed,
     "ceiling": _ceiling,
     "recap_fast, clipping": functools.partial(_ours, clip_grad_norm=MAX_NORM),
     "torch fused, clipping": _torch_fused_clipping,
+    "recap_fast, clearing": functools.partial(_ours, clear_grads=True),
+    "torch fused, clearing": functools.partial(_then_zero_grad, _torch_fused, False),
+    "recap_fast, then None": functools.partial(_then_zero_grad, _ours, True),
+    "torch fused, then None": functools.partial(_then_zero_grad, _torch_fused, True),
     "recap_fast, graph replay": _ours_replayed,
     "torch per group": _torch_per_group,
     "torch fused, graph replay": _torch_fused_replayed,

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from benchmarks import breakdown, growth
 from benchmarks.measurement import Measurement
-from benchmarks.peers import ALGORITHMS, CLIPPING_PEERS, DESCRIPTIONS, PEERS
+from benchmarks.peers import ALGORITHMS, CLEARING_PEERS, CLIPPING_PEERS, DESCRIPTIONS, PEERS
 from benchmarks.table import number, plural, table, with_quartiles
 from benchmarks.targets import TARGETS, Target
 
@@ -196,7 +196,7 @@ def render(results: Mapping[str, Any], source: str) -> str:
         how=_HOW,
         targets=_targets(measurements),
         columns=_COLUMNS,
-        peers=PEERS + CLIPPING_PEERS,
+        peers=PEERS + CLIPPING_PEERS + CLEARING_PEERS,
         measurements=measurements,
         tables=_of_one_algorithm,
     )

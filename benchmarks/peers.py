@@ -22,6 +22,10 @@ PEERS: Final = (
 """Those on a CPU."""
 
 CLIPPING_PEERS: Final = ("recap_fast, clipping", "torch fused, clipping")
+CLEARING_PEERS: Final = (
+    *("recap_fast, clearing", "torch fused, clearing"),
+    *("recap_fast, then None", "torch fused, then None"),
+)
 
 GPU_PEERS: Final = (
     *("recap_fast, one optimizer", "recap_fast", "recap_fast, graph replay", "torch per group"),
@@ -49,6 +53,10 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "ceiling": "a trivial C++ loop that reads and writes the same memory, `benchmarks/ceiling.cpp`",
     "recap_fast, clipping": "`recap_fast` with `clip_grad_norm`",
     "torch fused, clipping": "`torch.nn.utils.clip_grad_norm_`, then `torch fused`",
+    "recap_fast, clearing": "`recap_fast` with `clear_grads=True`",
+    "torch fused, clearing": "`torch fused`, then its `zero_grad(set_to_none=False)`",
+    "recap_fast, then None": "`recap_fast`, then its `zero_grad()`",
+    "torch fused, then None": "`torch fused`, then its `zero_grad()`",
     "recap_fast, graph replay": "a CUDA graph of one step of `recap_fast, one optimizer` with "
     "`capturable=True`, replayed",
     "torch per group": "the reference: one default `torch.optim` optimizer per group",
@@ -60,10 +68,17 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
 # A second step over what these leave in `.grad` would be one of vanishing, then subnormal numbers.
 _OVERWRITE_GRADIENTS: Final = (
     ("DeepSpeed", "adagrad"),
-    *(("torch fused, clipping", algorithm) for algorithm in ALGORITHMS),
+    *(
+        (name, algorithm)
+        for name in ("torch fused, clipping", *CLEARING_PEERS)
+        for algorithm in ALGORITHMS
+    ),
 )
 
-_NEED_TORCHREC: Final = ("recap_fast", "recap_fast, clipping", "reference")
+_NEED_TORCHREC: Final = (
+    *("recap_fast", "recap_fast, clipping", "recap_fast, clearing", "recap_fast, then None"),
+    "reference",
+)
 
 
 @dataclass
@@ -88,8 +103,11 @@ class Peer:
             group["lr"] = group["lr"] * 1.0
 
     def restore_gradients(self) -> None:
-        """Puts back the values that a step has overwritten."""
+        """Puts back the values that a step has overwritten, and what it has dropped."""
         if self.original_grads:
+            for param, grad in zip(self.params, self.original_grads, strict=True):
+                if param.grad is None:
+                    param.grad = torch.empty_like(grad)
             torch._foreach_copy_([param.grad for param in self.params], self.original_grads)
 
     def renew_gradients(self) -> None:
@@ -150,6 +168,7 @@ def build_and_step(name: str, initial: Values, algorithm: str) -> Peer:
     try:
         peer = build(name, initial, algorithm)
         peer.step()
+        peer.restore_gradients()
         peer.step()
     except ImportError as error:
         if name not in _NEED_TORCHREC:

@@ -11,6 +11,7 @@ from benchmarks import workloads
 from benchmarks.clocks import Cache
 from benchmarks.peers import (
     ALGORITHMS,
+    CLEARING_PEERS,
     CLIPPING_PEERS,
     GPU_PEERS,
     PEERS,
@@ -48,7 +49,7 @@ class Case:
 
 # --- on a CPU ------------------------------------------------------------------------------------
 
-_ALL: Final = PEERS + CLIPPING_PEERS
+_ALL: Final = PEERS + CLIPPING_PEERS + CLEARING_PEERS
 _ONE_GROUP: Final = ("recap_fast", "torch fused", "torch fused per group")
 
 

@@ -108,7 +108,8 @@ def test_a_peer_that_cannot_step_is_unavailable_but_ours_never_fails_unseen(
 def test_every_peer_is_described_and_takes_part() -> None:
     assert peers.DESCRIPTIONS.keys() == peers.BUILDERS.keys()
     assert set(peers.SLOW_PEERS) <= peers.BUILDERS.keys()
-    assert set(peers.PEERS + peers.CLIPPING_PEERS + peers.GPU_PEERS) == peers.BUILDERS.keys()
+    listed = peers.PEERS + peers.CLIPPING_PEERS + peers.CLEARING_PEERS + peers.GPU_PEERS
+    assert set(listed) == peers.BUILDERS.keys()
     with pytest.raises(peers.Unavailable, match="Adagrad"):  # whatever the device
         peers.build("torch fused, graph replay", peers.initial_values(_SMALL), "adagrad")
 

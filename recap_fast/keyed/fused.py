@@ -208,6 +208,9 @@ class FusedCombinedOptimizer(CombinedOptimizer):
             if not self._schedulers_know:
                 self._tell_schedulers()
         if fused_leaves and step_is_skipped(fused_leaves, grad_scale, found_inf, self.grad_norm):
+            if any(optimizer.clear_grads for optimizer in self._native):
+                for leaf in fused_leaves:
+                    leaf.zero_grad()  # nobody else would drop what tables hold for a step
             self.sync_fused_learning_rates()
         else:
             for part in self._after:

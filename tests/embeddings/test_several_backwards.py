@@ -301,7 +301,11 @@ def scaled_training(model: nn.Module, config: Any, **options: Any) -> tuple[Any,
     return optimizer, torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
 
 
-SCALED = {"by the scaler": {}, "by the step": {"step_supports_amp_scaling": True}}
+SCALED = {
+    "by the scaler": {},
+    "by the step": {"step_supports_amp_scaling": True},
+    "by a step that clears": {"clear_grads": True},
+}
 
 
 @pytest.mark.parametrize("options", SCALED.values(), ids=SCALED)
@@ -347,7 +351,8 @@ def test_gradients_that_are_not_finite_skip_the_step(options: dict[str, Any], wh
     assert_same(weights(model), before)
     assert_same(state_of(model), state)
     assert model.bias.equal(bias)
-    optimizer.zero_grad()
+    if "clear_grads" not in options:
+        optimizer.zero_grad()
     one_lookup(model, 1)
     optimizer.step()
     assert all(value.isfinite().all() for value in weights(model).values())
@@ -370,14 +375,21 @@ def test_a_scaler_over_tables_that_do_not_wait_is_warned_of_once(
         optimizer.zero_grad()
 
 
-def test_a_step_that_clipping_skips_leaves_tables_as_they_are() -> None:
+@pytest.mark.parametrize("clear_grads", [False, True])
+def test_a_step_that_clipping_skips_leaves_tables_as_they_are(clear_grads: bool) -> None:
     config = accumulating(sgd={})
     model = fused(config)
-    optimizer, _ = build_optimizer(model, DENSE, config, clip_grad_norm=1.0)
+    options = {"clip_grad_norm": 1.0, "clear_grads": clear_grads}
+    optimizer, _ = build_optimizer(model, DENSE, config, **options)
     before = weights(model)
     (model(batch(0)).sum() * torch.inf).backward()
     optimizer.step()
     assert_same(weights(model), before)
+    if not clear_grads:
+        optimizer.zero_grad()
+    loss_of(model, batch(1), 1).backward()
+    optimizer.step()
+    assert all(value.isfinite().all() for value in weights(model).values())
 
 
 @pytest.mark.parametrize("build", [build_optimizer, reference.build_optimizer])
