@@ -3,6 +3,7 @@
 #include <torch/version.h>
 
 #include "../cpu/engine.h"
+#include "../cpu/first_touch.h"
 #include "../cpu/ways.h"
 #include "../cuda/engine.h"
 #include "../plan/schedule_table.h"
@@ -10,6 +11,7 @@
 #include "devices.h"
 #include "python.h"
 #include "state_block.h"
+#include "thread_pool.h"
 
 namespace recap {
 namespace {
@@ -179,6 +181,14 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
   m.def("instruction_sets", &cpu::instruction_sets);
   m.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));
   m.def("instruction_set_in_use", &cpu::instruction_set_in_use);
+  m.def(
+      "touch_pages",
+      [](const py::handle& tensor, double begin, double end) {
+        const at::Tensor& memory = THPVariable_Unpack(tensor.ptr());
+        cpu::touch_pages(memory.mutable_data_ptr(), static_cast<int64_t>(memory.nbytes()),
+                         {begin, end}, torch_thread_pool());
+      },
+      py::arg("tensor"), py::arg("begin"), py::arg("end"));
   m.def("fix_way", &cpu::fix_way, py::arg("streams"), py::arg("ahead"));
   m.def("chosen_ways", [] {
     std::vector<std::tuple<std::string, int, bool, std::pair<int, int>>> all;

@@ -15,7 +15,7 @@ from recap_fast.optim import table_types
 from recap_fast.optim.hooks import observed
 from recap_fast.optim.left_to_torch import LeftToTorch
 from recap_fast.optim.stepper import Stepper
-from recap_fast.state.memory import StateMemory
+from recap_fast.state.memory import Shares, StateMemory
 
 logger = logging.getLogger("recap_fast")
 
@@ -193,13 +193,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 memory.adopt(param, state)
         self._has_large_state_to_place = True
 
-    def _place_large_state(self) -> None:
+    def _place_large_state(self, shares: Shares) -> None:
         """Before the first step after `load_state_dict`."""
         if self._has_large_state_to_place:
-            memory = StateMemory()
+            memory = StateMemory(shares=shares)
             for param, state in self.state.items():
                 if isinstance(param, torch.Tensor) and isinstance(state, dict):
-                    memory.adopt_large(state)
+                    memory.adopt_large(param, state)
             self._has_large_state_to_place = False
 
     @observed

@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 from torch.optim import Optimizer
 
 from recap_fast.optim.left_to_torch import LeftToTorch
+from recap_fast.state.memory import Shares
 from recap_fast.state.new import HasState
 
 
@@ -25,4 +26,4 @@ class Stepped(HasState, Protocol):
     def torch_class(cls) -> type[Optimizer]:
         """The class whose step takes the param groups that are left to torch."""
 
-    def _place_large_state(self) -> None: ...
+    def _place_large_state(self, shares: Shares) -> None: ...

@@ -17,7 +17,7 @@ from recap_fast._native import native
 from recap_fast.clipping import NormParts, clip_on_device
 from recap_fast.optim.stepped import Stepped
 from recap_fast.optim.torch_step import torch_steps
-from recap_fast.state.memory import StateMemory
+from recap_fast.state.memory import Shares, StateMemory, shares_of
 from recap_fast.state.new import new_state, strays
 
 if TYPE_CHECKING:
@@ -336,8 +336,9 @@ class Stepper:
         params: list[Tensor] = []
         all_names: list[str] = []
         optimizers = self._optimizers()
+        shares = _shares(optimizers)
         for optimizer in optimizers:
-            optimizer._place_large_state()
+            optimizer._place_large_state(shares)
         groups, left = self._divide(optimizers)
         for number, optimizer in enumerate(optimizers):
             for index, group in groups[number]:
@@ -466,7 +467,7 @@ class Stepper:
             for _, group in groups
             for param in group["params"]
         ]
-        memory = StateMemory()
+        memory = StateMemory(shares=_shares(optimizers))
         elsewhere = strays(optimizers)
         made = []
         for index in built.plan.slots_without_state:
@@ -480,6 +481,12 @@ class Stepper:
             left_behind = None if owner is None else owner.state
             made.append(native.NewState(index, entries, is_new, left_behind))
         return made
+
+
+def _shares(optimizers: Sequence[Stepped]) -> Shares:
+    """Which part of a step each parameter has a part in."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return shares_of(param for group in groups for param in group["params"])
 
 
 def _is_any_on_cuda(*scalars: Tensor | None) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import sys
 import threading
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -21,6 +23,8 @@ _OWN_REFERENCES = 3  # at most, to a tensor: of its dict, a variable and the cal
 _CACHE_LINE = 64
 _PAGE = 4096
 _HUGE_PAGE = 2 * 1024 * 1024
+
+Shares = Mapping[Tensor, tuple[float, float]]
 
 _Blocks = dict[int | str, tuple["StateBlock", int]]
 """The last of each kind, and where its free room begins."""
@@ -89,7 +93,8 @@ class StateMemory:
     Larger ones, and those blocks, begin at other offsets into a page than a parameter's other
     states: addresses that agree in their last 12 bits compete for the same few places in the
     first-level cache. For large states, the system is asked for huge pages, as far as they fill
-    whole ones.
+    whole ones. Where memory has several nodes, a page of theirs is at that of the thread that steps
+    it, if ``shares`` says which: that of who writes to it first.
 
     Each tensor has a storage of its own, of just its size, so that saving or sharing it concerns no
     other. Such a storage cannot be resized. A block is freed with the last tensor in it; its memory
@@ -101,9 +106,11 @@ class StateMemory:
         goes_on: where this thread last did so. A model may have an optimizer for each param group,
             which places its state by itself; a step over all of them reads blocks that are full,
             and few. The last of each kind, of at most 1 MB, is kept for the next optimizer.
+        shares: for each parameter, which part of a step it has a part in, see `shares_of`.
     """
 
-    def __init__(self, *, goes_on: bool = False) -> None:
+    def __init__(self, *, goes_on: bool = False, shares: Shares | None = None) -> None:
+        self._shares: Shares = shares or {}
         self._native = _native()
         self._blocks: _Blocks = _blocks_of_thread.blocks if goes_on else {}
         self._adopted = 0  # bytes
@@ -115,23 +122,41 @@ class StateMemory:
             param: a dense one; if it has gaps in memory, the strides are those torch would choose.
             index: which of the parameter's states it is.
         """
+        return self._allocated_like(param, index)[0]
+
+    def _allocated_like(self, param: Tensor, index: int) -> tuple[Tensor, bool]:
+        """And whether it is fresh memory, of zeros, of which no page is there yet."""
         if not _is_plain(param) or self._native is None:
-            return torch.empty_like(param, memory_format=torch.preserve_format)
+            return torch.empty_like(param, memory_format=torch.preserve_format), False
         size = param.numel() * param.element_size()
         begin_in_page = (index + 1) * _PAGE // 4
         if size <= _SMALL:
             alignment = _CACHE_LINE if size > 32 else 32 if size > 16 else 16
             block, begin = self._room(index, size, alignment, begin_in_page)
-            return block.tensor(begin, param.shape, _dense_strides(param), param.dtype)
+            return block.tensor(begin, param.shape, _dense_strides(param), param.dtype), False
         own = _large_block(size + _PAGE)
         wanted = (param.data_ptr() + begin_in_page) % _PAGE
         begin = (wanted - _address(own)) % _PAGE // _CACHE_LINE * _CACHE_LINE
         state = torch.frombuffer(own, dtype=param.dtype, count=param.numel(), offset=begin)
-        return state.as_strided_(param.shape, _dense_strides(param))
+        return state.as_strided_(param.shape, _dense_strides(param)), True
 
     def full_like(self, param: Tensor, value: float, index: int) -> Tensor:
         """As `empty_like`, filled with ``value``."""
-        return self.empty_like(param, index).fill_(value)
+        state, is_fresh = self._allocated_like(param, index)
+        touched = is_fresh and self._touch(param, state)
+        return state if touched and value == 0 else state.fill_(value)
+
+    def _touch(self, param: Tensor, state: Tensor) -> bool:
+        """Has the pages of fresh memory be where ``param`` is stepped; whether that is known.
+
+        By writing to each: a page that is read first is another one, which all share until then,
+        and huge ones do not survive that.
+        """
+        share = self._shares.get(param)
+        if share is None or self._native is None:
+            return False
+        self._native.touch_pages(state, *share)
+        return True
 
     def step_count(self, count: float, dtype: torch.dtype) -> Tensor:
         """Returns a step count: a 0-dim tensor on the CPU."""
@@ -176,16 +201,37 @@ class StateMemory:
         if on_cpu and isinstance(step, Tensor) and step.numel() == 1:
             state["step"] = self.step_count(step.item(), step.dtype)
 
-    def adopt_large(self, state: dict[str, Any]) -> None:
-        """Replaces large plain CPU tensors in ``state`` by copies in here, one after the other.
+    def adopt_large(self, param: Tensor, state: dict[str, Any]) -> None:
+        """Replaces large plain CPU tensors in ``state``, that of ``param``, by copies in here.
 
-        Those that nobody else holds, whose memory is free again before the next is copied.
+        Those that nobody else holds, one after the other: the memory of one is free again before
+        the next is copied.
         """
         for index, name in enumerate(_plain_names(state)):
             value = state[name]
             size = value.numel() * value.element_size()
             if size > _SMALL and sys.getrefcount(value) <= _OWN_REFERENCES:
-                state[name] = self.empty_like(value, index).copy_(value)
+                copy, is_fresh = self._allocated_like(value, index)
+                if is_fresh:
+                    self._touch(param, copy)
+                state[name] = copy.copy_(value)
+
+
+def shares_of(params: Iterable[Tensor]) -> Shares:
+    """Which part of a step each parameter has a part in: a step shares bytes out among threads.
+
+    Args:
+        params: in the order of the step.
+
+    Returns:
+        By parameter, where its part begins and ends, from 0 to 1; those on the CPU alone.
+    """
+    sizes = {p: p.numel() * p.element_size() for p in params if _is_plain(p)}
+    ends = list(itertools.accumulate(sizes.values()))
+    return {
+        param: ((end - size) / ends[-1], end / ends[-1])
+        for (param, size), end in zip(sizes.items(), ends, strict=True)
+    }
 
 
 def _plain_names(state: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recap_fast.optim import FusedAdagrad, FusedAdam
-from recap_fast.state.memory import StateMemory
+from recap_fast.state.memory import StateMemory, shares_of
 
 SHAPES = [(), (1,), (7,), (3, 5), (0, 4), (129, 128), (2, 3, 4, 5)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -191,3 +191,20 @@ def test_optimizers_are_copied_saved_and_loaded(cls: type[torch.optim.Optimizer]
         assert torch.equal(param, other)
     steps = [state["step"].item() for state in saved["state"].values()]
     assert steps == [1, 1]  # what was loaded is the caller's, and stays so
+
+
+def test_shares_follow_each_other_by_bytes() -> None:
+    params = [torch.zeros(6), torch.zeros(3, dtype=torch.float64), torch.zeros(0), torch.zeros(12)]
+    shares = shares_of(params)
+    assert [shares.get(param) for param in params] == [(0, 0.25), (0.25, 0.5), None, (0.5, 1)]
+    assert shares_of([]) == {} and shares_of([torch.zeros(0)]) == {}
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_large_state_that_threads_touch_is_filled(value: float) -> None:
+    params = [torch.ones(100_000), torch.ones(300, 700, dtype=torch.float64), torch.ones(5)]
+    memory = StateMemory(shares=shares_of(params))
+    for param in params:
+        for index in range(2):
+            state = memory.full_like(param, value, index)
+            assert state.eq(value).all() and state.shape == param.shape

@@ -1,11 +1,14 @@
 // The CPU engine on several threads: the bits do not depend on them, and the work is shared fairly.
 // Also what ThreadSanitizer is to look at.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <thread>
 
 #include "check.h"
 #include "compare.h"
 #include "cpu/engine.h"
+#include "cpu/first_touch.h"
 #include "problem.h"
 #include "scalar_engine.h"
 
@@ -14,6 +17,7 @@ namespace {
 using recap::cpu::ThreadPool;
 
 constexpr int64_t kTile = recap::cpu::kTileSize;
+constexpr int64_t kPage = 4096;
 
 void run_on_threads(int count, void (*task)(int, void*), void* context) {
   std::vector<std::thread> threads;
@@ -103,6 +107,51 @@ TEST(the_threads_get_equal_shares) {
     const int64_t largest_tile = kTile * 8;
     CHECK(std::abs(bytes - total / kThreads) <= largest_tile, "thread ", index_to_run, " got ",
           bytes, " bytes of ", total);
+  }
+}
+
+// Of fresh memory, which pages are there.
+std::vector<bool> resident(void* memory, size_t bytes) {
+  std::vector<unsigned char> found(bytes / kPage);
+  CHECK(mincore(memory, bytes, found.data()) == 0);
+  std::vector<bool> out;
+  for (const unsigned char each : found) out.push_back(each & 1);
+  return out;
+}
+
+// On a machine with several memory nodes, a page lies at that of the thread that first writes to
+// it.
+TEST(a_thread_touches_what_it_will_step) {
+  constexpr int kThreads = 3;
+  const std::vector<SlotShape> shapes = {{Update::sgd_momentum, Dtype::float32, 50 * kTile},
+                                         {Update::sgd_momentum, Dtype::float32, 30 * kTile},
+                                         {Update::sgd_momentum, Dtype::float32, 70 * kTile}};
+  for (index_to_run = 0; index_to_run < kThreads; ++index_to_run) {
+    Problem problem(shapes, Numbers::ordinary);
+    recap::cpu::run(problem.plan, problem.step, {kThreads, run_one_index});
+    Problem before(shapes, Numbers::ordinary);
+    double begin = 0;
+    for (size_t slot = 0; slot < shapes.size(); ++slot) {
+      const double end = begin + static_cast<double>(shapes[slot].size) / (150 * kTile);
+      const size_t bytes = shapes[slot].size * sizeof(float);
+      void* const memory =
+          mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      CHECK(memory != MAP_FAILED);
+      madvise(memory, bytes, MADV_NOHUGEPAGE);
+      recap::cpu::touch_pages(memory, bytes, {begin, end}, {kThreads, run_one_index});
+      const std::vector<bool> pages = resident(memory, bytes);
+      int wrong = 0;  // at most a tile, where one thread's run ends
+      for (size_t page = 0; page < pages.size(); ++page) {
+        const bool stepped = memcmp(problem.array(slot, 0)->data() + page * kPage,
+                                    before.array(slot, 0)->data() + page * kPage, kPage) != 0;
+        wrong += pages[page] != stepped;
+      }
+      CHECK(wrong <= 2 * kTile * 4 / kPage, wrong, " pages of slot ", slot);
+      const char* const zeros = static_cast<const char*>(memory);
+      CHECK(std::all_of(zeros, zeros + bytes, [](char byte) { return byte == 0; }));
+      munmap(memory, bytes);
+      begin = end;
+    }
   }
 }
 
