@@ -21,6 +21,11 @@ def _megabytes(field: str) -> float:
     return int(match.group(1)) * 1024 / 1e6
 
 
+def resident_megabytes() -> float:
+    """What this process has in memory now. Raises OSError where the system does not tell."""
+    return _megabytes("VmRSS")
+
+
 def _return_free_memory() -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -36,7 +41,7 @@ def peak_of(call: Callable[..., _Result], *arguments: Any) -> tuple[_Result, flo
     try:
         _return_free_memory()
         _CLEAR.write_text("5")  # VmHWM starts again from VmRSS
-        before = _megabytes("VmRSS")
+        before = resident_megabytes()
     except (OSError, AttributeError):
         return call(*arguments), None
     result = call(*arguments)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from benchmarks import breakdown, growth
+from benchmarks import breakdown, growth, sharded_params, shared_memory_bus
 from benchmarks.measurement import Measurement
 from benchmarks.peers import ALGORITHMS, CLEARING_PEERS, CLIPPING_PEERS, DESCRIPTIONS, PEERS
 from benchmarks.table import number, plural, table, with_quartiles
@@ -200,7 +200,13 @@ def render(results: Mapping[str, Any], source: str) -> str:
         measurements=measurements,
         tables=_of_one_algorithm,
     )
-    for name, section in (("breakdown", breakdown.section), ("growth", growth.section)):
+    sections = {
+        "breakdown": breakdown.section,
+        "growth": growth.section,
+        "sharded_params": sharded_params.section,
+        "shared_memory_bus": shared_memory_bus.section,
+    }
+    for name, section in sections.items():
         if results.get(name):
             parts.append(section(results[name]))
     parts += ["## How to reproduce\n", _REPRODUCE]

@@ -73,6 +73,12 @@ GROWTH_SECONDS: Final = 1.0
 SPARSE_SECONDS: Final = 0.8
 """For each algorithm, state of the caches and number of threads of `sparse`."""
 
+SHARDED_SECONDS: Final = 3.0
+"""For each number of processes of `sharded_params`."""
+
+BUSY_SECONDS: Final = 3.0
+"""For each algorithm and number of threads of `shared_memory_bus`, alone and not."""
+
 # --- on a GPU ------------------------------------------------------------------------------------
 
 GPU_NAMES: Final = tuple(name for name in workloads.NAMES if name not in ("ranker-48M", "demo"))

@@ -26,6 +26,8 @@ from benchmarks import (
     growth,
     machine,
     plan,
+    sharded_params,
+    shared_memory_bus,
     sparse,
     workloads,
 )
@@ -39,7 +41,7 @@ _PARTIAL: Final = documents.ROOT / "build" / "benchmarks"
 _QUICK_SCALE: Final = 0.1
 _BUSY: Final = 0.25
 _ACTIVITY_SHARE: Final = 0.15  # of a run on a GPU
-_PARTS: Final = ("growth", "breakdown", "sparse")
+_PARTS: Final = ("growth", "breakdown", "sharded_params", "shared_memory_bus", "sparse")
 
 
 def _some_of(names: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -140,6 +142,8 @@ def run_on_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
     parts = {  # each begins when its first entry is asked for
         "growth": growth.measure(plan.GROWTH_SECONDS * scale),
         "breakdown": breakdown.measure(),
+        "sharded_params": sharded_params.measure(plan.SHARDED_SECONDS * scale),
+        "shared_memory_bus": shared_memory_bus.measure(threads, plan.BUSY_SECONDS * scale),
         "sparse": sparse.measure(threads, plan.SPARSE_SECONDS * scale),
     }
     for name, entries in parts.items():

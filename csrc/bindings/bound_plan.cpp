@@ -85,7 +85,6 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
   for (const SlotTensors& slot : slots_) {
     slots.push_back(slot.slot());
     bytes += slots.back().size * dtype_size(slots.back().dtype);
-    gives_up_gil_ |= slot.is_dtensor();
     has_state_.push_back(slot.has_state());
     has_inference_tensors_ |= !slot.is_inert() && slot.param().is_inference();
     has_host_values_ |= !slot.is_inert() && !is_stepped_on_device(slot);

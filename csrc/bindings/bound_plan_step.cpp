@@ -112,6 +112,10 @@ bool BoundPlan::read_slots() {
     address = grad.defined() ? probe.plain(grad) : nullptr;
     if (!grad.defined()) continue;
     const bool is_plain = address != nullptr;
+    if (!is_plain && !holds_ && slots_[slot].is_dtensor()) {
+      holds_ = true;  // what looks at its sharding is Python: again, with all held
+      return read_slots();
+    }
     if (!is_plain) read_unusual(slot, grad);
     if (!has_state_[slot]) slots_without_state_.push_back(slot);
     if (!holds_) continue;
@@ -134,6 +138,7 @@ void BoundPlan::read_unusual(size_t slot, const at::Tensor& grad) {
   bool needs_copy = false;
   if (grad.layout() == at::kStrided) {
     step_.grads[slot] = tensors.gradient(grad, needs_copy);
+    if (tensors.is_dtensor()) probes_[slot].accept_spec_of(probes_[slot].grad());
   } else {
     const auto group =
         std::find_if(groups_.begin(), groups_.end(),

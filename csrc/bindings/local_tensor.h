@@ -2,6 +2,7 @@
 // any other tensor itself.
 #pragma once
 
+#include <structmember.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include "python.h"
@@ -42,6 +43,29 @@ inline PyObject* held_attribute(PyObject* object, PyObject* name) {
   return value;
 }
 
+// One of the `__slots__` of a class, read where it is in an object.
+class SlotOfClass {
+ public:
+  SlotOfClass(PyTypeObject* type, const char* name) : name_(PyUnicode_InternFromString(name)) {
+    const auto member = py::reinterpret_steal<py::object>(
+        PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_));
+    if (!member) PyErr_Clear();
+    if (!member || !Py_IS_TYPE(member.ptr(), &PyMemberDescr_Type)) return;
+    const PyMemberDef& found = *reinterpret_cast<PyMemberDescrObject*>(member.ptr())->d_member;
+    if (found.type == T_OBJECT_EX) offset_ = found.offset;
+  }
+
+  // Of an object of the class, a borrowed reference; null if it has none.
+  PyObject* in(PyObject* object) const {
+    if (offset_ == 0) return held_attribute(object, name_);  // another release of torch
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+  }
+
+ private:
+  PyObject* name_;
+  Py_ssize_t offset_ = 0;
+};
+
 // The class DTensor; null if nobody has imported it, and so nobody has one.
 inline PyTypeObject* dtensor_type() {
   static PyObject* type = nullptr;
@@ -54,22 +78,27 @@ inline PyTypeObject* dtensor_type() {
   return reinterpret_cast<PyTypeObject*>(type);
 }
 
+// What an object, which is a DTensor, holds as its local shard.
+inline PyObject* held_shard(PyObject* dtensor) {
+  static const SlotOfClass slot(dtensor_type(), "_local_tensor");
+  return slot.in(dtensor);
+}
+
 // The local shard of a DTensor; null for any other object, whatever its attributes.
 inline PyObject* local_shard(PyObject* tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
   if (!THPVariable_Check(tensor) || !is_wrapper_subclass(THPVariable_Unpack(tensor))) {
     return nullptr;
   }
   PyTypeObject* const dtensor = dtensor_type();
   if (!dtensor || !PyObject_TypeCheck(tensor, dtensor)) return nullptr;
-  PyObject* const local = held_attribute(tensor, name);
+  PyObject* const local = held_shard(tensor);
   return local && THPVariable_Check(local) ? local : nullptr;
 }
 
 // The mesh and the placements of a DTensor.
 inline PyObject* spec_of(PyObject* dtensor) {
-  static PyObject* const name = PyUnicode_InternFromString("_spec");
-  return held_attribute(dtensor, name);
+  static const SlotOfClass slot(dtensor_type(), "_spec");
+  return slot.in(dtensor);
 }
 
 }  // namespace recap

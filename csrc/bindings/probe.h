@@ -62,7 +62,7 @@ class alignas(64) Probe {
       : object_(param), alike_(alike), state_dict_(state_dict) {
     leaf_ = THPVariable_Unpack(param).unsafeGetTensorImpl();
     impl_ = shard ? THPVariable_Unpack(shard).unsafeGetTensorImpl() : leaf_;
-    if (shard) sharded_ = std::make_unique<Sharded>(Sharded{shard, spec_of(param), {}});
+    if (shard) sharded_ = std::make_unique<Sharded>(Sharded{shard, spec_of(param), {}, {}});
     storage_ = impl_->unsafe_storage().unsafeGetStorageImpl();
     // Materializes memory that is shared until it is written to; its data pointer has a context of
     // its own again from then on.
@@ -164,14 +164,23 @@ class alignas(64) Probe {
 
   // The address of `grad` if it can be read as it is: dense, of the parameter's dtype, device and
   // shape, and both contiguous; of a DTensor's local shard, if the other is sharded by the same
-  // spec. Else null.
+  // spec, or by one that was accepted. Else null.
   const void* plain(const at::Tensor& grad) {
     if (!sharded_) return plain_memory(grad);
     // Made in Python, it has an object there.
     const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
     PyObject* const local = local_shard(object.ptr());
-    if (!local || spec_of(object.ptr()) != sharded_->spec) return nullptr;
+    PyObject* const spec = spec_of(object.ptr());
+    if (!local || (spec != sharded_->spec && spec != sharded_->grad_spec.ptr())) return nullptr;
     return plain_memory(THPVariable_Unpack(local));
+  }
+
+  // Gradients with the spec of this one, which was found to be alike, are plain from now on.
+  void accept_spec_of(const at::Tensor& grad) {
+    const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
+    if (sharded_ && local_shard(object.ptr())) {
+      sharded_->grad_spec = py::reinterpret_borrow<py::object>(spec_of(object.ptr()));
+    }
   }
 
  private:
@@ -179,7 +188,7 @@ class alignas(64) Probe {
   bool is_swapped() const { return THPVariable_Unpack(object_).unsafeGetTensorImpl() != leaf_; }
 
   bool shard_unchanged() const {
-    return local_shard(object_) == sharded_->shard &&
+    return held_shard(object_) == sharded_->shard &&
            THPVariable_Unpack(sharded_->shard).unsafeGetTensorImpl() == impl_ &&
            spec_of(object_) == sharded_->spec;
   }
@@ -291,6 +300,7 @@ class alignas(64) Probe {
     PyObject* shard;
     PyObject* spec;
     PyObject* items[kMaxProbed];
+    py::object grad_spec;  // another one, which says the same
   };
 
   struct State {

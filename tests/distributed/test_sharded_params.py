@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -74,6 +76,48 @@ def compare_with_torch(case):
 def test_fully_sharded_params_step_as_with_torch(case, backend):
     sizes = run(2, compare_with_torch, case, backend=backend)
     assert min(sizes[1]) == 0 < min(sizes[0])  # an empty shard was among them
+
+
+def python_calls(function):
+    """How many functions of Python run in a call."""
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event == "call"))
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return sum(calls)
+
+
+def steps_by_specs():
+    """Gradients sharded by another object of the same kind, and in between otherwise."""
+    model, whole = make_model(), make_model()
+    for layer in model:
+        fully_shard(layer, mesh=mesh())
+    params, whole_params = list(model.parameters()), list(whole.parameters())
+    plain = [nn.Parameter(param.detach().clone()) for param in whole_params]
+    ours, theirs = FusedAdam(params, lr=0.02), torch.optim.Adam(whole_params, lr=0.02)
+    local = FusedAdam(plain, lr=0.02)
+    calls = []
+    for step, otherwise in enumerate([False, False, False, True, False, False]):
+        theirs.zero_grad()
+        backward(whole, step)
+        for own, other, each in zip(params, whole_params, plain, strict=True):
+            each.grad = other.grad.clone()
+            placements = [Replicate()] if otherwise else [Shard(0)]
+            own.grad = distribute_tensor(other.grad.clone(), own.device_mesh, placements)
+            assert own.grad._spec is not own._spec
+        calls.append((python_calls(ours.step), python_calls(local.step)))
+        theirs.step()
+    for own, other in zip(params, whole_params, strict=True):
+        # A few roundings of float32 per step, of values around one.
+        torch.testing.assert_close(own.full_tensor(), other, rtol=2e-6, atol=5e-7)
+    return calls
+
+
+def test_a_step_of_gradients_that_are_sharded_alike_runs_no_python(backend):
+    for calls in run(2, steps_by_specs, backend=backend):
+        assert [ours == plain for ours, plain in calls[2:]] == [True, False, True, True]
 
 
 def cleared_steps():
