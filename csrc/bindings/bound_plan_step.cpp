@@ -51,7 +51,7 @@ BoundPlan::Turn::~Turn() {
 bool BoundPlan::Owner::unchanged() const {
   static PyObject* const state_name = PyUnicode_InternFromString("state");
   static PyObject* const groups_name = PyUnicode_InternFromString("param_groups");
-  const auto self = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(optimizer.ptr()));
+  const py::object self = referent(optimizer);
   const auto own_state =
       py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), state_name));
   const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(self.ptr(), groups_name));

@@ -43,7 +43,7 @@ bool can_change_in_place(PyObject* value) {
 
 GroupReader::GroupReader(const std::string& algorithm, py::dict group, std::string name,
                          bool clears_grads, bool device_values)
-    : group_(std::move(group)), name_(std::move(name)), device_values_(device_values) {
+    : group_(std::move(group)), device_values_(device_values), name_(std::move(name)) {
   hyper_.algorithm = algorithm_named(algorithm);
   hyper_.sparse_only = algorithm == kSparseAdam;
   hyper_.clears_grads = clears_grads;
@@ -67,6 +67,7 @@ GroupReader::GroupReader(const std::string& algorithm, py::dict group, std::stri
   });
   shape_then_ = hyper_.shape();
   was_capturable_ = capturable_;
+  in_memory_ = DictItems(group_.ptr());
 }
 
 GroupReader::Meaning GroupReader::meaning(py::handle key, py::handle value) const {
@@ -199,21 +200,29 @@ void GroupReader::read(Meaning meaning, py::handle value) {
 
 bool GroupReader::refresh() {
   PyObject* group = group_.ptr();
-  if (version_.is_of(group)) return fits_plan();
+  if (version_.is_of(group)) return fits_;
   const DictVersion version(group);
   if (static_cast<size_t>(PyDict_GET_SIZE(group)) != items_.size()) return false;
   Py_ssize_t position = 0;
   PyObject *key, *value;
   bool any_in_place = false;  // of those read up to here
+  const DictItems::Item* const in_memory = in_memory_.of(group);
   for (size_t i = 0; i < items_.size(); ++i) {
     Item& item = items_[i];
-    if (!PyDict_Next(group, &position, &key, &value) || key != item.key.ptr()) return false;
+    if (!in_memory) {
+      if (!PyDict_Next(group, &position, &key, &value)) return false;
+    } else {
+      key = in_memory[i].key;
+      value = in_memory[i].value;
+    }
+    if (key != item.key.ptr()) return false;
     if (value == item.value.ptr() && !(any_in_place_ && meanings_[i].in_place)) continue;
     Meaning now = meanings_[i];
     if (now.field == Field::params) return false;
     now.in_place = is_hyperparameter(now.field) && can_change_in_place(value);
     auto kept = py::reinterpret_borrow<py::object>(value);
     read(now, kept);  // may raise: only what was read becomes known
+    if (in_memory && in_memory_.of(group) != in_memory) return false;  // it has run Python
     any_in_place |= now.in_place;
     any_in_place_ |= now.in_place;
     meanings_[i] = now;
@@ -223,7 +232,9 @@ bool GroupReader::refresh() {
   // With the version of before: reading a value may have run Python. What may change in place is
   // read at every step.
   if (!any_in_place_) version_ = version;
-  return fits_plan();
+  if (!in_memory && !in_memory_.knows(group)) in_memory_ = DictItems(group);
+  fits_ = fits_plan();
+  return fits_;
 }
 
 // Against what the plan was made with: an earlier call may have read a switch and then raised.

@@ -10,7 +10,7 @@
 
 namespace recap {
 
-class GroupReader {
+class alignas(64) GroupReader {
  public:
   // `name` is how errors call the group. With `device_values`, a learning rate in the memory of a
   // device that can read it there is left there. Raises KeyError, TypeError or ValueError naming
@@ -73,18 +73,22 @@ class GroupReader {
   void read_lr(py::handle value, const char* key);
   bool fits_plan() const;
 
+  // What every step reads, side by side: models may have a group for each tensor.
   py::dict group_;
-  std::string name_;
-  bool device_values_;
-  bool capturable_ = false;
-  at::Tensor device_lr_;
-  std::vector<Item> items_;
-  std::vector<Meaning> meanings_;  // of the items
-  bool any_in_place_ = false;
   DictVersion version_;
-  Hyper hyper_;
-  int shape_then_ = 0;           // of the plan's hyper()
+  DictItems in_memory_;
+  std::vector<Item> items_;
+  bool fits_ = true;  // at that version
+  bool any_in_place_ = false;
+  bool capturable_ = false;
   bool was_capturable_ = false;  // `capturable` of the plan
+  bool device_values_;
+  int shape_then_ = 0;  // of the plan's hyper()
+  Hyper hyper_;
+
+  std::vector<Meaning> meanings_;  // of the items
+  std::string name_;
+  at::Tensor device_lr_;
 };
 
 }  // namespace recap

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -33,6 +34,66 @@ class DictVersion {
  private:
   uint64_t tag_ = 0;  // of no dict
 };
+
+// Where a dict keeps its items, one after the other, to compare them there: to ask Python for each
+// takes several times as long. CPython promises no place, so that it is looked for. From 3.11 on, a
+// dict whose keys are all strings has pairs of key and value in the memory of its keys.
+class DictItems {
+ public:
+  struct Item {
+    PyObject *key, *value;
+  };
+
+  DictItems() = default;
+  explicit DictItems(PyObject* dict) : keys_(memory(dict)), count_(PyDict_GET_SIZE(dict)) {
+    std::vector<Item> items;
+    Item item;
+    for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &item.key, &item.value);) {
+      items.push_back(item);
+    }
+    auto* const type = reinterpret_cast<PyObject*>(&PyDict_Type);
+    const auto bytes =
+        py::reinterpret_steal<py::object>(PyObject_CallMethod(type, "__sizeof__", "O", dict));
+    if (!bytes) throw py::error_already_set();
+    const Py_ssize_t of_keys = PyLong_AsSsize_t(bytes.ptr()) - Py_TYPE(dict)->tp_basicsize;
+    const auto length = static_cast<Py_ssize_t>(items.size() * sizeof(Item));
+    for (Py_ssize_t at = 0; length > 0 && at + length <= of_keys; at += sizeof(void*)) {
+      if (std::memcmp(keys_ + at, items.data(), length) == 0) {
+        offset_ = at;
+        return;
+      }
+    }
+  }
+
+  // Whether a dict has as many items as then, in the same memory.
+  bool knows(PyObject* dict) const {
+    return memory(dict) == keys_ && PyDict_GET_SIZE(dict) == count_;
+  }
+
+  // The items of such a dict, if they were found; else null: ask Python.
+  const Item* of(PyObject* dict) const {
+    return knows(dict) && offset_ > 0 ? reinterpret_cast<const Item*>(keys_ + offset_) : nullptr;
+  }
+
+ private:
+  static const char* memory(PyObject* dict) {
+    return reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
+  }
+
+  const char* keys_ = nullptr;  // of no dict
+  Py_ssize_t count_ = 0, offset_ = 0;
+};
+
+// What a weak reference refers to; None if that is gone. To call it takes longer.
+inline py::object referent(const py::weakref& reference) {
+#if PY_VERSION_HEX < 0x030D0000
+  return py::reinterpret_borrow<py::object>(PyWeakref_GET_OBJECT(reference.ptr()));
+#else
+  PyObject* object = nullptr;
+  if (PyWeakref_GetRef(reference.ptr(), &object) < 0) throw py::error_already_set();
+  return object ? py::reinterpret_steal<py::object>(object) : py::none();
+#endif
+}
 
 // Behind the head of a Python object is a tensor's pointer, a list's items, or a dict's size and
 // version: in one cache line, in which the head need not be.
