@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from recap_fast._native import native
 from recap_fast.optim import FusedAdam, FusedSGD
@@ -191,3 +192,44 @@ def test_a_plan_that_is_refused_changes_nothing(edit: Callable[[dict[str, Any]],
         optimizer.step()
     for param, state in zip(params, states, strict=True):
         assert all(optimizer.state[param][key] is value for key, value in state.items())
+
+
+def _grow(group: dict[str, Any]) -> None:
+    group.update({f"note {i}": i for i in range(50)})
+
+
+def _shrink(group: dict[str, Any]) -> None:
+    for key in [key for key in group if str(key).startswith("note")]:
+        del group[key]
+
+
+def _reorder(group: dict[str, Any]) -> None:
+    for key in ("lr", "params"):
+        group[key] = group.pop(key)
+
+
+def _make_anew(group: dict[str, Any]) -> None:
+    items = dict(group)
+    group.clear()
+    group.update(items)
+
+
+def _number_as_key(group: dict[str, Any]) -> None:
+    group[7] = "of no meaning"  # type: ignore[index]
+
+
+def test_rates_are_read_wherever_the_dict_of_a_group_keeps_them(device: torch.device) -> None:
+    param = nn.Parameter(torch.zeros(3, device=device))
+    optimizer = FusedSGD([param])
+    (group,) = optimizer.param_groups
+    expected = 0.0
+    for number, change in enumerate(
+        [_grow, _shrink, _reorder, _make_anew, _number_as_key, _grow, _shrink, _reorder]
+    ):
+        change(group)
+        for step in range(3):
+            group["lr"] = 2.0 ** -(number + step)
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+            expected -= group["lr"]
+            assert param.eq(expected).all()
