@@ -105,7 +105,7 @@ def test_the_environment_fixes_how_long_tensors_are_updated(
 ) -> None:
     info = read_environment(RECAP_FAST_STREAMS="3", RECAP_FAST_PREFETCH="0")
     assert (info["streams"], info["prefetch"], info["ways"]) == (3, 0, {})
-    _step_long_tensors(20)
+    _step_long_tensors(40)
     assert build_info()["ways"] == {}  # nothing was measured
 
 
@@ -114,12 +114,12 @@ def test_without_it_the_fastest_way_is_found_and_stays(
 ) -> None:
     info = read_environment(RECAP_FAST_STREAMS="auto", RECAP_FAST_PREFETCH="auto")
     assert (info["streams"], info["prefetch"], info["ways"]) == ("auto", "auto", {})
-    _step_long_tensors(20)
+    _step_long_tensors(40)
     (found,) = build_info()["ways"].items()
     assert found[0] == "float64, 2 arrays of 4 MiB or more"
     streams, prefetch = found[1]
     assert streams in (1, 2, 4) and prefetch in (0, 8)
-    _step_long_tensors(20)
+    _step_long_tensors(40)
     assert build_info()["ways"] == dict([found])
 
 

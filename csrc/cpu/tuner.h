@@ -25,7 +25,7 @@ struct Way {
 // Chooses for one class of work. Any number of threads may use it at once.
 class Tuner {
  public:
-  static constexpr int kTrials = 12;      // of each candidate
+  static constexpr int kTrials = 32;      // of each candidate
   static constexpr uint64_t kWarmUp = 2;  // steps: in the first, memory is given to new states
 
   // At most kMaxWays; of one there is nothing to choose. Until it is chosen, the first is used.

@@ -287,6 +287,7 @@ def test_what_is_held_is_not_copied_and_not_saved(tmp_path) -> None:
     its_optimizer.step()
     assert_same(weights(copied), before)
     one_lookup(copied, 0)
+    assert_same(weights(copied), before)  # the copy accumulates too
     its_optimizer.step()
     checkpoint.save(tmp_path, 1, model, optimizer, scheduler)
     optimizer.step()

@@ -578,6 +578,12 @@ ERRORS = {
         embedding_config(adagrad={}),
         f"chooses adagrad for a table of float16, but '{TABLES[0]}'",
     ),
+    "moments of 16 bits": (
+        EmbeddingRanker().half(),
+        multi_task_config(),
+        embedding_config(adam={}),
+        f"chooses adam for a table of float16, but '{TABLES[0]}'",
+    ),
     "clipped tables": (
         EmbeddingRanker(),
         multi_task_config(),

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
+from recap_fast.schedules.device import DeviceRates
 from tests.support.optimizers import (
     EMULATED,
     FUSED,
@@ -214,6 +215,19 @@ def test_rates_on_the_device_are_those_of_the_host(device: torch.device) -> None
         assert rates.step.item() == step
         optimizer.step()
         scheduler.step()
+
+
+def test_rates_on_the_device_go_by_the_number_of_their_group(device: torch.device) -> None:
+    """Not by their place: of several devices, each has the rates of some groups."""
+    configs = schedules()
+    params = parameters(2, device=device)
+    optimizer = FusedSGD([{"params": [param]} for param in params], lr=1.0, capturable=True)
+    stepper = Stepper([optimizer])
+    stepper.move_with([DeviceRates({1: configs["constant"], 0: configs["piecewise"]}, device)])
+    before = [param.detach().clone() for param in params]
+    stepper.step(None, None)
+    for param, start, rate in zip(params, before, (0.1, 0.05), strict=True):
+        torch.testing.assert_close(param.detach(), start - rate * param.grad)
 
 
 def test_the_trajectory_is_that_of_host_schedules(device: torch.device) -> None:

@@ -769,6 +769,18 @@ def test_a_list_of_betas_can_change_in_place(device: torch.device) -> None:
     pair.check()
 
 
+def test_tensors_in_a_tuple_of_betas_can_change_in_place(device: torch.device) -> None:
+    pair = Pair("adam", device)
+    betas = (torch.tensor(0.5), torch.tensor(0.75))
+    for optimizer in pair.optimizers:
+        optimizer.param_groups[0]["betas"] = betas
+    for step, values in enumerate([(0.5, 0.75), (0.5, 0.875), (0.25, 0.875)]):
+        for beta, value in zip(betas, values, strict=True):
+            beta.fill_(value)
+        pair.step(start=step)
+        pair.check()
+
+
 def test_a_mutable_number_is_read_in_every_step(device: torch.device) -> None:
     rate = pytest.importorskip("numpy").array(0.5)
     pair = Pair("sgd", device, lr=rate)

@@ -156,8 +156,8 @@ TEST(a_way_is_chosen_within_some_steps) {
   std::vector<SlotShape> shapes(8, {Update::adam, Dtype::float32, 4 * kTile});
   Problem problem(shapes, Numbers::ordinary, true);
   recap::cpu::fix_way(std::nullopt, std::nullopt);
-  for (int step = 0; step < 12; ++step) {  // 8 runs in each, of 60 trials, after two steps
-    CHECK(recap::cpu::chosen_ways().empty() == (step < 10), "step ", step);
+  for (int step = 0; step < 24; ++step) {  // 8 runs in each, of 160 trials, after two steps
+    CHECK(recap::cpu::chosen_ways().empty() == (step < 22), "step ", step);
     recap::cpu::run(problem.plan, problem.step, kOneThread);
   }
   const std::vector<recap::cpu::ChosenWay> chosen = recap::cpu::chosen_ways();
