@@ -216,6 +216,10 @@ bool GroupReader::refresh() {
       value = in_memory[i].value;
     }
     if (key != item.key.ptr()) return false;
+    if (meanings_[i].field == Field::lr && PyFloat_CheckExact(value)) {
+      take_lr(PyFloat_AS_DOUBLE(value), i);
+      continue;
+    }
     if (value == item.value.ptr() && !(any_in_place_ && meanings_[i].in_place)) continue;
     Meaning now = meanings_[i];
     if (now.field == Field::params) return false;
@@ -235,6 +239,14 @@ bool GroupReader::refresh() {
   if (!in_memory && !in_memory_.knows(group)) in_memory_ = DictItems(group);
   fits_ = fits_plan();
   return fits_;
+}
+
+void GroupReader::take_lr(double lr, size_t item) {
+  hyper_.lr = lr;
+  if (!items_[item].value) return;
+  meanings_[item].in_place = false;
+  device_lr_ = at::Tensor();
+  items_[item].value = {};
 }
 
 // Against what the plan was made with: an earlier call may have read a switch and then raised.

@@ -48,7 +48,9 @@ class alignas(64) GroupReader {
  private:
   enum class Field : uint8_t { none, params, lr, maximize, capturable, differentiable, option };
 
-  // What every step compares. What a field means is kept apart: read only where one has changed.
+  // What every step compares; a rate that is a float is read and not held, since schedulers make a
+  // new one for each step, and to free the former would take longer. What a field means is kept
+  // apart: read only where one has changed.
   struct Item {
     py::object key, value;
   };
@@ -71,6 +73,7 @@ class alignas(64) GroupReader {
   double decay_rate(py::handle value, const std::string& key) const;
   bool flag(py::handle value, const char* key) const;
   void read_lr(py::handle value, const char* key);
+  void take_lr(double lr, size_t item);  // of a float, which is the value of that item
   bool fits_plan() const;
 
   // What every step reads, side by side: models may have a group for each tensor.
