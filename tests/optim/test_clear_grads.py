@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from recap_fast import build_optimizer, unfuse
+from recap_fast import unfuse
 from recap_fast.optim import FusedAdam, FusedOptimizer, FusedRowwiseAdagrad, FusedSGD
 from tests.support.optimizers import (
     DTYPES,
@@ -249,6 +249,9 @@ def test_members_of_a_combined_optimizer_clear_by_themselves(device: torch.devic
 
 
 def test_build_optimizer_clears_all_dense_groups(device: torch.device) -> None:
+    pytest.importorskip("torchrec")
+    from recap_fast import build_optimizer
+
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).to(device)
     config = {"adam": {"lr": 0.1}, "groups": {"last": {"pattern": "^1", "sgd": {"lr": 0.1}}}}
     optimizer, scheduler = build_optimizer(model, config, clear_grads=True)

@@ -38,7 +38,8 @@ MAX_REGISTERS = 80  # 3 blocks of 256 threads per multiprocessor
 MAX_PARAMETER = 32_764  # bytes, what a launch takes from CUDA 12.1 on
 # Arrays that one element of each of the 17 updates reads and writes, in each of 4 dtypes.
 LOADS = 4 * (2 * 4 + 2 * 5 + 2 * 3 + 2 * 2 + 4 * 3 + (2 * 3 + 2 * 4 + 5))
-STORES = 4 * (2 * 3 + 2 * 4 + 2 * 2 + 2 * 1 + 4 * 2 + (2 * 2 + 2 * 3 + 4))
+# And the zeros of gradients that are cleared, of whatever dtype.
+STORES = 4 * (2 * 3 + 2 * 4 + 2 * 2 + 2 * 1 + 4 * 2 + (2 * 2 + 2 * 3 + 4)) + 1
 
 # Included before the kernel, it marks every fma that the source asks for, and no other.
 _MARK = "// asked for"
