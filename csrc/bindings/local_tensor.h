@@ -86,9 +86,6 @@ inline PyObject* held_shard(PyObject* dtensor) {
 
 // The local shard of a DTensor; null for any other object, whatever its attributes.
 inline PyObject* local_shard(PyObject* tensor) {
-  if (!THPVariable_Check(tensor) || !is_wrapper_subclass(THPVariable_Unpack(tensor))) {
-    return nullptr;
-  }
   PyTypeObject* const dtensor = dtensor_type();
   if (!dtensor || !PyObject_TypeCheck(tensor, dtensor)) return nullptr;
   PyObject* const local = held_shard(tensor);
