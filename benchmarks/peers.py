@@ -23,7 +23,7 @@ PEERS: Final = (
 
 CLIPPING_PEERS: Final = ("recap_fast, clipping", "torch fused, clipping")
 CLEARING_PEERS: Final = (
-    *("recap_fast, clearing", "torch fused, clearing"),
+    *("recap_fast, clearing", "recap_fast, then zeros", "torch fused, then zeros"),
     *("recap_fast, then None", "torch fused, then None"),
 )
 
@@ -54,7 +54,8 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "recap_fast, clipping": "`recap_fast` with `clip_grad_norm`",
     "torch fused, clipping": "`torch.nn.utils.clip_grad_norm_`, then `torch fused`",
     "recap_fast, clearing": "`recap_fast` with `clear_grads=True`",
-    "torch fused, clearing": "`torch fused`, then its `zero_grad(set_to_none=False)`",
+    "recap_fast, then zeros": "`recap_fast`, then its `zero_grad(set_to_none=False)`",
+    "torch fused, then zeros": "`torch fused`, then its `zero_grad(set_to_none=False)`",
     "recap_fast, then None": "`recap_fast`, then its `zero_grad()`",
     "torch fused, then None": "`torch fused`, then its `zero_grad()`",
     "recap_fast, graph replay": "a CUDA graph of one step of `recap_fast, one optimizer` with "
@@ -76,7 +77,8 @@ _OVERWRITE_GRADIENTS: Final = (
 )
 
 _NEED_TORCHREC: Final = (
-    *("recap_fast", "recap_fast, clipping", "recap_fast, clearing", "recap_fast, then None"),
+    *("recap_fast", "recap_fast, clipping", "recap_fast, clearing"),
+    *("recap_fast, then zeros", "recap_fast, then None"),
     "reference",
 )
 

@@ -40,10 +40,11 @@ _WAYS: Final[dict[str, Callable[[Any], torch.optim.Optimizer]]] = {
 _HOW: Final = f"""\
 {LAYERS} linear layers of {WIDTH} x {WIDTH}, {2 * LAYERS} parameters, each layer sharded by
 `torch.distributed.fsdp.fully_shard` over the processes of a gloo group, with one thread in each;
-Adam. Times of one `optimizer.step()` on the first process, warm: of the DTensors, and of plain
-tensors like their local shards. A ratio is the median over rounds in which both were timed, in
-brackets the quartiles. What a step adds to the memory of the process is that of {STEPS:,} steps, or
-of as many as take {_MOST_SECONDS:g} seconds, after 200.
+Adam. Warm times of one `optimizer.step()` on the first process, of the DTensors and of plain
+tensors of the shards' sizes. A ratio is the median over rounds in which both were timed, in
+brackets the quartiles. Memory growth is the mean over {STEPS:,} steps, or over as many as fit in
+{_MOST_SECONDS:g} seconds, after 200 steps; the number of steps is in brackets. Four processes
+share the cores of the machine.
 """
 
 
@@ -85,18 +86,18 @@ def _warm_step(copies: Any) -> Callable[[], tuple[float]]:
     return sample
 
 
-def _growth(stepped: _Stepped) -> tuple[int, float]:
+def _growth(stepped: _Stepped, most: int) -> tuple[int, float]:
     """How many steps were taken, and how many bytes each added."""
     for _ in range(200):
         stepped.step()
     before, end, steps = resident_megabytes(), time.monotonic() + _MOST_SECONDS, 0
-    while steps < STEPS and time.monotonic() < end:
+    while steps < most and time.monotonic() < end:
         stepped.step()
         steps += 1
     return steps, round((resident_megabytes() - before) * 1e6 / steps, 1)
 
 
-def measure_here(path: str, seconds: float) -> None:
+def measure_here(path: str, seconds: float, steps: int) -> None:
     """On each process of a group; the first writes its figures to `path`."""
     peers = {}
     for way in _WAYS:
@@ -106,20 +107,22 @@ def measure_here(path: str, seconds: float) -> None:
     for (stepped,) in peers.values():
         stepped.step()  # makes the state
     (timings,) = interleave(peers, _warm_step, seconds=seconds)
-    grown = {way: _growth(peers[way][0]) for way in _WAYS}
+    grown = {way: _growth(peers[way][0], steps) for way in _WAYS}
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps({"microseconds": timings.rounded(1), "growth": grown}))
     dist.barrier()
 
 
-def measure(seconds: float, counts: Iterable[int] = PROCESSES) -> Iterator[dict[str, Any]]:
-    """Each number of processes for so long."""
+def measure(
+    seconds: float, counts: Iterable[int] = PROCESSES, steps: int = STEPS
+) -> Iterator[dict[str, Any]]:
+    """Each number of processes for so long, and then so many steps."""
     from examples.movielens.launch import launch  # needs torchrec, and a report on a GPU does not
 
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "figures.json")
-            launch(count, 1, measure_here, str(path), seconds)
+            launch(count, 1, measure_here, str(path), seconds, steps)
             yield {"processes": count, **json.loads(path.read_text())}
 
 
@@ -133,6 +136,13 @@ def section(measured: Iterable[Mapping[str, Any]]) -> str:
             times = (f"{number(timings.time(name).median)} µs" for name in (way, f"{way}, plain"))
             over = with_quartiles(timings.ratio(way, f"{way}, plain"), "x")
             memory = f"{grown:,.0f} bytes a step ({steps:,})"
-            rows.append([f"{each['processes']} processes, {way}", *times, over, memory])
+            rows.append(
+                [
+                    f"{each['processes']} process{'es' * (each['processes'] > 1)}, {way}",
+                    *times,
+                    over,
+                    memory,
+                ]
+            )
     header = ["step", "DTensors", "plain tensors", "ratio", "memory grows"]
     return "\n".join(["## Parameters that FSDP2 shards\n", _HOW, table(header, rows)])

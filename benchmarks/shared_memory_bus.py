@@ -34,8 +34,9 @@ while True:
 
 _HOW: Final = f"""\
 Cold steps of `{WORKLOAD}` alone, and while a process with one thread copies 256 MB again and again.
-With as many threads as cores, that process takes time of a core, too. Speed-up over torch's
-`fused=True`: the median over rounds in which both were timed, in brackets the quartiles.
+With as many threads as cores, that process also takes time from one of the cores. Speed-up over
+torch's `fused=True`: the median over rounds in which both were timed, in brackets the quartiles.
+Memory is not as fast in every part of a run: compare within a table.
 """
 
 
@@ -54,11 +55,13 @@ def streaming() -> Iterator[None]:
             process.kill()
 
 
-def measure(threads: Sequence[int], seconds: float) -> Iterator[dict[str, Any]]:
+def measure(
+    threads: Sequence[int], seconds: float, workload: str = WORKLOAD
+) -> Iterator[dict[str, Any]]:
     """Every algorithm with each number of threads, alone and not, for so long each."""
     for algorithm in ALGORITHMS:
         for beside in (False, True):
-            case = Case(WORKLOAD, algorithm, ("cold",), PEERS, seconds)
+            case = Case(workload, algorithm, ("cold",), PEERS, seconds)
             with streaming() if beside else contextlib.nullcontext():
                 for m in measure_case(case, {"cold": HostClock("cold")}, threads):
                     own = {"algorithm": algorithm, "threads": m.threads, "beside": beside}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from tests.support.native_build import BUILD, SOURCES, build_in, run
+from tests.support.native_build import BUILD, SOURCES, build_in, instructions_in, run
 
 pytestmark = [
     pytest.mark.long,
@@ -35,17 +34,8 @@ def test_the_core_gives_the_same_bits(folder: Path) -> None:
 
 @pytest.fixture(scope="module", name="functions")
 def _functions(folder: Path) -> dict[str, list[str]]:
-    """The instructions of each function of the kernels, with their operands."""
     (kernels,) = folder.rglob("recap_kernels_baseline.dir/**/kernels.cpp.o")
-    functions: dict[str, list[str]] = defaultdict(list)
-    name = ""
-    command = ["aarch64-linux-gnu-objdump", "-dC", "--no-show-raw-insn", str(kernels)]
-    for line in run(*command).splitlines():
-        if header := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
-            name = header[1]
-        elif "\t" in line:
-            functions[name].append(line.split("\t", 1)[1])
-    return functions
+    return instructions_in(str(kernels), "aarch64-linux-gnu-objdump")
 
 
 @pytest.mark.parametrize(("dtype", "lanes"), [("float", "4s"), ("double", "2d")])

@@ -5,12 +5,18 @@ from __future__ import annotations
 import platform
 import re
 import shutil
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from tests.support.native_build import SOURCES, build, needs_compiler, run, run_ctest
+from tests.support.native_build import (
+    SOURCES,
+    build,
+    instructions_in,
+    needs_compiler,
+    run,
+    run_ctest,
+)
 
 TESTS = sorted(
     str(path.relative_to(SOURCES).with_suffix(""))
@@ -46,15 +52,7 @@ of_each_source = pytest.mark.parametrize("source", ["kernels", "row_kernels"])
 
 
 def _instructions(kernels: str) -> dict[str, list[str]]:
-    """The instructions of each function."""
-    functions: dict[str, list[str]] = defaultdict(list)
-    name = ""
-    for line in run("objdump", "-dC", "--no-show-raw-insn", "-M", "att", kernels).splitlines():
-        if header := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
-            name = header[1]
-        elif "\t" in line:
-            functions[name].append(line.split("\t", 1)[1])
-    return functions
+    return instructions_in(kernels, "objdump", "-M", "att")
 
 
 @needs_x86_objects

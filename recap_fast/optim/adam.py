@@ -43,16 +43,15 @@ class FusedAdam(FusedOptimizer, optim.Adam):
             the step, which divides and skips without waiting for the device, as torch does with
             ``fused=True``. If False, the scaler unscales ``.grad`` before the step and does not
             call a step that is to be skipped, as for torch's other optimizers: so libraries can
-            clip in between, and see which steps were taken. None: whether ``capturable`` or
-            ``clear_grads`` is set.
+            clip in between, and see which steps were taken. None: True if ``capturable`` or
+            ``clear_grads`` is.
         unscale_grads: after a step that was given a scale, ``.grad`` is divided by it, as after
             torch's. False leaves it scaled, which saves a pass over the gradients.
-        clear_grads: a step leaves zeros in every ``.grad`` that it has read, written while they are
-            in the cache: in the place of ``zero_grad(set_to_none=False)``, for those who keep the
-            buffers, as static graphs, DDP's bucket views and accumulation do. A step that it skips
-            clears too. A sparse gradient has no rows afterwards. Let then the step skip what a
-            `torch.amp.GradScaler` finds: a step that the scaler does not call clears nothing. torch
-            does not have it.
+        clear_grads: a step leaves zeros in every ``.grad`` that it has read, also if it is skipped:
+            in the place of ``zero_grad(set_to_none=False)``, in programs that keep the memory of
+            gradients. A sparse gradient has no rows afterwards. A step that a
+            `torch.amp.GradScaler` does not call clears nothing, so leave
+            ``step_supports_amp_scaling`` at None. torch's class has no such argument.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.

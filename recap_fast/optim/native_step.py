@@ -41,6 +41,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     and logs a warning; infinity does only that. On CUDA devices torch finds the norm, in float32,
     and nothing waits for the device.
 
+    With ``clear_grads`` the call leaves zeros in the gradients that it has read, see `FusedAdam`.
+
     Differences to torch's step, all of them in the error case or below rounding:
 
     * Results are rounded less often than torch's (see ``csrc/algorithms``) and have the same bits

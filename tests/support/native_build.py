@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,18 @@ def run_tests_with(extension: Path, *arguments: str, **environment: str) -> str:
     variables = {"RECAP_FAST_TEST_EXTENSION": str(extension), **environment}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return run(*command, cwd=ROOT, env=os.environ | variables)
+
+
+def instructions_in(objects: str, objdump: str = "objdump", *options: str) -> dict[str, list[str]]:
+    """The instructions of each function, with their operands."""
+    functions: dict[str, list[str]] = defaultdict(list)
+    name = ""
+    for line in run(objdump, "-dC", "--no-show-raw-insn", *options, objects).splitlines():
+        if header := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            name = header[1]
+        elif "\t" in line:
+            functions[name].append(line.split("\t", 1)[1])
+    return functions
 
 
 def _has_sanitizers() -> bool:
