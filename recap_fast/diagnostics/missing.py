@@ -42,6 +42,8 @@ def _cuda(engines: list[str]) -> Iterator[str]:
                 "CUDA: there is an NVIDIA GPU, but this torch is for CPUs only: install a torch"
                 " with CUDA, then recap_fast anew"
             )
+        elif "cuda" in engines:
+            yield "GPU: the CUDA engine is built, but this torch is for CPUs; it was not run here"
     elif gpus() and "cuda" not in engines:
         yield (
             f"CUDA engine: not built, though there is a GPU: install nvcc 12.8 or newer of CUDA"
