@@ -37,7 +37,8 @@ class DictVersion {
 
 // Where a dict keeps its items, one after the other, to compare them there: to ask Python for each
 // takes several times as long. CPython promises no place, so that it is looked for. From 3.11 on, a
-// dict whose keys are all strings has pairs of key and value in the memory of its keys.
+// dict whose keys are all strings has pairs of key and value in the memory of its keys, behind a
+// table whose size is at its beginning.
 class DictItems {
  public:
   struct Item {
@@ -45,7 +46,9 @@ class DictItems {
   };
 
   DictItems() = default;
-  explicit DictItems(PyObject* dict) : keys_(memory(dict)), count_(PyDict_GET_SIZE(dict)) {
+#if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030F0000
+  explicit DictItems(PyObject* dict)
+      : keys_(memory(dict)), count_(PyDict_GET_SIZE(dict)), shape_(shape(keys_)) {
     std::vector<Item> items;
     Item item;
     for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &item.key, &item.value);) {
@@ -65,10 +68,16 @@ class DictItems {
     }
   }
 
-  // Whether a dict has as many items as then, in the same memory.
+  // Whether a dict has as many items as then, in memory that is the same and is divided alike: it
+  // may have been freed meanwhile, and given to keys with a smaller table.
   bool knows(PyObject* dict) const {
-    return memory(dict) == keys_ && PyDict_GET_SIZE(dict) == count_;
+    return memory(dict) == keys_ && PyDict_GET_SIZE(dict) == count_ && shape(keys_) == shape_;
   }
+#else
+  explicit DictItems(PyObject*) {}
+
+  bool knows(PyObject*) const { return true; }
+#endif
 
   // The items of such a dict, if they were found; else null: ask Python.
   const Item* of(PyObject* dict) const {
@@ -80,8 +89,16 @@ class DictItems {
     return reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
   }
 
+  // Of keys: the size of the table, and whether they are strings; behind a count of references.
+  static uint32_t shape(const char* keys) {
+    uint8_t bytes[3];
+    std::memcpy(bytes, keys + sizeof(Py_ssize_t), sizeof bytes);
+    return bytes[0] | bytes[1] << 8 | bytes[2] << 16;
+  }
+
   const char* keys_ = nullptr;  // of no dict
   Py_ssize_t count_ = 0, offset_ = 0;
+  uint32_t shape_ = 0;
 };
 
 // What a weak reference refers to; None if that is gone. To call it takes longer.

@@ -233,3 +233,25 @@ def test_rates_are_read_wherever_the_dict_of_a_group_keeps_them(device: torch.de
             optimizer.step()
             expected -= group["lr"]
             assert param.eq(expected).all()
+
+
+def test_memory_that_a_dict_has_left_is_not_read(device: torch.device) -> None:
+    """Where the keys of a dict were there may be smaller ones, and behind them the former items."""
+    for _ in range(20):
+        param = nn.Parameter(torch.zeros(4, device=device))
+        optimizer = FusedSGD([param], lr=1.0)
+        (group,) = optimizer.param_groups
+        group.update({f"note {i}": i for i in range(80)})
+        group.update({f"further {i}": i for i in range(700)})
+        for i in range(700):
+            del group[f"further {i}"]
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        optimizer.step()
+        items = {**group, "lr": 2.5}
+        kept = [bytearray(2900) for _ in range(200)]  # leaves the keys no other place
+        group.clear()
+        group.update(items)
+        before = param.detach().clone()
+        optimizer.step()
+        assert before.sub(param).eq(2.5).all(), len(kept)
