@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../plan/plan.h"
@@ -24,7 +25,7 @@ class ClearedGradients {
 
   // What a step has read, with `grads` the addresses for the engines, and that of the sparse ones.
   // Afterwards `in_step` says whether the engines may write the zeros: not if two gradients share
-  // memory, of which one would be zero before it is read.
+  // memory, of which one would be zero before it is read, nor if one is copied on write.
   void read(const std::vector<SlotTensors>& slots, std::vector<Probe>& probes,
             const StepGradients& gradients, const std::vector<const void*>& grads);
   bool in_step() const { return in_step_; }
@@ -41,16 +42,18 @@ class ClearedGradients {
  private:
   struct Read {
     at::Tensor whole, local;  // of a DTensor its local shard, of any other gradient itself
-    bool by_engine;
+    bool is_own;              // what the engine reads, not a copy
   };
 
-  bool share_memory(const std::vector<const void*>& grads) const;
+  using Extent = std::pair<uintptr_t, uintptr_t>;
+  bool share_memory(const std::vector<const void*>& grads, std::vector<Extent> extents) const;
 
   bool has_any_ = false;
   bool in_step_ = true;
+  bool share_memory_ = false;
   std::vector<char> clears_;
   std::vector<int64_t> bytes_;          // of each slot's gradient
-  std::vector<const void*> last_seen_;  // addresses that `in_step_` was found for
+  std::vector<const void*> last_seen_;  // addresses that `share_memory_` was found for
   std::vector<Read> read_;
 };
 

@@ -81,7 +81,9 @@ GroupReader::Meaning GroupReader::meaning(py::handle key, py::handle value) cons
   Field field = Field::none;
   uint8_t number = 0;
   if (py::isinstance<py::str>(key)) {
-    const auto name = key.cast<std::string>();
+    const char* const text = PyUnicode_AsUTF8(key.ptr());
+    if (!text) PyErr_Clear();  // of no meaning here, but the user's
+    const std::string name = text ? text : "";
     const auto found = common.find(name);
     if (found != common.end()) {
       field = found->second;
@@ -173,8 +175,9 @@ void GroupReader::read_option(const Option& option, py::handle value) {
         throw py::type_error(name_ + ": '" + key + "' must be a pair of numbers");
       }
       const auto rates = py::reinterpret_borrow<py::sequence>(value);
-      numbers[0] = decay_rate(py::object(rates[0]), key + "[0]");
+      const double first = decay_rate(py::object(rates[0]), key + "[0]");
       numbers[1] = decay_rate(py::object(rates[1]), key + "[1]");
+      numbers[0] = first;
       break;
     }
   }

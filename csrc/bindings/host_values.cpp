@@ -61,6 +61,8 @@ void HostValues::fill(const std::vector<PlanGroup>& groups, const std::vector<Sl
         index = entries_.size();
         const Hyper& hyper = group.reader.hyper();
         step.values.push_back(maker_.make(hyper, entry.step, entry.first, grad_scale, clip));
+        // Autograd may give the memory of its values to another gradient too.
+        if (entry.sparse) step.values.back().clears_grads = false;
         if (entry.sparse && hyper.algorithm == Algorithm::adam && !hyper.adam.lazy) {
           add_eps_before_correction(step.values.back());
         }

@@ -29,6 +29,8 @@ class StepGradients {
   bool is_dense(size_t slot) const { return step_.grads[slot] != nullptr; }
   bool is_sparse(size_t slot) const { return is_sparse_[slot] != 0; }
 
+  bool has_sparse() const { return !step_.sparse.empty(); }
+
   void read_sparse(size_t slot, const SlotTensors& tensors, const Hyper& hyper,
                    const at::Tensor& grad) {
     sparse_.read(static_cast<uint32_t>(slot), tensors, hyper, grad);

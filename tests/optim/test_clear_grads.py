@@ -235,6 +235,44 @@ def test_a_sparse_gradient_has_no_rows_afterwards(kind: type[FusedOptimizer]) ->
         assert same_bits(table, other)
 
 
+@pytest.mark.cpu_engine
+@pytest.mark.parametrize("apart", [False, True])
+def test_sparse_gradients_may_share_memory(apart: bool) -> None:
+    """Autograd gives one to both embeddings of a sum; a user may make one of a dense gradient."""
+    rows = torch.arange(4)
+    tables = [[nn.Embedding(4, 2, sparse=True) for _ in range(2)] for _ in range(2)]
+    dense = [nn.Parameter(torch.zeros(4, 2)) for _ in range(2)]
+    for pair, param, clears in zip(tables, dense, (True, False), strict=True):
+        params = [param, *(table.weight for table in pair)]
+        for table in pair:
+            nn.init.zeros_(table.weight)
+        if apart:
+            optimizers = [FusedSGD([each], lr=1.0, clear_grads=clears) for each in params]
+        else:
+            optimizers = [FusedSGD(params, lr=1.0, clear_grads=clears)]
+        for _ in range(2):
+            sum(table(rows) for table in pair).backward(torch.ones(4, 2))
+            param.grad = pair[0].weight.grad._values().view(4, 2)
+            for optimizer in optimizers if not apart else reversed(optimizers):
+                optimizer.step()
+            for table in pair:
+                table.weight.grad = None
+        assert all(each.eq(-2).all() for each in params)
+
+
+def test_what_was_copied_on_write_stays(device: torch.device) -> None:
+    (param,) = parameters(1, device=device, grads=False)
+    optimizer = FusedSGD([param], clear_grads=True)
+    for lend in (
+        lambda own: (torch._lazy_clone(own), own),
+        lambda own: (own, torch._lazy_clone(own)),
+    ):
+        param.grad, other = lend(torch.ones_like(param))
+        optimizer.step()
+        assert not param.grad.count_nonzero()
+        assert other.eq(1).all()
+
+
 def test_members_of_a_combined_optimizer_clear_by_themselves(device: torch.device) -> None:
     params = parameters(3, device=device)
     optimizer = combine(

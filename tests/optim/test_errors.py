@@ -517,3 +517,28 @@ def test_a_first_step_that_fails_once_state_was_made_takes_it_back(
     assert optimizer.state_dict()["state"] == {}
     optimizer.step()
     assert optimizer.state[params[0]]["step"].item() == 1
+
+
+def test_betas_that_are_refused_leave_nothing_behind(device: torch.device) -> None:
+    optimizers = [FusedAdam(parameters(1, device=device), lr=0.1) for _ in range(2)]
+    for optimizer in optimizers:
+        optimizer.step()
+    group = optimizers[0].param_groups[0]
+    good = group["betas"]
+    group["betas"] = (0.5, 1.5)
+    with pytest.raises(ValueError, match=r"betas\[1\]"):
+        optimizers[0].step()
+    group["betas"] = good
+    first, second = (optimizer.param_groups[0]["params"][0] for optimizer in optimizers)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(first, second)
+
+
+def test_a_key_that_is_no_text_is_the_users(device: torch.device) -> None:
+    (param,) = parameters(1, device=device)
+    optimizer = FusedAdam([param])
+    optimizer.param_groups[0]["\ud800"] = 1
+    before = param.detach().clone()
+    optimizer.step()
+    assert not torch.equal(param, before)
