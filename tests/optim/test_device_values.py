@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recap_fast.optim import FusedAdam, FusedSGD
 from recap_fast.optim.stepper import Stepper
-from recap_fast.schedules.device import DeviceRates
 from tests.support.optimizers import (
     EMULATED,
     FUSED,
@@ -220,6 +219,8 @@ def test_rates_on_the_device_are_those_of_the_host(device: torch.device) -> None
 def test_rates_on_the_device_go_by_the_number_of_their_group(device: torch.device) -> None:
     """Not by their place: of several devices, each has the rates of some groups."""
     configs = schedules()
+    from recap_fast.schedules.device import DeviceRates  # needs pydantic
+
     params = parameters(2, device=device)
     optimizer = FusedSGD([{"params": [param]} for param in params], lr=1.0, capturable=True)
     stepper = Stepper([optimizer])
