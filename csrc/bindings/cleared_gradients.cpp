@@ -1,7 +1,6 @@
 #include "cleared_gradients.h"
 
 #include <c10/core/InferenceMode.h>
-#include <c10/core/impl/COWDeleter.h>
 
 #include <algorithm>
 
@@ -16,11 +15,6 @@ std::pair<uintptr_t, uintptr_t> values_extent(const at::Tensor& gradient) {
   const c10::Storage memory = SparseGradients::values_of(gradient).storage();
   const auto begin = reinterpret_cast<uintptr_t>(memory.data());
   return {begin, begin + memory.nbytes()};
-}
-
-// As torch._lazy_clone makes it: whoever writes to it takes a copy first.
-bool is_copied_on_write(const at::Tensor& tensor) {
-  return tensor.storage().data_ptr().get_deleter() == &c10::impl::cow::cow_deleter;
 }
 
 }  // namespace
@@ -72,18 +66,14 @@ void ClearedGradients::read(const std::vector<SlotTensors>& slots, std::vector<P
     const at::Tensor local = slots[slot].grad();
     if (local.numel() == 0 || local._is_zerotensor()) continue;
     const bool is_own = !is_lazy(local) && local.const_data_ptr() == grads[slot];
-    if (is_own && is_copied_on_write(local)) in_step_ = false;
+    if (is_own && is_copied_on_write(local.storage().data_ptr())) in_step_ = false;
     read_.push_back({whole, local, is_own});
   }
 }
 
 void ClearedGradients::bump_versions() {
   for (const Read& each : read_) {
-    if (!in_step_ || !each.is_own) continue;
-    for (const at::Tensor& written : {each.whole, each.local}) {
-      if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
-      if (written.is_same(each.local)) break;
-    }
+    if (in_step_ && each.is_own) recap::bump_versions(each.whole, each.local);
   }
 }
 

@@ -2,10 +2,12 @@
 // any other tensor itself.
 #pragma once
 
-#include <structmember.h>
-#include <torch/csrc/autograd/variable.h>
-
 #include "python.h"
+// After Python's own header, without which it does not compile before 3.11.
+#include <structmember.h>
+
+#include <c10/core/impl/COWDeleter.h>
+#include <torch/csrc/autograd/variable.h>
 
 namespace recap {
 
@@ -21,6 +23,21 @@ inline bool is_wrapper_subclass(const at::Tensor& tensor) {
 
 inline bool is_lazy(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->key_set().has_any(kLazyKeys);
+}
+
+// Whether memory is shared until somebody writes to it, who takes a copy first: by
+// torch._lazy_clone.
+inline bool is_copied_on_write(const c10::DataPtr& memory) {
+  return memory.get_deleter() == &c10::impl::cow::cow_deleter;
+}
+
+// For who has written to a gradient: `whole`, as the parameter has it, and its local shard, if it
+// is a DTensor, else the same.
+inline void bump_versions(const at::Tensor& whole, const at::Tensor& local) {
+  for (const at::Tensor& written : {whole, local}) {
+    if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+    if (written.is_same(local)) break;
+  }
 }
 
 // Without the dimensions along which an expanded tensor repeats its elements.

@@ -8,7 +8,6 @@
 // behind another.
 #pragma once
 
-#include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
@@ -352,8 +351,7 @@ class alignas(64) Probe {
   static bool same_memory(const c10::TensorImpl* impl, c10::StorageImpl* storage,
                           const void* data) {
     const c10::DataPtr& memory = storage->_mutable_data_ptr_no_checks();
-    return at_offset(impl, memory.get()) == data &&
-           memory.get_deleter() != &c10::impl::cow::cow_deleter;
+    return at_offset(impl, memory.get()) == data && !is_copied_on_write(memory);
   }
 
   static void* at_offset(const c10::TensorImpl* impl, void* data) {

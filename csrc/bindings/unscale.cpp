@@ -97,13 +97,8 @@ void unscale_gradients(const std::vector<ScaledGradient>& gradients, const py::o
     at::_amp_foreach_non_finite_check_and_unscale_(tensors, ignored, inverse);
   }
   for (const auto& [elements, values] : copied) elements.copy_(values);
-  for (const ScaledGradient& gradient : gradients) {
-    for (const at::Tensor& written : {gradient.whole, gradient.local}) {
-      // The operator leaves versions alone.
-      if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
-      if (written.is_same(gradient.local)) break;
-    }
-  }
+  // The operator leaves versions alone.
+  for (const ScaledGradient& gradient : gradients) bump_versions(gradient.whole, gradient.local);
 }
 
 }  // namespace recap

@@ -4,8 +4,7 @@
 //    without a gradient), and the hardware hands the next to whichever multiprocessor is free.
 //  * A block waits for one table entry, then asks for elements: addresses and sizes come with the
 //    entry, the gradient's address and the hyperparameters with the kernel's parameter.
-//  * No shared memory, and no synchronisation but where gradients are cleared, which others of the
-//    block may not have read yet.
+//  * No shared memory and no synchronisation: there is nothing to exchange.
 #include "kernel.h"
 #include "tile_update.cuh"
 

@@ -195,10 +195,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 memory.adopt(param, state)
         self._has_large_state_to_place = True
 
-    def _place_large_state(self, shares: Shares) -> None:
+    def _place_large_state(self, shares: Callable[[], Shares]) -> None:
         """Before the first step after `load_state_dict`."""
         if self._has_large_state_to_place:
-            memory = StateMemory(shares=shares)
+            memory = StateMemory(shares=shares())
             for param, state in self.state.items():
                 if isinstance(param, torch.Tensor) and isinstance(state, dict):
                     memory.adopt_large(param, state)

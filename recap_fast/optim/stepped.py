@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 from torch.optim import Optimizer
@@ -26,4 +27,4 @@ class Stepped(HasState, Protocol):
     def torch_class(cls) -> type[Optimizer]:
         """The class whose step takes the param groups that are left to torch."""
 
-    def _place_large_state(self, shares: Shares) -> None: ...
+    def _place_large_state(self, shares: Callable[[], Shares]) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import operator
@@ -336,9 +337,8 @@ class Stepper:
         params: list[Tensor] = []
         all_names: list[str] = []
         optimizers = self._optimizers()
-        shares = _shares(optimizers)
         for optimizer in optimizers:
-            optimizer._place_large_state(shares)
+            optimizer._place_large_state(functools.partial(_shares, optimizers))
         groups, left = self._divide(optimizers)
         for number, optimizer in enumerate(optimizers):
             for index, group in groups[number]:

@@ -39,6 +39,14 @@ def full_values(model):
     return [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
 
 
+def sharded_and_whole():
+    """Parameters of a sharded model, one like it that is not sharded, and its parameters."""
+    model, whole = make_model(), make_model()
+    for layer in model:
+        fully_shard(layer, mesh=mesh())
+    return list(model.parameters()), whole, list(whole.parameters())
+
+
 def compare_with_torch(case):
     """Both on sharded models with equal gradients; every rank has the whole batch."""
     fused, oracle, options = CASES[case]
@@ -91,10 +99,7 @@ def python_calls(function):
 
 def steps_by_specs():
     """Gradients sharded by another object of the same kind, and in between otherwise."""
-    model, whole = make_model(), make_model()
-    for layer in model:
-        fully_shard(layer, mesh=mesh())
-    params, whole_params = list(model.parameters()), list(whole.parameters())
+    params, whole, whole_params = sharded_and_whole()
     plain = [nn.Parameter(param.detach().clone()) for param in whole_params]
     ours, theirs = FusedAdam(params, lr=0.02), torch.optim.Adam(whole_params, lr=0.02)
     local = FusedAdam(plain, lr=0.02)
@@ -122,10 +127,7 @@ def test_a_step_of_gradients_that_are_sharded_alike_runs_no_python(backend):
 
 def cleared_steps():
     """Gradients that are added up in buffers that the step clears; whole ones of torch beside."""
-    model, whole = make_model(), make_model()
-    for layer in model:
-        fully_shard(layer, mesh=mesh())
-    params, whole_params = list(model.parameters()), list(whole.parameters())
+    params, whole, whole_params = sharded_and_whole()
     ours = FusedAdam(params, lr=0.02, clear_grads=True)
     theirs = torch.optim.Adam(whole_params, lr=0.02, foreach=False)
     for step in range(3):
@@ -151,10 +153,7 @@ def test_local_shards_of_gradients_are_cleared(backend):
 
 def scaled_steps(by_step):
     """Under a GradScaler: ours on the shards, torch's for loop on the whole parameters."""
-    model, whole = make_model(), make_model()
-    for layer in model:
-        fully_shard(layer, mesh=mesh())
-    params, whole_params = list(model.parameters()), list(whole.parameters())
+    params, whole, whole_params = sharded_and_whole()
     ours = FusedAdam(params, lr=0.02, step_supports_amp_scaling=by_step)
     theirs = torch.optim.Adam(whole_params, lr=0.02, foreach=False)
     scalers = [torch.amp.GradScaler(device().type, init_scale=3.0) for _ in range(2)]

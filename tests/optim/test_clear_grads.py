@@ -45,6 +45,19 @@ def _pair(
     return kind(params, clear_grads=True, **options), kind(others, **options), others
 
 
+def _step_alike(
+    clears: FusedOptimizer, params: list[nn.Parameter], other: FusedOptimizer, others: list[Any]
+) -> None:
+    """A step of both makes the same of parameters and states, and the first clears."""
+    clears.step()
+    other.step()
+    _assert_cleared(params)
+    for param, same in zip(params, others, strict=True):
+        assert same_bits(param, same)
+        for name, value in other.state[same].items():
+            assert same_bits(clears.state[param][name], value)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("update", UPDATES)
 def test_buffers_are_zero_after_each_step(
@@ -60,14 +73,8 @@ def test_buffers_are_zero_after_each_step(
         set_grads(others, step)
         for param, same in zip(params, others, strict=True):
             param.grad += same.grad
-        clears.step()
-        other.step()
-        _assert_cleared(params)
+        _step_alike(clears, params, other, others)
         assert all(p.grad is buffer for p, buffer in zip(params, buffers, strict=True))
-        for param, same in zip(params, others, strict=True):
-            assert same_bits(param, same)
-            for name, value in other.state[same].items():
-                assert same_bits(clears.state[param][name], value)
 
 
 @pytest.mark.parametrize("grad_layout", [*LAYOUTS, "expanded", "negated"])
@@ -86,11 +93,7 @@ def test_buffers_of_any_layout(layout: str, grad_layout: str, device: torch.devi
             else:
                 param.grad = laid_out(values, grad_layout)
             same.grad = param.grad.clone()
-        clears.step()
-        other.step()
-        _assert_cleared(params)
-        for param, same in zip(params, others, strict=True):
-            assert same_bits(param, same)
+        _step_alike(clears, params, other, others)
 
 
 def test_gradients_that_share_memory_are_all_read_before(device: torch.device) -> None:
@@ -105,11 +108,7 @@ def test_gradients_that_share_memory_are_all_read_before(device: torch.device) -
         for param, same, grad in zip(params, others, grads, strict=True):
             param.grad = grad.to(device).view(20, 5)
             same.grad = param.grad.clone()
-        clears.step()
-        other.step()
-        _assert_cleared(params)
-        for param, same in zip(params, others, strict=True):
-            assert same_bits(param, same)
+        _step_alike(clears, params, other, others)
 
 
 def test_buckets_next_to_each_other_are_no_shared_memory(device: torch.device) -> None:
@@ -212,10 +211,7 @@ def test_rows_that_were_looked_up(make: Callable[..., FusedOptimizer], dtype: to
         rows = torch.randint(0, 500, (40,), generator=torch.Generator().manual_seed(step))
         table.grad[rows] = numbers((40, 12), step, dtype)
         other.grad = table.grad.clone()
-        clears.step()
-        keeps.step()
-        _assert_cleared([table])
-        assert same_bits(table, other)
+        _step_alike(clears, [table], keeps, [other])
 
 
 @pytest.mark.cpu_engine
