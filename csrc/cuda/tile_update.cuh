@@ -227,9 +227,11 @@ struct Chunk {
 template <typename Algorithm, typename T>
 RECAP_DEVICE void update_tile(const UpdateValues<typename Compute<T>::type>& values,
                               const TileEntry& tile, const void* grad) {
-  // In double the values would not fit the registers beside the elements, and are read anew.
+  // In double, or beside three states in 16 bits, the values would not fit the registers, and are
+  // read anew.
+  constexpr bool kReadAnew = sizeof(T) == 8 || (sizeof(T) == 2 && Algorithm::kStates == 3);
   using Values = typename Algorithm::template Values<typename Compute<T>::type>;
-  const std::conditional_t<sizeof(T) == 8, const Values&, const Values> h =
+  const std::conditional_t<kReadAnew, const Values&, const Values> h =
       values.template of<Algorithm>();
   Arrays<Algorithm, T> arrays;
   arrays.param = static_cast<T*>(tile.param);
