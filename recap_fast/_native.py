@@ -67,7 +67,8 @@ def _number_of(variable: str, least: int, most: int) -> int | None:
 
 _STREAMS = _number_of("RECAP_FAST_STREAMS", 1, 8)
 _PREFETCH = _number_of("RECAP_FAST_PREFETCH", 0, 32)
-native.fix_way(_STREAMS, _PREFETCH)
+_LEVEL = _number_of("RECAP_FAST_PREFETCH_LEVEL", 1, 2)
+native.fix_way(_STREAMS, _PREFETCH, _LEVEL)
 
 
 def build_info() -> dict[str, Any]:
@@ -81,7 +82,10 @@ def build_info() -> dict[str, Any]:
         (128 KiB or more), and how many blocks of 256 bytes ahead it asks for memory there, as
         ``RECAP_FAST_STREAMS`` (1 to 8) and ``RECAP_FAST_PREFETCH`` (0 to 32) in the environment
         have it; ``"auto"``: as is fastest here, which is found while the first steps take turns;
-        ``ways``: what was found so far, as {class of work: (streams, prefetch)};
+        ``ways``: what was found so far, as {class of work: (streams, prefetch, whether with vectors
+        of half the width)};
+        ``prefetch_level``: the cache, 1 or 2, that is asked to have the memory of short tensors, as
+        ``RECAP_FAST_PREFETCH_LEVEL`` has it, or as was found; ``"auto"``: not found yet;
         ``torch_built_against`` and ``torch_running``: torch versions.
     """
     return {
@@ -90,6 +94,7 @@ def build_info() -> dict[str, Any]:
         "instruction_set": native.instruction_set_in_use(),
         "streams": "auto" if _STREAMS is None else _STREAMS,
         "prefetch": "auto" if _PREFETCH is None else _PREFETCH,
+        "prefetch_level": _LEVEL or native.chosen_level() or "auto",
         "ways": {
             f"{dtype}, {arrays} arrays of {'4 MiB or more' if large else 'less than 4 MiB'}": way
             for dtype, arrays, large, way in native.chosen_ways()

@@ -103,8 +103,11 @@ def _step_long_tensors(steps: int) -> None:
 def test_the_environment_fixes_how_long_tensors_are_updated(
     read_environment: Callable[..., dict[str, Any]],
 ) -> None:
-    info = read_environment(RECAP_FAST_STREAMS="3", RECAP_FAST_PREFETCH="0")
+    info = read_environment(
+        RECAP_FAST_STREAMS="3", RECAP_FAST_PREFETCH="0", RECAP_FAST_PREFETCH_LEVEL="2"
+    )
     assert (info["streams"], info["prefetch"], info["ways"]) == (3, 0, {})
+    assert info["prefetch_level"] == 2
     _step_long_tensors(40)
     assert build_info()["ways"] == {}  # nothing was measured
 
@@ -117,8 +120,9 @@ def test_without_it_the_fastest_way_is_found_and_stays(
     _step_long_tensors(40)
     (found,) = build_info()["ways"].items()
     assert found[0] == "float64, 2 arrays of 4 MiB or more"
-    streams, prefetch = found[1]
+    streams, prefetch, narrow = found[1]
     assert streams in (1, 2, 4) and prefetch in (0, 8)
+    assert not (narrow and prefetch)
     _step_long_tensors(40)
     assert build_info()["ways"] == dict([found])
 
@@ -129,6 +133,7 @@ def test_without_it_the_fastest_way_is_found_and_stays(
         ("RECAP_FAST_PREFETCH", "33", "0 to 32"),
         ("RECAP_FAST_PREFETCH", "-1", "0 to 32"),
         ("RECAP_FAST_PREFETCH", "1.5", "0 to 32"),
+        ("RECAP_FAST_PREFETCH_LEVEL", "3", "1 to 2"),
         ("RECAP_FAST_STREAMS", "0", "1 to 8"),
         ("RECAP_FAST_STREAMS", "two", "1 to 8"),
     ],

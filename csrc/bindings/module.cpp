@@ -189,14 +189,19 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
                          {begin, end}, torch_thread_pool());
       },
       py::arg("tensor"), py::arg("begin"), py::arg("end"));
-  m.def("fix_way", &cpu::fix_way, py::arg("streams"), py::arg("ahead"));
+  m.def("fix_way", &cpu::fix_way, py::arg("streams"), py::arg("ahead"), py::arg("level"));
   m.def("chosen_ways", [] {
-    std::vector<std::tuple<std::string, int, bool, std::pair<int, int>>> all;
+    std::vector<std::tuple<std::string, int, bool, std::tuple<int, int, bool>>> all;
     for (const cpu::ChosenWay& each : cpu::chosen_ways()) {
       all.emplace_back(dtype_name(each.dtype), each.arrays, each.large,
-                       std::pair(each.way.streams, each.way.ahead));
+                       std::tuple(each.way.streams, each.way.ahead, each.way.narrow));
     }
     return all;
+  });
+  m.def("chosen_level", []() -> std::optional<int> {
+    const cpu::Tuner& tuner = cpu::tuner_of_short();
+    const auto way = tuner.has_a_choice() ? tuner.chosen() : std::nullopt;
+    return way ? std::optional(way->level) : std::nullopt;
   });
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("has_cuda_engine") = cuda::has_engine();

@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "rows.h"
+#include "short_trial.h"
 #include "sparse.h"
 #include "tile_ranges.h"
 #include "ways.h"
@@ -85,7 +86,8 @@ __attribute__((noinline)) size_t run_long(const Kernels& kernels, const Plan& pl
   const Tuner::Trial trial = is_fair ? tuner.next(number) : Tuner::Trial{tuner.current()};
   using Clock = std::chrono::steady_clock;
   const auto begun = trial.number < 0 ? Clock::time_point() : Clock::now();
-  kernels.middle_of[dtype][update](values, arrays, trial.way);
+  const Kernels& of_middle = trial.way.narrow && kernels.narrow ? *kernels.narrow : kernels;
+  of_middle.middle_of[dtype][update](values, arrays, trial.way);
   if (trial.number >= 0) {
     tuner.finish(trial, std::chrono::duration<double>(Clock::now() - begun).count() / middle);
   }
@@ -96,7 +98,8 @@ __attribute__((noinline)) size_t run_long(const Kernels& kernels, const Plan& pl
 
 void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, uint64_t number,
                size_t begin, size_t end) {
-  Prefetch prefetch(plan, step, begin, end);
+  ShortTrial trial(plan, step, number, begin, end);
+  Prefetch prefetch(plan, step, begin, end, trial.level());
   for (size_t i = begin; i < end;) {
     const Tile& tile = plan.tiles[i];
     const Slot& slot = plan.slots[tile.slot];
@@ -106,7 +109,9 @@ void run_tiles(const Kernels& kernels, const Plan& plan, const Step& step, uint6
       continue;
     }
     if (is_long(slot) && !slot.row_size) {
+      trial.stop();
       i += run_long(kernels, plan, step, number, i, end, prefetch);
+      trial.go_on();
       continue;
     }
     run_tile(kernels, slot, step.values[step.values_of_slot[tile.slot]], grad, tile, prefetch);

@@ -166,6 +166,9 @@ constexpr Kernels make_kernels(const char* instruction_set) {
   kernels.sum_of_squares[static_cast<int>(Dtype::bfloat16)] = sum_of_squares<BFloat16>;
   kernels.sum_of_squares[static_cast<int>(Dtype::float16)] = sum_of_squares<Float16>;
   kernels.rows = &RECAP_TABLE(row_kernels);
+#if defined(__AVX512F__)
+  kernels.narrow = &kernels_avx2;
+#endif
   return kernels;
 }
 

@@ -36,6 +36,7 @@ struct Kernels {
   MiddleKernel middle_of[kDtypes][kUpdates];
   SumOfSquares sum_of_squares[kDtypes];
   const RowKernels* rows;
+  const Kernels* narrow;  // with vectors of half the width; null: no instruction set for it
 };
 
 // Those in use.

@@ -4,15 +4,15 @@
 
 namespace recap::cpu {
 
-Prefetch::Prefetch(const Plan& plan, const Step& step, size_t begin, size_t end)
-    : plan_(plan), step_(step), tile_(begin), end_(end) {
+Prefetch::Prefetch(const Plan& plan, const Step& step, size_t begin, size_t end, int level)
+    : plan_(plan), step_(step), tile_(begin), end_(end), level_(level) {
   for (int block = 0; block < kLead; ++block) next_block();
 }
 
 Prefetch Prefetch::none() {
   static const Plan plan;
   static const Step step;
-  return Prefetch(plan, step, 0, 0);
+  return Prefetch(plan, step, 0, 0, 1);
 }
 
 bool Prefetch::next_tile() {

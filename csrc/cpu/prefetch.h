@@ -1,6 +1,6 @@
 // Asks for memory some time before it is updated. A processor's own prefetcher knows nothing of the
-// next tensor, and has no time to find out what a short one is. In the middle of a long one,
-// whether to ask is a matter of the machine (tuner.h).
+// next tensor, and has no time to find out what a short one is. Which cache to ask, and whether to
+// ask at all in the middle of a long one, is a matter of the machine (ways.h).
 #pragma once
 
 #include <cstddef>
@@ -27,9 +27,9 @@ RECAP_INLINE bool is_long(const Slot& slot) {
 
 class Prefetch {
  public:
-  // For a range of tiles. Tiles without a gradient are left out, as in the update, and those of
-  // whole rows, which ask for theirs themselves.
-  Prefetch(const Plan& plan, const Step& step, size_t begin, size_t end);
+  // For a range of tiles, into the first or second level of the caches. Tiles without a gradient
+  // are left out, as in the update, and those of whole rows, which ask for theirs themselves.
+  Prefetch(const Plan& plan, const Step& step, size_t begin, size_t end, int level);
 
   // Asks for nothing.
   static Prefetch none();
@@ -46,21 +46,38 @@ class Prefetch {
   RECAP_INLINE void next_block() {
     if (left_ <= 0 && !next_tile()) return;
     const int64_t bytes = left_ < kBlockBytes ? left_ : kBlockBytes;
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(grad_ + line);
-    for (int k = 0; k < written_count_; ++k) {
-      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(written_[k] + line, 1);
-      written_[k] += kBlockBytes;
+    if (level_ == 2) {
+      ask<2>(bytes);
+    } else {
+      ask<3>(bytes);
     }
     grad_ += kBlockBytes;
     left_ -= kBlockBytes;
   }
 
  private:
+  // For the next block of each array; `kLocality` is the compiler's name for the level.
+  template <int kLocality>
+  RECAP_INLINE void ask(int64_t bytes) {
+#pragma GCC unroll 1
+    for (int64_t line = 0; line < bytes; line += 64) {
+      __builtin_prefetch(grad_ + line, 0, kLocality);
+    }
+    for (int k = 0; k < written_count_; ++k) {
+#pragma GCC unroll 1
+      for (int64_t line = 0; line < bytes; line += 64) {
+        __builtin_prefetch(written_[k] + line, 1, kLocality);
+      }
+      written_[k] += kBlockBytes;
+    }
+  }
+
   bool next_tile();
 
   const Plan& plan_;
   const Step& step_;
   size_t tile_, end_;
+  int level_;
   int64_t left_ = 0;  // bytes of each array of the tile
   const char* grad_ = nullptr;
   const char* written_[kMaxStates + 1];  // parameter and states

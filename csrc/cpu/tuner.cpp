@@ -15,12 +15,20 @@ Tuner::Trial Tuner::try_next(uint64_t step) {
   if (steps_ <= kWarmUp) return {ways_[0]};
   const int number = started_.load() < ways_count_ * kTrials ? started_++ : ways_count_ * kTrials;
   if (number >= ways_count_ * kTrials) return {ways_[0]};
-  return {ways_[number % ways_count_], number};
+  return {ways_[way_of(number)], number};
+}
+
+// All take their turns before one has another, each time from another one on: two optimizers may
+// take turns, too.
+int Tuner::way_of(int trial) const {
+  const int turn = trial / ways_count_;
+  const uint32_t mixed = static_cast<uint32_t>(turn) * 0x9e3779b9u;
+  return static_cast<int>((trial + (mixed >> 16)) % ways_count_);
 }
 
 void Tuner::finish(const Trial& trial, double time) {
   if (trial.number < 0) return;
-  times_[trial.number % ways_count_][trial.number / ways_count_] = time;
+  times_[way_of(trial.number)][trial.number / ways_count_] = time;
   if (++finished_ < ways_count_ * kTrials) return;
   // The middle one, since a thread may be interrupted.
   double best = 0.0;

@@ -1,5 +1,5 @@
-// How the blocks of a long tensor are updated, which changes no bit of the result, and how the best
-// way of a machine is found: by measuring, while the first steps take turns with the candidates.
+// How the blocks of a tensor are updated, which changes no bit of the result, and how the best way
+// of a machine is found: by measuring, while the first steps take turns with the candidates.
 #pragma once
 
 #include <atomic>
@@ -16,9 +16,15 @@ struct Way {
   // Memory of so many blocks after the one that is updated is asked for; 0: of none, where the
   // processor's own prefetcher does better alone.
   int ahead = 0;
+  // With vectors of half the width, if there are wide ones. Where memory is all that an update
+  // waits for, they can be faster.
+  bool narrow = false;
+  // The cache that is asked to have it: more can be on its way to the second than to the first.
+  int level = 1;
 
   bool operator==(const Way& other) const {
-    return streams == other.streams && ahead == other.ahead;
+    return streams == other.streams && ahead == other.ahead && narrow == other.narrow &&
+           level == other.level;
   }
 };
 
@@ -59,6 +65,7 @@ class Tuner {
 
  private:
   Trial try_next(uint64_t step);
+  int way_of(int trial) const;
 
   int ways_count_;
   Way ways_[kMaxWays];

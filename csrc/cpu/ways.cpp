@@ -4,51 +4,76 @@
 #include <array>
 #include <memory>
 
+#include "kernels.h"
+
 namespace recap::cpu {
 namespace {
 
 // One stream, eight blocks ahead, was best of those with one stream on an Intel Xeon; asking ahead
-// makes an AMD EPYC of the fourth generation slower.
-const std::vector<Way> kCandidates = {{1, 8}, {1, 0}, {2, 0}, {2, 8}, {4, 0}};
+// makes an AMD EPYC of the fourth generation slower, and SGD is fastest there with narrow vectors.
+const std::vector<Way> kCandidates = {{1, 8}, {1, 0},       {2, 0},       {2, 8},
+                                      {4, 0}, {1, 0, true}, {2, 0, true}, {4, 0, true}};
+
+// The EPYC has short tensors sooner by way of the second level.
+const std::vector<Way> kOfShort = {{1, kLead, false, 1}, {1, kLead, false, 2}};
 
 constexpr int kMostArrays = kMaxStates + 2;
 
 class Tuners {
  public:
-  explicit Tuners(const std::vector<Way>& candidates) {
+  Tuners(const std::vector<Way>& candidates, const std::vector<Way>& of_short)
+      : of_short_(of_short) {
     for (auto& tuner : all_) tuner = std::make_unique<Tuner>(candidates);
   }
 
   Tuner& of(Dtype dtype, int arrays, bool large) const {
     return *all_[(static_cast<int>(dtype) * (kMostArrays + 1) + arrays) * 2 + large];
   }
+  Tuner& of_short() { return of_short_; }
 
  private:
+  Tuner of_short_;
   std::array<std::unique_ptr<Tuner>, kDtypes*(kMostArrays + 1) * 2> all_;
 };
 
+// Of `candidates`, as they are with what is fixed, each once.
+template <typename Fix>
+std::vector<Way> fixed(const std::vector<Way>& candidates, const Fix& fix) {
+  std::vector<Way> all;
+  for (Way way : candidates) {
+    fix(way);
+    if (way.narrow && !kernels().narrow) continue;
+    if (std::find(all.begin(), all.end(), way) == all.end()) all.push_back(way);
+  }
+  return all;
+}
+
+std::unique_ptr<Tuners> make_tuners(std::optional<int> streams, std::optional<int> ahead,
+                                    std::optional<int> level) {
+  const auto of_long = [&](Way& way) {
+    way = {streams.value_or(way.streams), ahead.value_or(way.ahead), way.narrow};
+    if (streams && ahead) way.narrow = false;
+  };
+  const auto of_short = [&](Way& way) { way.level = level.value_or(way.level); };
+  return std::make_unique<Tuners>(fixed(kCandidates, of_long), fixed(kOfShort, of_short));
+}
+
 std::unique_ptr<Tuners>& tuners() {
-  static auto all = std::make_unique<Tuners>(kCandidates);
+  static auto all = make_tuners(std::nullopt, std::nullopt, std::nullopt);
   return all;
 }
 
 }  // namespace
 
 Tuner& tuner_of(const Slot& slot) {
-  int arrays = 2;
-  for (const void* state : slot.state) arrays += state != nullptr;
-  return tuners()->of(slot.dtype, arrays, slot.size * dtype_size(slot.dtype) >= kLargeBytes);
+  const bool large = slot.size * dtype_size(slot.dtype) >= kLargeBytes;
+  return tuners()->of(slot.dtype, array_count(slot), large);
 }
 
-void fix_way(std::optional<int> streams, std::optional<int> ahead) {
-  std::vector<Way> candidates;
-  for (Way way : kCandidates) {
-    way = {streams.value_or(way.streams), ahead.value_or(way.ahead)};
-    if (std::find(candidates.begin(), candidates.end(), way) == candidates.end()) {
-      candidates.push_back(way);
-    }
-  }
-  tuners() = std::make_unique<Tuners>(candidates);
+Tuner& tuner_of_short() { return tuners()->of_short(); }
+
+void fix_way(std::optional<int> streams, std::optional<int> ahead, std::optional<int> level) {
+  tuners() = make_tuners(streams, ahead, level);
 }
 
 std::vector<ChosenWay> chosen_ways() {

@@ -47,7 +47,8 @@ def _examine() -> int:
     _print_section("Build", _described(info))
     is_well = _check()
     _time()
-    print(f"  Long tensors: {_described_ways(recap_fast.build_info())}")
+    for line in _described_ways(recap_fast.build_info()):
+        print(f"  {line}")
     _print_missing(info)
     return 0 if is_well else 1
 
@@ -61,18 +62,23 @@ def _described(info: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _described_ways(info: dict[str, Any]) -> str:
-    """How the CPU engine updates long tensors: what is fixed, and what was found."""
+def _described_ways(info: dict[str, Any]) -> tuple[str, str]:
+    """How the CPU engine updates long and short tensors: what is fixed, and what was found."""
     fixed = [
         f"RECAP_FAST_{name.upper()}={info[name]}"
         for name in ("streams", "prefetch")
         if info[name] != "auto"
     ]
     found = [
-        f"in {streams} parts at once, {prefetch} blocks ahead ({work})"
-        for work, (streams, prefetch) in info["ways"].items()
+        f"in {streams} parts at once, {prefetch} blocks ahead{', narrow' if narrow else ''} ({work})"
+        for work, (streams, prefetch, narrow) in info["ways"].items()
     ]
-    return "; ".join(fixed + found) or "the fastest way is found in the first steps"
+    later = "the fastest way is found in the first steps"
+    level = info["prefetch_level"]
+    return (
+        f"Long tensors: {'; '.join(fixed + found) or later}",
+        f"Short tensors: {later if level == 'auto' else f'by way of the level {level} cache'}",
+    )
 
 
 def _check() -> bool:

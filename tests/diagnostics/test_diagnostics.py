@@ -55,8 +55,10 @@ def test_it_prints_versions_build_checks_and_speed(capsys: pytest.CaptureFixture
     ratio = rf"{number} ms, torch {number} ms: {number} times as fast \({number} to {number}\)"
     assert len(re.findall(ratio, text)) >= 2 * len({1, threads})
     assert "\n  Long tensors: " in text
-    for work, (streams, prefetch) in now["ways"].items():
-        assert f"in {streams} parts at once, {prefetch} blocks ahead ({work})" in text
+    assert "\n  Short tensors: " in text
+    for work, (streams, prefetch, narrow) in now["ways"].items():
+        way = f"in {streams} parts at once, {prefetch} blocks ahead{', narrow' if narrow else ''}"
+        assert f"{way} ({work})" in text
     assert "\nMissing\n  " in text
 
 

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "compare.h"
+#include "cpu/kernels.h"
 #include "cpu/prefetch.h"
 #include "cpu/ways.h"
 #include "problem.h"
@@ -142,8 +143,8 @@ TEST(every_way_has_the_bits_of_the_scalar_engine) {
     Problem expected(shapes, Numbers::ordinary, true);
     scalar::run(expected.plan, expected.step);
     using recap::cpu::Way;
-    for (const Way way : {Way{1, 0}, Way{2, 8}, Way{3, 1}, Way{8, 32}}) {
-      recap::cpu::fix_way(way.streams, way.ahead);
+    for (const Way way : {Way{1, 0}, Way{2, 8}, Way{3, 1, false, 2}, Way{8, 32}}) {
+      recap::cpu::fix_way(way.streams, way.ahead, way.level);
       Problem found(shapes, Numbers::ordinary, true);
       recap::cpu::run(found.plan, found.step, kOneThread);
       check_same(found, expected, "streams ", way.streams, ", ahead ", way.ahead, ", rest ", rest);
@@ -156,8 +157,9 @@ TEST(a_way_is_chosen_within_some_steps) {
   std::vector<SlotShape> shapes(8, {Update::adam, Dtype::float32, 4 * kTile});
   Problem problem(shapes, Numbers::ordinary, true);
   recap::cpu::fix_way(std::nullopt, std::nullopt);
-  for (int step = 0; step < 24; ++step) {  // 8 runs in each, of 160 trials, after two steps
-    CHECK(recap::cpu::chosen_ways().empty() == (step < 22), "step ", step);
+  const int ways = recap::cpu::kernels().narrow ? 8 : 5, last = 2 + 4 * ways;
+  for (int step = 0; step < last + 2; ++step) {  // 8 runs in each, 32 of each way, after two steps
+    CHECK(recap::cpu::chosen_ways().empty() == (step < last), "step ", step);
     recap::cpu::run(problem.plan, problem.step, kOneThread);
   }
   const std::vector<recap::cpu::ChosenWay> chosen = recap::cpu::chosen_ways();
@@ -167,6 +169,22 @@ TEST(a_way_is_chosen_within_some_steps) {
   recap::cpu::run(problem.plan, problem.step, kOneThread);
   CHECK(recap::cpu::chosen_ways()[0].way == chosen[0].way);
   recap::cpu::fix_way(std::nullopt, std::nullopt);
+}
+
+TEST(the_cache_that_is_asked_for_short_tensors_is_chosen_within_some_steps) {
+  recap::cpu::fix_way(std::nullopt, std::nullopt);
+  const recap::cpu::Tuner& tuner = recap::cpu::tuner_of_short();
+  Problem small({{Update::adam, Dtype::float32, 4096}}, Numbers::ordinary, true);
+  std::vector<SlotShape> shapes(40, {Update::adam, Dtype::float32, 4096});
+  shapes.push_back({Update::adam, Dtype::float32, 4 * kTile});  // a long one between them
+  shapes.insert(shapes.end(), 40, {Update::sgd, Dtype::float64, 4096});
+  Problem problem(shapes, Numbers::ordinary, true);
+  for (int step = 0; step < 2 + 2 * recap::cpu::Tuner::kTrials; ++step) {
+    CHECK(!tuner.chosen().has_value(), "step ", step);
+    recap::cpu::run(small.plan, small.step, kOneThread);  // too few bytes to tell
+    recap::cpu::run(problem.plan, problem.step, kOneThread);
+  }
+  CHECK(tuner.chosen().has_value());
 }
 
 // A gradient, and the state that takes its square: Adam's second moment, Adagrad's sum.

@@ -2,10 +2,12 @@
 // ends.
 #include "cpu/tuner.h"
 
+#include <algorithm>
 #include <set>
 #include <thread>
 
 #include "check.h"
+#include "cpu/kernels.h"
 #include "cpu/ways.h"
 
 namespace {
@@ -27,17 +29,25 @@ void warm_up(Tuner& tuner) {
   }
 }
 
+int number_of(const Way& way) {
+  return static_cast<int>(std::find(kThree.begin(), kThree.end(), way) - kThree.begin());
+}
+
 // Makes all trials, each as long as `time` says.
 template <typename Time>
 void measure(Tuner& tuner, const Time& time) {
   warm_up(tuner);
+  std::vector<int> turns(3), firsts(3);
   for (int number = 0; number < 3 * Tuner::kTrials; ++number) {
     CHECK(!tuner.chosen().has_value());
     const Tuner::Trial trial = tuner.next(kStep);
     CHECK_EQ(trial.number, number);
-    CHECK(trial.way == kThree[number % 3]);  // they take turns
-    tuner.finish(trial, time(number % 3, number / 3));
+    const int way = number_of(trial.way);
+    CHECK_EQ(turns[way]++, number / 3);  // they take turns
+    if (number % 3 == 0) ++firsts[way];
+    tuner.finish(trial, time(way, number / 3));
   }
+  for (const int first : firsts) CHECK(first > 0 && first < Tuner::kTrials / 2);
 }
 
 TEST(the_fastest_is_chosen_and_stays) {
@@ -76,7 +86,7 @@ TEST(nothing_is_chosen_before_the_last_trial_is_over) {
   }
   for (size_t i = trials.size(); i-- > 0;) {
     CHECK(!tuner.chosen().has_value());
-    tuner.finish(trials[i], trials[i].number % 3 == 1 ? 0.5 : 1.0);
+    tuner.finish(trials[i], trials[i].way == kThree[1] ? 0.5 : 1.0);
   }
   CHECK(tuner.chosen() == kThree[1]);
 }
@@ -127,6 +137,23 @@ TEST(what_is_fixed_is_not_measured) {
   CHECK(recap::cpu::chosen_ways().empty());
   fix_way(std::nullopt, std::nullopt);
   CHECK(!tuner_of(slot).chosen().has_value());
+}
+
+TEST(vectors_of_half_the_width_are_measured_too_if_nothing_is_fixed) {
+  recap::Slot slot;
+  slot.size = 1 << 20;
+  recap::cpu::fix_way(std::nullopt, std::nullopt);
+  Tuner& tuner = recap::cpu::tuner_of(slot);
+  for (uint64_t step = 0; step < kStep; ++step) tuner.next(step);
+  int narrow = 0;
+  while (!tuner.chosen()) {
+    const Tuner::Trial trial = tuner.next(kStep);
+    narrow += trial.way.narrow;
+    tuner.finish(trial, trial.way.narrow ? 1.0 + trial.way.streams : 10.0);
+  }
+  CHECK_EQ(narrow > 0, recap::cpu::kernels().narrow != nullptr);
+  if (narrow) CHECK(tuner.chosen() == (Way{1, 0, true}));
+  recap::cpu::fix_way(std::nullopt, std::nullopt);
 }
 
 TEST(classes_of_work_are_measured_apart) {
