@@ -70,7 +70,8 @@ def _described_ways(info: dict[str, Any]) -> tuple[str, str]:
         if info[name] != "auto"
     ]
     found = [
-        f"in {streams} parts at once, {prefetch} blocks ahead{', narrow' if narrow else ''} ({work})"
+        f"in {streams} parts at once, {prefetch} blocks ahead"
+        f"{', narrow' if narrow else ''} ({work})"
         for work, (streams, prefetch, narrow) in info["ways"].items()
     ]
     later = "the fastest way is found in the first steps"
