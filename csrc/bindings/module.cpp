@@ -199,8 +199,7 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
     return all;
   });
   m.def("chosen_level", []() -> std::optional<int> {
-    const cpu::Tuner& tuner = cpu::tuner_of_short();
-    const auto way = tuner.has_a_choice() ? tuner.chosen() : std::nullopt;
+    const auto way = cpu::tuner_of_short().found_best();
     return way ? std::optional(way->level) : std::nullopt;
   });
   m.attr("torch_version") = TORCH_VERSION;

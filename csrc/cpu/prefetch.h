@@ -56,7 +56,7 @@ class Prefetch {
   }
 
  private:
-  // For the next block of each array; `kLocality` is the compiler's name for the level.
+  // For the next block of each array; the compiler has 3 for the first level, and 2 for the second.
   template <int kLocality>
   RECAP_INLINE void ask(int64_t bytes) {
 #pragma GCC unroll 1

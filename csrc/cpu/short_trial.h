@@ -13,6 +13,9 @@ namespace recap::cpu {
 // So many bytes of short tensors are a trial of how they are updated: they fit no cache of a core.
 constexpr int64_t kShortTrialBytes = 2 * 1024 * 1024;
 
+// A prime number, so that of several optimizers that take turns each is counted.
+constexpr uint64_t kStepsBetweenCounts = 61;
+
 // Bytes of all arrays of the short tensors of a range.
 inline int64_t short_bytes(const Plan& plan, const Step& step, size_t begin, size_t end) {
   int64_t bytes = 0;
@@ -31,8 +34,9 @@ class ShortTrial {
  public:
   ShortTrial(const Plan& plan, const Step& step, uint64_t number, size_t begin, size_t end)
       : trial_{tuner_.current()} {
-    thread_local const Plan* too_small = nullptr;  // the last one that was, to count it once
-    if (tuner_.chosen() || &plan == too_small) return;
+    // The last plan that was: it is counted again now and then, since others may have gradients.
+    thread_local const Plan* too_small = nullptr;
+    if (tuner_.chosen() || (&plan == too_small && number % kStepsBetweenCounts != 0)) return;
     bytes_ = short_bytes(plan, step, begin, end);
     if (bytes_ < kShortTrialBytes) {
       too_small = &plan;

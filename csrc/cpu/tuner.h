@@ -19,7 +19,8 @@ struct Way {
   // With vectors of half the width, if there are wide ones. Where memory is all that an update
   // waits for, they can be faster.
   bool narrow = false;
-  // The cache that is asked to have it: more can be on its way to the second than to the first.
+  // Of short tensors, the cache that is asked to have their memory: more can be on its way to the
+  // second than to the first.
   int level = 1;
 
   bool operator==(const Way& other) const {
@@ -58,10 +59,11 @@ class Tuner {
     return ways_[chosen >= 0 ? chosen : 0];
   }
 
-  bool has_a_choice() const { return ways_count_ > 1; }
-
   // Nothing before all trials are finished; it stays.
   std::optional<Way> chosen() const;
+
+  // The same, and nothing where there is but one candidate.
+  std::optional<Way> found_best() const { return ways_count_ > 1 ? chosen() : std::nullopt; }
 
  private:
   Trial try_next(uint64_t step);

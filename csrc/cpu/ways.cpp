@@ -51,8 +51,8 @@ std::vector<Way> fixed(const std::vector<Way>& candidates, const Fix& fix) {
 std::unique_ptr<Tuners> make_tuners(std::optional<int> streams, std::optional<int> ahead,
                                     std::optional<int> level) {
   const auto of_long = [&](Way& way) {
-    way = {streams.value_or(way.streams), ahead.value_or(way.ahead), way.narrow};
-    if (streams && ahead) way.narrow = false;
+    const bool is_fixed = streams && ahead;
+    way = {streams.value_or(way.streams), ahead.value_or(way.ahead), way.narrow && !is_fixed};
   };
   const auto of_short = [&](Way& way) { way.level = level.value_or(way.level); };
   return std::make_unique<Tuners>(fixed(kCandidates, of_long), fixed(kOfShort, of_short));
@@ -81,8 +81,7 @@ std::vector<ChosenWay> chosen_ways() {
   for (int dtype = 0; dtype < kDtypes; ++dtype) {
     for (int arrays = 2; arrays <= kMostArrays; ++arrays) {
       for (const bool large : {false, true}) {
-        const Tuner& tuner = tuners()->of(static_cast<Dtype>(dtype), arrays, large);
-        const auto way = tuner.has_a_choice() ? tuner.chosen() : std::nullopt;
+        const auto way = tuners()->of(static_cast<Dtype>(dtype), arrays, large).found_best();
         if (way) all.push_back({static_cast<Dtype>(dtype), arrays, large, *way});
       }
     }

@@ -337,8 +337,9 @@ class Stepper:
         params: list[Tensor] = []
         all_names: list[str] = []
         optimizers = self._optimizers()
+        shares = functools.cache(functools.partial(_shares, optimizers))
         for optimizer in optimizers:
-            optimizer._place_large_state(functools.partial(_shares, optimizers))
+            optimizer._place_large_state(shares)
         groups, left = self._divide(optimizers)
         for number, optimizer in enumerate(optimizers):
             for index, group in groups[number]:

@@ -185,6 +185,7 @@ TEST(the_cache_that_is_asked_for_short_tensors_is_chosen_within_some_steps) {
     recap::cpu::run(problem.plan, problem.step, kOneThread);
   }
   CHECK(tuner.chosen().has_value());
+  recap::cpu::fix_way(std::nullopt, std::nullopt);
 }
 
 // A gradient, and the state that takes its square: Adam's second moment, Adagrad's sum.
