@@ -72,9 +72,9 @@ struct AdagradTraits {
   static RECAP_INLINE Update update(const AdagradHyper& h) {
     return h.weight_decay != 0.0 ? Update::adagrad_l2 : Update::adagrad;
   }
-  template <typename Power>
+  template <typename Correction>
   static RECAP_INLINE AdagradValues<double> values(const AdagradHyper& h, const StepInputs& inputs,
-                                                   double grad_factor, Power&&) {
+                                                   double grad_factor, Correction&&) {
     return adagrad_values(h, inputs, grad_factor);
   }
 };

@@ -38,12 +38,21 @@ struct AdamValues {
   T minus_step_size;
 };
 
-// `power(base, exponent)` computes what recap::power does.
-template <typename Power>
+// Of an average that decays by `beta` and started at zero.
+struct BiasCorrection {
+  double value;
+  double inverse_root;
+};
+
+RECAP_INLINE BiasCorrection bias_correction(double beta, double step) {
+  const double value = 1.0 - power(beta, step);
+  return {value, divide(1.0, square_root(value))};
+}
+
+// `correction(beta, step)` computes what `bias_correction` does.
+template <typename Correction>
 RECAP_INLINE AdamValues<double> adam_values(const AdamHyper& h, const StepInputs& inputs,
-                                            double grad_factor, Power&& power) {
-  const double correction1 = 1.0 - power(h.beta1, inputs.step);
-  const double correction2 = 1.0 - power(h.beta2, inputs.step);
+                                            double grad_factor, Correction&& correction) {
   return {
       grad_factor,
       h.decoupled_weight_decay ? 0.0 : h.weight_decay,
@@ -51,9 +60,9 @@ RECAP_INLINE AdamValues<double> adam_values(const AdamHyper& h, const StepInputs
       lerp_factor(1.0 - h.beta1),
       1.0 - h.beta2,
       h.beta2,
-      divide(1.0, square_root(correction2)),
+      correction(h.beta2, inputs.step).inverse_root,
       h.eps,
-      -divide(inputs.lr, correction1),
+      -divide(inputs.lr, correction(h.beta1, inputs.step).value),
   };
 }
 
@@ -135,10 +144,10 @@ struct AdamTraits {
     if (h.amsgrad) return l2 ? Update::adam_amsgrad_l2 : Update::adam_amsgrad;
     return l2 ? Update::adam_l2 : Update::adam;
   }
-  template <typename Power>
+  template <typename Correction>
   static RECAP_INLINE AdamValues<double> values(const AdamHyper& h, const StepInputs& inputs,
-                                                double grad_factor, Power&& power) {
-    return adam_values(h, inputs, grad_factor, power);
+                                                double grad_factor, Correction&& correction) {
+    return adam_values(h, inputs, grad_factor, correction);
   }
 };
 

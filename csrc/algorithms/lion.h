@@ -78,9 +78,9 @@ struct LionTraits {
   static RECAP_INLINE Update update(const LionHyper&) {
     return Update::lion;
   }
-  template <typename Power>
+  template <typename Correction>
   static RECAP_INLINE LionValues<double> values(const LionHyper& h, const StepInputs& inputs,
-                                                double grad_factor, Power&&) {
+                                                double grad_factor, Correction&&) {
     return lion_values(h, inputs, grad_factor);
   }
 };

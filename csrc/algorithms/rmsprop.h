@@ -108,9 +108,9 @@ struct RmspropTraits {
     }
     return h.centered ? Update::rmsprop_centered : Update::rmsprop;
   }
-  template <typename Power>
+  template <typename Correction>
   static RECAP_INLINE RmspropValues<double> values(const RmspropHyper& h, const StepInputs& inputs,
-                                                   double grad_factor, Power&&) {
+                                                   double grad_factor, Correction&&) {
     return rmsprop_values(h, inputs, grad_factor);
   }
 };

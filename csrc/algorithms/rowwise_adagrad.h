@@ -107,10 +107,10 @@ struct RowwiseAdagradTraits {
     const bool l2 = h.weight_decay != 0.0 && !h.decoupled_weight_decay;
     return l2 ? Update::rowwise_adagrad_l2 : Update::rowwise_adagrad;
   }
-  template <typename Power>
+  template <typename Correction>
   static RECAP_INLINE RowwiseAdagradValues<double> values(const RowwiseAdagradHyper& h,
                                                           const StepInputs& inputs,
-                                                          double grad_factor, Power&&) {
+                                                          double grad_factor, Correction&&) {
     return rowwise_adagrad_values(h, inputs, grad_factor);
   }
 };

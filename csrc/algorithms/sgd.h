@@ -89,9 +89,9 @@ struct SgdTraits {
     if (h.nesterov) return l2 ? Update::sgd_nesterov_l2 : Update::sgd_nesterov;
     return l2 ? Update::sgd_momentum_l2 : Update::sgd_momentum;
   }
-  template <typename Power>
+  template <typename Correction>
   static RECAP_INLINE SgdValues<double> values(const SgdHyper& h, const StepInputs& inputs,
-                                               double grad_factor, Power&&) {
+                                               double grad_factor, Correction&&) {
     return sgd_values(h, inputs, grad_factor);
   }
 };

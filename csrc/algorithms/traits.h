@@ -9,7 +9,7 @@
 //   states(h)     names of the state tensors, as torch.optim names them, in the order of its
 //   updates shape(h)      a number that changes where another plan is needed: other states, or by
 //   rows update<U>(h)  which of its updates in updates.h a step takes; U is the enum of these
-//   values(h, inputs, grad_factor, power)
+//   values(h, inputs, grad_factor, correction)
 #pragma once
 
 #include <cstddef>
@@ -24,10 +24,9 @@ constexpr int kMaxStates = 3;
 // Where a slot stands at a step, and what stands in the place of its group's learning rate.
 struct StepInputs {
   double lr;
-  double step;        // counts from 1
-  bool first;         // an SGD momentum buffer is new
-  double grad_scale;  // gradients are divided by it
-  double clip = 1.0;  // and multiplied by this
+  double step;    // counts from 1
+  bool first;     // an SGD momentum buffer is new
+  double factor;  // of gradients; see `gradient_factor`
 };
 
 enum class OptionKind : uint8_t {

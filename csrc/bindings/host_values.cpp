@@ -40,6 +40,7 @@ HostValues::Counter HostValues::counter_of(SlotTensors& slot) {
 void HostValues::fill(const std::vector<PlanGroup>& groups, const std::vector<SlotTensors>& slots,
                       const std::vector<Probe>& probes, const std::vector<char>& is_first,
                       const StepGradients& gradients, double grad_scale, double clip, Step& step) {
+  const double factor = gradient_factor(grad_scale, clip);
   step.values.clear();
   for (const PlanGroup& group : groups) {
     entries_.clear();
@@ -60,7 +61,8 @@ void HostValues::fill(const std::vector<PlanGroup>& groups, const std::vector<Sl
         entries_.push_back(entry);
         index = entries_.size();
         const Hyper& hyper = group.reader.hyper();
-        step.values.push_back(maker_.make(hyper, entry.step, entry.first, grad_scale, clip));
+        step.values.emplace_back();
+        maker_.make(hyper, entry.step, entry.first, factor, step.values.back());
         // Autograd may give the memory of its values to another gradient too.
         if (entry.sparse) step.values.back().clears_grads = false;
         if (entry.sparse && hyper.algorithm == Algorithm::adam && !hyper.adam.lazy) {

@@ -44,11 +44,12 @@ RECAP_DEVICE void find(const DeviceArgumentsHeader& header, SlotGrad grad, uint3
   }
   const DeviceGroup& group = table<DeviceGroup>(header, header.groups)[grad.entry()];
   const double count = load_from<float>(header.counts + slot);
-  const StepInputs inputs = {learning_rate(group), count + 1.0, count == 0.0,
-                             header.grad_scale ? load_from<float>(header.grad_scale) : 1.0};
+  const double lr = learning_rate(group);
+  const double grad_scale = header.grad_scale ? load_from<float>(header.grad_scale) : 1.0;
   found.is_last = take_last_ticket(header);
-  const auto compute_power = [](double base, double exponent) { return power(base, exponent); };
-  compute_values(group.hyper, inputs, compute_power, found.values);
+  const StepInputs inputs = {lr, count + 1.0, count == 0.0, gradient_factor(grad_scale, 1.0)};
+  const auto correction = [](double beta, double step) { return bias_correction(beta, step); };
+  compute_values(group.hyper, inputs, correction, found.values);
 }
 
 // All threads of the last block.

@@ -3,15 +3,14 @@
 namespace recap {
 
 Values make_values(const Hyper& hyper, double step, bool first, double grad_scale, double clip) {
-  return ValuesMaker().make(hyper, step, first, grad_scale, clip);
+  Values values;
+  ValuesMaker().make(hyper, step, first, gradient_factor(grad_scale, clip), values);
+  return values;
 }
 
-Values ValuesMaker::make(const Hyper& hyper, double step, bool first, double grad_scale,
-                         double clip) {
-  Values values;
-  const auto remembered = [this](double base, double exponent) { return power(base, exponent); };
-  compute_values(hyper, {hyper.lr, step, first, grad_scale, clip}, remembered, values);
-  return values;
+void ValuesMaker::make(const Hyper& hyper, double step, bool first, double factor, Values& out) {
+  const auto remembered = [this](double beta, double step) { return correction(beta, step); };
+  compute_values(hyper, {hyper.lr, step, first, factor}, remembered, out);
 }
 
 void add_eps_before_correction(Values& values) {
@@ -19,14 +18,14 @@ void add_eps_before_correction(Values& values) {
   values.float32.adam = to_float(values.float64.adam);
 }
 
-double ValuesMaker::power(double base, double exponent) {
-  for (const Power& known : powers_) {
-    if (known.base == base && known.exponent == exponent) return known.value;
+const BiasCorrection& ValuesMaker::correction(double beta, double step) {
+  for (const Known& known : known_) {
+    if (known.beta == beta && known.step == step) return known.correction;
   }
-  Power& entry = powers_[oldest_];
+  Known& entry = known_[oldest_];
   oldest_ = (oldest_ + 1) % kRemembered;
-  entry = {base, exponent, recap::power(base, exponent)};
-  return entry.value;
+  entry = {beta, step, bias_correction(beta, step)};
+  return entry.correction;
 }
 
 }  // namespace recap

@@ -19,20 +19,22 @@ Values make_values(const Hyper& hyper, double step, bool first, double grad_scal
 // the "epsilon hat" of Kingma & Ba.
 void add_eps_before_correction(Values& values);
 
-// Computes the same. Groups mostly share decay rates and step counts, whose powers take longer than
-// all else: it remembers the last ones.
+// Computes the same. Groups mostly share decay rates and step counts, whose bias corrections take
+// longer than all else: it remembers the last ones.
 class ValuesMaker {
  public:
-  Values make(const Hyper& hyper, double step, bool first, double grad_scale, double clip);
+  // Writes to `out`: a value just written field by field is slow to copy as a whole.
+  void make(const Hyper& hyper, double step, bool first, double factor, Values& out);
 
  private:
-  struct Power {
-    double base = 0.0, exponent = 1.0, value = 0.0;
+  struct Known {
+    double beta = 0.0, step = 1.0;
+    BiasCorrection correction = bias_correction(0.0, 1.0);
   };
-  double power(double base, double exponent);
+  const BiasCorrection& correction(double beta, double step);
 
   static constexpr int kRemembered = 8;
-  Power powers_[kRemembered];
+  Known known_[kRemembered];
   int oldest_ = 0;
 };
 

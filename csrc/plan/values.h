@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 #include "../algorithms/updates.h"
 
@@ -67,6 +68,7 @@ struct Values {
   bool clears_grads;
   UpdateValues<float> float32;
   UpdateValues<double> float64;
+  Values() {}  // without zeroes, which would be most of the writing
 
   template <typename T>
   const UpdateValues<T>& in() const;
@@ -80,23 +82,25 @@ RECAP_INLINE const UpdateValues<double>& Values::in<double>() const {
   return float64;
 }
 
+// What gradients are multiplied by, to be divided by `grad_scale` as torch.amp.GradScaler does it,
+// by a reciprocal rounded to float, and multiplied by `clip`.
+RECAP_INLINE double gradient_factor(double grad_scale, double clip) {
+  return static_cast<float>(divide(1.0, grad_scale)) * clip;
+}
+
 // Writes to `out`: returned, a union would take a detour through the memory of a device thread.
-// `power(base, exponent)` computes what recap::power does.
-template <typename Power>
-RECAP_INLINE void compute_values(const Hyper& hyper, const StepInputs& inputs, Power&& power,
-                                 Values& out) {
-  // As torch.amp.GradScaler does: the reciprocal, rounded to float.
-  const double inverse_scale = static_cast<float>(divide(1.0, inputs.grad_scale));
-  const double factor = inverse_scale * inputs.clip;
-  const double grad_factor = hyper.maximize ? -factor : factor;
+// `correction(beta, step)` computes what `bias_correction` does.
+template <typename Correction>
+RECAP_INLINE void compute_values(const Hyper& hyper, const StepInputs& inputs,
+                                 Correction&& correction, Values& out) {
+  const double grad_factor = hyper.maximize ? -inputs.factor : inputs.factor;
   out.clears_grads = hyper.clears_grads;
-#define RECAP_CASE(name, Traits)                                                \
-  case Algorithm::name: {                                                       \
-    out.update = Traits::update<Update>(hyper.name);                            \
-    const auto values = Traits::values(hyper.name, inputs, grad_factor, power); \
-    out.float64.name = values;                                                  \
-    out.float32.name = to_float(values);                                        \
-    break;                                                                      \
+#define RECAP_CASE(name, Traits)                                                               \
+  case Algorithm::name: {                                                                      \
+    out.update = Traits::update<Update>(hyper.name);                                           \
+    new (&out.float64.name) auto(Traits::values(hyper.name, inputs, grad_factor, correction)); \
+    out.float32.name = to_float(out.float64.name);                                             \
+    break;                                                                                     \
   }
   switch (hyper.algorithm) { RECAP_ALGORITHMS(RECAP_CASE) }
 #undef RECAP_CASE

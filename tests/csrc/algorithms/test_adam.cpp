@@ -15,7 +15,7 @@ using recap::AdamValues;
 template <typename T>
 AdamValues<T> values_in(const AdamHyper& hyper, double step, double grad_factor) {
   return in_type<T>(
-      recap::adam_values(hyper, {hyper.lr, step, false, 1.0}, grad_factor, recap::power));
+      recap::adam_values(hyper, {hyper.lr, step, false, 1.0}, grad_factor, recap::bias_correction));
 }
 
 template <typename T>
