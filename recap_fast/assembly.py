@@ -73,9 +73,17 @@ def assemble(
     optimizers: list[Any] = []
     for group in groups:
         factory = functools.partial(
-            classes.by_algorithm[group.algorithm], lr=DEFAULT_LR, **group.hyperparameters
+            classes.by_algorithm[group.algorithm],
+            lr=DEFAULT_LR,
+            **group.hyperparameters,
+            **_format_arguments(group.formats),
         )
-        optimizers.append(keyed.KeyedOptimizerWrapper(group.params, factory))
+        try:
+            optimizers.append(keyed.KeyedOptimizerWrapper(group.params, factory))
+        except ValueError as error:
+            if not group.formats:
+                raise
+            raise ValueError(f"optimizer_config, group {group.name!r}: {error}") from error
         _log_group(group.name, group.params, group.algorithm)
 
     emb_learning_rate, table_learning_rates = None, {}
@@ -104,6 +112,14 @@ def assemble(
         fused_optimizer=fused,
     )
     return optimizer, scheduler
+
+
+def _format_arguments(formats: Mapping[str, Any]) -> dict[str, Any]:
+    """As the classes of `recap_fast.optim` take them."""
+    arguments = dict(formats)
+    if "state_dtype" in arguments:
+        arguments["state_dtype"] = getattr(torch, arguments["state_dtype"])
+    return arguments
 
 
 def _log_group(name: str, params: Mapping[str, torch.Tensor], how: str) -> None:

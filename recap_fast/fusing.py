@@ -10,13 +10,15 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from recap_fast.optim import BY_TORCH_CLASS, FusedOptimizer
 from recap_fast.optim.hooks import steps_as_its_class, unhooked
-from recap_fast.optim.left_to_torch import LeftToTorch
+from recap_fast.optim.left_to_torch import LeftToTorch, why_formats_not_native
 from recap_fast.optim.torch_step import make_counts_torchs
+from recap_fast.state.formats import FORMAT_OPTIONS, check_formats, format_options, has_formats
 
 if TYPE_CHECKING:
     from recap_fast.keyed.fused import FusedCombinedOptimizer
@@ -25,8 +27,17 @@ logger = logging.getLogger("recap_fast")
 
 T = TypeVar("T", bound=Optimizer | Sequence[Optimizer])
 
+_WITHOUT_FORMATS = ("sparse_adam", "rowwise_adagrad")  # algorithms
 
-def fuse(optimizer: T) -> T:
+
+def fuse(
+    optimizer: T,
+    *,
+    state_dtype: torch.dtype | None = None,
+    master_weights: bool = False,
+    stochastic_rounding: bool = False,
+    rounding_seed: int = 0,
+) -> T:
     """Makes the optimizers that a program has step natively, in place, at any moment of training.
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -59,18 +70,28 @@ def fuse(optimizer: T) -> T:
             ``GradientClippingOptimizer`` or ``WarmupOptimizer`` with such inside, however deep. A
             ``CombinedOptimizer`` becomes a `recap_fast.FusedCombinedOptimizer`, which steps all of
             them in one call.
+        state_dtype, master_weights, stochastic_rounding, rounding_seed: as in
+            `recap_fast.optim.FusedAdam`, for every param group but those that have a key of that
+            name. State that there is already is converted: to 16 bits by rounding to nearest.
+            Fused tables stay as they are.
 
     Returns:
         ``optimizer``, the same object.
 
     Raises:
-        TypeError: it is not an optimizer, or one in the list is not; nothing is changed.
+        TypeError: it is not an optimizer, or one in the list is not, or an argument is of another
+            type; nothing is changed.
+        ValueError: an optimizer or param group cannot have the formats that are asked for, or one
+            that is native already has others; nothing is changed.
     """
     optimizers = _check(optimizer, "fuse")
+    formats = format_options(state_dtype, master_weights, stochastic_rounding, rounding_seed)
+    for number, outer in enumerate(optimizers):
+        _check_formats(outer, _where(number, optimizers), formats)
     reports = []
     for number, outer in enumerate(optimizers):
-        where = f" of optimizer {number}" if len(optimizers) > 1 else ""
-        reasons = {id(inner): _fuse(inner) for inner in list(_walk(outer))[::-1]}
+        where = _where(number, optimizers)
+        reasons = {id(inner): _fuse(inner, formats) for inner in list(_walk(outer))[::-1]}
         reports.append(_Report(outer, where, reasons))
     native = sum(report.native for report in reports)
     total = sum(report.total for report in reports)
@@ -96,8 +117,8 @@ def unfuse(optimizer: T) -> T:
     Raises:
         TypeError: it is not an optimizer, or one inside is of a class derived from one of
             `recap_fast.optim`; nothing is changed.
-        ValueError: one inside has a ``clip_grad_norm``, ``lazy`` or schedules on the device, of
-            which its former class knows nothing; nothing is changed.
+        ValueError: one inside has a ``clip_grad_norm``, ``lazy``, a ``state_dtype`` and the like,
+            or schedules on the device, of which its former class knows nothing; nothing is changed.
     """
     inside = [inner for outer in _check(optimizer, "unfuse") for inner in _walk(outer)]
     for inner in inside:
@@ -117,6 +138,10 @@ def unfuse(optimizer: T) -> T:
 
 
 # --- what is inside ------------------------------------------------------------------------------
+
+
+def _where(number: int, optimizers: Sequence[Optimizer]) -> str:
+    return f" of optimizer {number}" if len(optimizers) > 1 else ""
 
 
 def _check(optimizer: Any, function: str) -> list[Optimizer]:
@@ -195,15 +220,28 @@ def _leaves(optimizer: Optimizer) -> Iterator[Optimizer]:
     return leaves(optimizer)
 
 
-def _fuse(optimizer: Any) -> str | None:
+def _fuse(optimizer: Any, formats: dict[str, Any]) -> str | None:
     """Makes one optimizer native, if it can be; else says why it cannot."""
-    if isinstance(optimizer, FusedOptimizer):
-        return None
     if _is_keyed(optimizer):
         return _fuse_keyed(optimizer)
+    if not isinstance(optimizer, FusedOptimizer):
+        if (reason := _why_not(optimizer)) is not None:
+            return reason
+        kind: Any = type(optimizer)
+        fused = _fused_class(kind)
+        assert fused is not None, "there was no reason against it"
+        _set_class(optimizer, fused)
+        optimizer._left_to_torch = LeftToTorch()
+    if formats or any(map(has_formats, optimizer.param_groups)):
+        optimizer._take_formats(formats)
+        optimizer._place_state()
+    return None
+
+
+def _why_not(optimizer: Any) -> str | None:
+    """Why an optimizer that is none of torchrec's cannot be made native; None: it can."""
     kind: Any = type(optimizer)
-    fused = _fused_class(kind)
-    if fused is None:
+    if _fused_class(kind) is None:
         inside = getattr(optimizer, "optimizer", None)
         if isinstance(inside, Optimizer):
             return (
@@ -213,9 +251,69 @@ def _fuse(optimizer: Any) -> str | None:
         return f"{kind.__name__} has a step of its own"
     if not steps_as_its_class(optimizer):
         return f"the step of this {kind.__name__} was replaced on the object"
-    _set_class(optimizer, fused)
-    optimizer._left_to_torch = LeftToTorch()
     return None
+
+
+def _check_formats(optimizer: Optimizer, where: str, formats: dict[str, Any]) -> None:
+    """Raises if param groups cannot have the formats that are asked for, here or in them."""
+    index = 0
+    for leaf in _leaves(optimizer):
+        native = _native_class(leaf)
+        if native is None and formats and not _is_of_tables(leaf):
+            said = "it is torchrec's own" if _is_keyed(leaf) else _why_not(leaf)
+            raise ValueError(
+                f"fuse: {_given(formats)} cannot be had where torch steps, and the "
+                f"{type(leaf).__name__}{where} cannot become native: {said}; fuse it by itself, "
+                "without"
+            )
+        for group in leaf.param_groups:
+            if native is not None:
+                try:
+                    _check_group(leaf, native, group, formats)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"fuse: param group {index}{where}: {error}") from None
+            index += 1
+
+
+def _native_class(optimizer: Any) -> type[FusedOptimizer] | None:
+    """That which an optimizer has or would get."""
+    if isinstance(optimizer, FusedOptimizer):
+        return type(optimizer)
+    if _is_keyed(optimizer) or _why_not(optimizer) is not None:
+        return None
+    kind: Any = type(optimizer)
+    return _fused_class(kind)
+
+
+def _check_group(
+    optimizer: Optimizer, native: type[FusedOptimizer], group: dict[str, Any], formats: Any
+) -> None:
+    wanted = {**formats, **group}
+    changed = [key for key in formats if group.get(key, formats[key]) != formats[key]]
+    if changed and isinstance(optimizer, FusedOptimizer):
+        raise ValueError(
+            f"it has {changed[0]}={group[changed[0]]!r} already, and not {formats[changed[0]]!r}; "
+            "set that in the group, and call fuse without it"
+        )
+    if not formats and not has_formats(wanted):
+        return
+    check_formats(wanted)
+    if not has_formats(wanted):
+        return
+    if native.algorithm in _WITHOUT_FORMATS:
+        raise ValueError(
+            f"{_given(wanted)} cannot be had with {native.__name__}; fuse that by itself, without"
+        )
+    if (reason := why_formats_not_native(wanted)) is not None:
+        raise ValueError(
+            f"{_given(wanted)} cannot be had with {reason}; put these parameters into an optimizer "
+            "of their own"
+        )
+
+
+def _given(options: dict[str, Any]) -> str:
+    """The format options that are asked for, for a message."""
+    return ", ".join(f"{key}={options[key]!r}" for key in FORMAT_OPTIONS if options.get(key))
 
 
 def _check_can_unfuse(optimizer: FusedOptimizer) -> None:
@@ -241,6 +339,12 @@ def _check_can_unfuse(optimizer: FusedOptimizer) -> None:
         raise ValueError(
             f"unfuse: this {kind.__name__} has lazy=True, of which {kind.torch_class().__name__} "
             "knows nothing: it would decay all rows; set it to False in the param groups first"
+        )
+    for group in filter(has_formats, optimizer.param_groups):
+        raise ValueError(
+            f"unfuse: this {kind.__name__} has {_given(group)}, of which "
+            f"{kind.torch_class().__name__} knows nothing; make a new one, and load into it what "
+            "recap_fast.optim.float32_state returns"
         )
 
 
@@ -338,6 +442,15 @@ def _fuse_keyed(optimizer: Any) -> str | None:
     elif _is_fused_combined(optimizer):
         optimizer._prepare()  # its members may have become native
     return f"{kind.__name__} has a step of its own"
+
+
+def _is_of_tables(optimizer: Optimizer) -> bool:
+    """Whether it updates tables in the backward pass."""
+    if not _is_keyed(optimizer):
+        return False
+    from torchrec.optim.fused import FusedOptimizer as EmbeddingOptimizer
+
+    return isinstance(optimizer, EmbeddingOptimizer)
 
 
 def _clips_what_is_not_native(optimizer: Any) -> bool:

@@ -42,8 +42,8 @@ struct Adagrad {
   template <typename T>
   using Values = AdagradValues<T>;
 
-  template <typename T>
-  static RECAP_INLINE void update(const AdagradValues<T>& h, T grad, T& param, T* state) {
+  template <typename S, typename T>
+  static RECAP_INLINE void update(const AdagradValues<S>& h, T grad, T& param, T* state) {
     T g = grad * h.grad_factor;
     if constexpr (kL2) g = fma(h.l2, param, g);
     T& sum = state[0];

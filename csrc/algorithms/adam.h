@@ -86,8 +86,8 @@ struct Adam {
   template <typename T>
   using Values = AdamValues<T>;
 
-  template <typename T>
-  static RECAP_INLINE void update(const AdamValues<T>& h, T grad, T& param, T* state) {
+  template <typename S, typename T>
+  static RECAP_INLINE void update(const AdamValues<S>& h, T grad, T& param, T* state) {
     T g = grad * h.grad_factor;
     if constexpr (kL2) g = fma(h.l2, param, g);
 
@@ -100,14 +100,14 @@ struct Adam {
     // zero becomes NaN, as in torch.
     T& v = state[1];
     const T distance = fma(g, g, -v);
-    const bool slow = h.square < T(0.5);
-    const bool lerps = slow && magnitude(distance) < infinity<T>();
-    v = lerps ? fma(h.square, distance, v) : fma(h.square * g, g, h.square_kept * v);
+    const bool slow = h.square < S(0.5);
+    const auto lerps = both(slow, magnitude(distance) < infinity<S>());
+    v = select(lerps, fma(h.square, distance, v), fma(h.square * g, g, h.square_kept * v));
 
     T second = v;
     if constexpr (kAmsgrad) {
       T& largest = state[2];
-      largest = (v > largest || v != v) ? v : largest;
+      largest = select(either(v > largest, v != v), v, largest);
       second = largest;
     }
     const T denominator = fma(square_root(second), h.inverse_root_correction2, h.eps);

@@ -46,15 +46,15 @@ struct Lion {
   template <typename T>
   using Values = LionValues<T>;
 
-  template <typename T>
-  static RECAP_INLINE void update(const LionValues<T>& h, T grad, T& param, T* state) {
+  template <typename S, typename T>
+  static RECAP_INLINE void update(const LionValues<S>& h, T grad, T& param, T* state) {
     const T g = grad * h.grad_factor;
     T& m = state[0];
     const T distance = g - m;
     const T blended = fma(h.blend, distance, h.blend > 0 ? m : g);
     m = fma(h.average, distance, h.average > 0 ? m : g);
     // Of zero it is zero, and of NaN NaN, which torch.sign would hide.
-    const T sign = blended > 0 ? T(1) : blended < 0 ? T(-1) : blended;
+    const T sign = select(blended > S(0), T(S(1)), select(blended < S(0), T(S(-1)), blended));
     param = fma(h.minus_lr, sign, param * h.decay);
   }
 };

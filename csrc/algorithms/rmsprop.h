@@ -44,8 +44,8 @@ struct Rmsprop {
   template <typename T>
   using Values = RmspropValues<T>;
 
-  template <typename T>
-  static RECAP_INLINE void update(const RmspropValues<T>& h, T grad, T& param, T* state) {
+  template <typename S, typename T>
+  static RECAP_INLINE void update(const RmspropValues<S>& h, T grad, T& param, T* state) {
     T g = grad * h.grad_factor;
     // A select, not a variant of each update: with no decay, an infinite parameter is no matter.
     const T decayed = fma(h.l2, param, g);
@@ -53,9 +53,9 @@ struct Rmsprop {
 
     T& v = state[0];
     const T distance = fma(g, g, -v);
-    const bool slow = h.average < T(0.5);
-    const bool lerps = slow && magnitude(distance) < infinity<T>();
-    v = lerps ? fma(h.average, distance, v) : fma(h.average * g, g, (1 - h.average) * v);
+    const bool slow = h.average < S(0.5);
+    const auto lerps = both(slow, magnitude(distance) < infinity<S>());
+    v = select(lerps, fma(h.average, distance, v), fma(h.average * g, g, (1 - h.average) * v));
 
     T variance = v;
     if constexpr (kCentered) {
@@ -64,7 +64,7 @@ struct Rmsprop {
       m = slow ? fma(h.average, way, m) : fma(h.average, way, -way) + g;
       // Rounding may take it below zero where gradients hardly change; torch's is NaN then.
       variance = fma(-m, m, v);
-      variance = variance < 0 ? T(0) : variance;
+      variance = select(variance < S(0), T(S(0)), variance);
     }
     T direction = divide(g, square_root(variance) + h.eps);
     if constexpr (kMomentum) {

@@ -50,8 +50,8 @@ struct Sgd {
   template <typename T>
   using Values = SgdValues<T>;
 
-  template <typename T>
-  static RECAP_INLINE void update(const SgdValues<T>& h, T grad, T& param, T* state) {
+  template <typename S, typename T>
+  static RECAP_INLINE void update(const SgdValues<S>& h, T grad, T& param, T* state) {
     T g = grad * h.grad_factor;
     if constexpr (kL2) g = fma(h.l2, param, g);
     if constexpr (kMomentum) {

@@ -68,7 +68,8 @@ BoundPlan::BoundPlan(const std::vector<GroupSource>& groups,
       py::object state = made == made_for.end()
                              ? state_of(source.state, param, source.names.at(i))
                              : new_states_.add(*made->second, source.state, param);
-      slots_.emplace_back(source.names.at(i), param, std::move(state), reader.hyper());
+      slots_.emplace_back(source.names.at(i), param, std::move(state), reader.hyper(),
+                          reader.formats());
     }
     groups_.push_back({std::move(reader), std::move(params), begin, slots_.size()});
     if (source.clears_grads) cleared_.add_group(begin, slots_.size());

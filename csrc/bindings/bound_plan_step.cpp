@@ -116,6 +116,7 @@ bool BoundPlan::read_slots() {
       holds_ = true;  // what looks at its sharding is Python: again, with all held
       return read_slots();
     }
+    if (!is_plain && slots_[slot].needs_other_format(grad)) return false;
     if (!is_plain) read_unusual(slot, grad);
     if (!has_state_[slot]) slots_without_state_.push_back(slot);
     if (!holds_) continue;

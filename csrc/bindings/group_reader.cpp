@@ -1,5 +1,7 @@
 #include "group_reader.h"
 
+#include <algorithm>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <string_view>
@@ -11,6 +13,17 @@ namespace recap {
 namespace {
 
 constexpr const char* kSparseAdam = "sparse_adam";
+
+// Whatever the algorithm.
+enum FormatOption {
+  kStateDtype,
+  kMasterWeights,
+  kStochasticRounding,
+  kRoundingSeed,
+  kFormatOptions
+};
+constexpr std::string_view kFormatKeys[kFormatOptions] = {"state_dtype", "master_weights",
+                                                          "stochastic_rounding", "rounding_seed"};
 
 Algorithm algorithm_named(const std::string& name) {
   if (name == kSparseAdam) return Algorithm::adam;
@@ -66,6 +79,7 @@ GroupReader::GroupReader(const std::string& algorithm, py::dict group, std::stri
     }
   });
   shape_then_ = hyper_.shape();
+  formats_then_ = formats_;
   was_capturable_ = capturable_;
   in_memory_ = DictItems(group_.ptr());
 }
@@ -90,6 +104,10 @@ GroupReader::Meaning GroupReader::meaning(py::handle key, py::handle value) cons
     } else if (const Option* named = option_named(name)) {
       field = Field::option;
       number = static_cast<uint8_t>(named - options());
+    } else if (const auto* key = std::find(std::begin(kFormatKeys), std::end(kFormatKeys), name);
+               key != std::end(kFormatKeys)) {
+      field = Field::format;
+      number = static_cast<uint8_t>(key - kFormatKeys);
     }
   }
   return {field, number, is_hyperparameter(field) && can_change_in_place(value.ptr())};
@@ -183,11 +201,41 @@ void GroupReader::read_option(const Option& option, py::handle value) {
   }
 }
 
+void GroupReader::read_format(int option, py::handle value) {
+  formats_.are_given = true;
+  switch (option) {
+    case kMasterWeights: formats_.master_weights = flag(value, "master_weights"); return;
+    case kStochasticRounding:
+      formats_.stochastic_rounding = flag(value, "stochastic_rounding");
+      return;
+    case kRoundingSeed: {
+      const int64_t seed = PyLong_AsLongLong(value.ptr());
+      if (seed == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        throw py::type_error(name_ + ": 'rounding_seed' must be a whole number of 64 bits");
+      }
+      formats_.seed = seed;
+      return;
+    }
+    default: break;
+  }
+  formats_.state = std::nullopt;
+  if (value.is_none()) return;
+  if (THPDtype_Check(value.ptr())) {
+    formats_.state = dtype_of(reinterpret_cast<THPDtype*>(value.ptr())->scalar_type);
+  }
+  if (!formats_.state) {
+    throw py::value_error(name_ + ": 'state_dtype' is " + std::string(py::repr(value)) +
+                          "; it must be None, torch.float32, torch.bfloat16 or torch.float16");
+  }
+}
+
 void GroupReader::read(Meaning meaning, py::handle value) {
   switch (meaning.field) {
     case Field::none:
     case Field::params: break;
     case Field::lr: read_lr(value, "lr"); break;
+    case Field::format: read_format(meaning.option, value); break;
     case Field::option: read_option(options()[meaning.option], value); break;
     case Field::maximize: hyper_.maximize = flag(value, "maximize"); break;
     case Field::capturable: capturable_ = flag(value, "capturable"); break;
@@ -254,7 +302,8 @@ void GroupReader::take_lr(double lr, size_t item) {
 
 // Against what the plan was made with: an earlier call may have read a switch and then raised.
 bool GroupReader::fits_plan() const {
-  return shape_then_ == hyper_.shape() && was_capturable_ == capturable_;
+  return shape_then_ == hyper_.shape() && was_capturable_ == capturable_ &&
+         formats_then_ == formats_;
 }
 
 }  // namespace recap

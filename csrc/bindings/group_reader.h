@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../plan/step.h"
+#include "format_options.h"
 #include "python.h"
 #include "snapshot.h"
 
@@ -32,6 +33,7 @@ class alignas(64) GroupReader {
   const std::string& name() const { return name_; }
   const Hyper& hyper() const { return hyper_; }  // its lr is NaN if it is in device memory
   bool capturable() const { return capturable_; }
+  const FormatOptions& formats() const { return formats_; }
   // The learning rate in device memory; undefined if it is hyper's.
   const at::Tensor& device_lr() const { return device_lr_; }
 
@@ -46,7 +48,16 @@ class alignas(64) GroupReader {
   }
 
  private:
-  enum class Field : uint8_t { none, params, lr, maximize, capturable, differentiable, option };
+  enum class Field : uint8_t {
+    none,
+    params,
+    lr,
+    maximize,
+    capturable,
+    differentiable,
+    option,
+    format
+  };
 
   // What every step compares; a rate that is a float is read and not held, since schedulers make a
   // new one for each step, and to free the former would take longer. What a field means is kept
@@ -56,7 +67,7 @@ class alignas(64) GroupReader {
   };
   struct Meaning {
     Field field;
-    uint8_t option;  // which of the algorithm's, if it is one
+    uint8_t option;  // which of the algorithm's or of the formats', if it is one
     bool in_place;   // a tensor, say, whose value may change while the object stays
   };
 
@@ -69,6 +80,7 @@ class alignas(64) GroupReader {
   void read(Meaning meaning, py::handle value);
   const Option* options() const;
   void read_option(const Option& option, py::handle value);
+  void read_format(int option, py::handle value);
   double number(py::handle value, const char* key) const;
   double decay_rate(py::handle value, const std::string& key) const;
   bool flag(py::handle value, const char* key) const;
@@ -89,7 +101,8 @@ class alignas(64) GroupReader {
   int shape_then_ = 0;  // of the plan's hyper()
   Hyper hyper_;
 
-  std::vector<Meaning> meanings_;  // of the items
+  std::vector<Meaning> meanings_;         // of the items
+  FormatOptions formats_, formats_then_;  // the latter those of the plan
   std::string name_;
   at::Tensor device_lr_;
 };

@@ -193,7 +193,7 @@ PYBIND11_MODULE(_C, m, uses_gil()) {
   m.def("chosen_ways", [] {
     std::vector<std::tuple<std::string, int, bool, std::tuple<int, int, bool>>> all;
     for (const cpu::ChosenWay& each : cpu::chosen_ways()) {
-      all.emplace_back(dtype_name(each.dtype), each.arrays, each.large,
+      all.emplace_back(each.kind, each.arrays, each.large,
                        std::tuple(each.way.streams, each.way.ahead, each.way.narrow));
     }
     return all;

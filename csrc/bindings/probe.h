@@ -52,12 +52,13 @@ class alignas(64) Probe {
   // `states` are the tensors that the plan holds addresses of, and `step` the step count, or null.
   // `shard` is the local one of a parameter that is a DTensor, else null. `entries` are the values
   // in the state dict that must stay; without a `state_dict`, `unchanged` sees none of them.
-  // Without `takes_plain`, no gradient is plain. `alike`: states have the shape of the parameter.
+  // Gradients are of `grad_type`; without `takes_plain`, none is plain. `alike`: states have the
+  // shape of the parameter.
   // What has its memory of a StateBlock is watched by the block, which goes to `blocks`. The caller
   // keeps all objects alive.
   Probe(PyObject* param, PyObject* shard, const std::vector<PyObject*>& states, PyObject* step,
-        PyObject* state_dict, const std::vector<PyObject*>& entries, bool takes_plain, bool alike,
-        std::vector<std::shared_ptr<StateBlock>>& blocks)
+        PyObject* state_dict, const std::vector<PyObject*>& entries, at::ScalarType grad_type,
+        bool takes_plain, bool alike, std::vector<std::shared_ptr<StateBlock>>& blocks)
       : object_(param), alike_(alike), state_dict_(state_dict) {
     leaf_ = THPVariable_Unpack(param).unsafeGetTensorImpl();
     impl_ = shard ? THPVariable_Unpack(shard).unsafeGetTensorImpl() : leaf_;
@@ -68,6 +69,7 @@ class alignas(64) Probe {
     data_ = at_offset(impl_, storage_->mutable_data());
     size_ = impl_->numel();
     dtype_ = impl_->dtype();
+    grad_dtype_ = c10::scalarTypeToTypeMeta(grad_type);
     device_ = impl_->device();
     keys_ = impl_->key_set();
     contiguous_ = impl_->is_contiguous();
@@ -161,9 +163,9 @@ class alignas(64) Probe {
     return gradient_in(meta_);
   }
 
-  // The address of `grad` if it can be read as it is: dense, of the parameter's dtype, device and
-  // shape, and both contiguous; of a DTensor's local shard, if the other is sharded by the same
-  // spec, or by one that was accepted. Else null.
+  // The address of `grad` if it can be read as it is: dense, of the planned dtype, the parameter's
+  // device and shape, and both contiguous; of a DTensor's local shard, if the other is sharded by
+  // the same spec, or by one that was accepted. Else null.
   const void* plain(const at::Tensor& grad) {
     if (!sharded_) return plain_memory(grad);
     // Made in Python, it has an object there.
@@ -268,7 +270,7 @@ class alignas(64) Probe {
         (impl->key_set().has_any(kWrapperKeys | kLazyKeys) || impl->layout() != at::kStrided)) {
       return nullptr;
     }
-    if (!reads_plain_ || impl->dtype() != dtype_ || impl->device() != device_ ||
+    if (!reads_plain_ || impl->dtype() != grad_dtype_ || impl->device() != device_ ||
         !impl->is_contiguous() || impl->numel() != size_) {
       return nullptr;
     }
@@ -276,7 +278,7 @@ class alignas(64) Probe {
     if (!flat_ && !same_sizes(impl, impl_)) return nullptr;
     last_grad_ = impl;
     last_grad_storage_ = impl->unsafe_storage().unsafeGetStorageImpl();
-    const auto itemsize = static_cast<int64_t>(dtype_.itemsize());
+    const auto itemsize = static_cast<int64_t>(grad_dtype_.itemsize());
     const int64_t offset = impl->storage_offset() * itemsize;
     const void* const data = last_grad_storage_->_mutable_data_ptr_no_checks().get();
     if (!data || !holds(last_grad_storage_, offset + size_ * itemsize)) return nullptr;
@@ -366,7 +368,7 @@ class alignas(64) Probe {
   const void* data_ = nullptr;
   int64_t size_ = 0;
   c10::DispatchKeySet keys_;
-  caffe2::TypeMeta dtype_;
+  caffe2::TypeMeta dtype_, grad_dtype_;
   at::Device device_ = at::kCPU;
   bool inert_ = false;
   bool contiguous_ = false;

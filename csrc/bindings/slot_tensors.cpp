@@ -24,19 +24,17 @@ std::string text(const Parts&... parts) {
 }
 
 std::optional<Dtype> dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return Dtype::float32;
-    case at::kDouble: return Dtype::float64;
-    case at::kBFloat16: return Dtype::bfloat16;
-    case at::kHalf: return Dtype::float16;
-    default: return std::nullopt;
-  }
+  return recap::dtype_of(tensor.scalar_type());
 }
 
 // A dense tensor of `like`'s shape: its own strides if it is dense, else those torch would choose.
-at::Tensor dense_like(const at::Tensor& like) {
-  return at::zeros_like(like.detach(), like.options(), at::MemoryFormat::Preserve);
+at::Tensor dense_like(const at::Tensor& like, at::ScalarType type) {
+  return at::zeros_like(like.detach(), like.options().dtype(type), at::MemoryFormat::Preserve);
 }
+at::Tensor dense_like(const at::Tensor& like) { return dense_like(like, like.scalar_type()); }
+
+// Whether a state of that type can be converted to another.
+bool is_state_type(at::ScalarType type) { return recap::dtype_of(type) || type == at::kShort; }
 
 bool sharded_alike(const py::object& a, const py::object& b) {
   const py::handle first = spec_of(a.ptr()), second = spec_of(b.ptr());
@@ -84,11 +82,13 @@ bool is_aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
 }
 
-SlotTensors::SlotTensors(std::string name, py::object object, py::object state, const Hyper& hyper)
+SlotTensors::SlotTensors(std::string name, py::object object, py::object state, const Hyper& hyper,
+                         const FormatOptions& formats)
     : name_(std::move(name)),
       object_(std::move(object)),
       by_rows_(hyper.by_rows()),
       sparse_only_(hyper.sparse_only),
+      formats_(formats),
       state_(std::move(state)) {
   if (!THPVariable_Check(object_.ptr())) {
     throw py::type_error(text("parameter ", name_, " is not a tensor"));
@@ -103,6 +103,7 @@ SlotTensors::SlotTensors(std::string name, py::object object, py::object state, 
     return;
   }
   dtype_ = *dtype_of(param());
+  make_format(hyper);
   sizes_ = param().sizes().vec();
   strides_ = param().strides().vec();
   if (by_rows_ && !param().is_contiguous()) {
@@ -171,7 +172,91 @@ std::optional<SlotTensors::Refusal> SlotTensors::refusal() const {
                          " has elements that share memory; clone() it");
   }
   if (is_freed(param())) return runtime_error(memory_of(param()));
+  if (auto refused = refusal_of_formats()) return refused;
   return by_rows_ ? refusal_of_rows() : std::nullopt;
+}
+
+std::optional<SlotTensors::Refusal> SlotTensors::refusal_of_formats() const {
+  const bool is_double = param().scalar_type() == at::kDouble;
+  if (is_double && formats_.state.value_or(Dtype::float64) != Dtype::float64) {
+    return Refusal{true,
+                   text("parameter ", name_, " is float64, whose states are float64 too, with ",
+                        "state_dtype=", dtype_name(*formats_.state),
+                        "; leave state_dtype at None in its param group. Parameters of "
+                        "float32, bfloat16 and float16 take all of these")};
+  }
+  if (!is_double && formats_.state == Dtype::float64) {
+    return Refusal{true,
+                   text("parameter ", name_, " is ", param().dtype(),
+                        ", with state_dtype=float64; it takes float32, bfloat16 and float16")};
+  }
+  if (is_double || !formats_.of(*dtype_of(param()), *dtype_of(param()), true, name_))
+    return std::nullopt;
+  if (engine_for(param().device()) == EngineKind::cuda) {
+    return Refusal{false, text("parameter ", name_, " is on ", param().device(),
+                               ", where state_dtype, master_weights and stochastic_rounding do not "
+                               "run yet; leave them out")};
+  }
+  if (by_rows_ || sparse_only_) {
+    return Refusal{false, text("parameter ", name_,
+                               " is updated by rows, which takes no "
+                               "state_dtype, master_weights or stochastic_rounding; leave them "
+                               "out of its param group")};
+  }
+  return std::nullopt;
+}
+
+// The dtype of gradients is that of the one there is.
+void SlotTensors::make_format(const Hyper& hyper) {
+  const at::Tensor& grad = gradient_of(THPVariable_Unpack(object_.ptr()).unsafeGetTensorImpl());
+  Dtype grad_type = dtype_;
+  if (grad.defined() && grad.layout() == at::kStrided && needs_other_format(grad)) {
+    grad_type = *dtype_of(grad);
+  }
+  const auto format = formats_.of(dtype_, grad_type, hyper.state_names().count > 0, name_);
+  if (!format) return;
+  format_ = std::make_unique<Format>(*format);
+  format_->first_element = first_element();
+}
+
+bool SlotTensors::needs_other_format(const at::Tensor& grad) const {
+  const auto type = dtype_of(grad);
+  const bool is_possible = type && type != Dtype::float64 && dtype_ != Dtype::float64 &&
+                           !by_rows_ && !sparse_only_ && grad.layout() == at::kStrided &&
+                           engine_for(param().device()) == EngineKind::cpu;
+  return is_possible && *type != (format_ ? format_->grad : dtype_);
+}
+
+// Of a DTensor's shard along the first dimension, which is a part of the whole; of others that are
+// not, their first element at least.
+int64_t SlotTensors::first_element() const {
+  if (!shard_) return 0;
+  const py::object found =
+      py::module_::import("torch.distributed.tensor._utils")
+          .attr("compute_local_shape_and_global_offset")(
+              object_.attr("shape"), object_.attr("device_mesh"), object_.attr("placements"));
+  const auto offsets = found[py::int_(1)].cast<std::vector<int64_t>>();
+  const auto sizes = object_.attr("shape").cast<std::vector<int64_t>>();
+  int64_t first = 0;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) first = first * sizes[dim] + offsets.at(dim);
+  return first;
+}
+
+bool SlotTensors::counts(const Hyper& hyper) const {
+  return hyper.counts() || (format_ && format_->draws());
+}
+
+std::vector<const char*> SlotTensors::state_names(const Hyper& hyper) const {
+  const StateNames names = hyper.state_names();
+  std::vector<const char*> all(names.begin(), names.end());
+  if (format_ && rest_name(*format_)) all.push_back(rest_name(*format_));
+  return all;
+}
+
+at::ScalarType SlotTensors::state_type(size_t index, const Hyper& hyper) const {
+  if (!format_) return param().scalar_type();
+  const bool is_rest = index == static_cast<size_t>(hyper.state_names().count);
+  return is_rest ? rest_type(*format_) : scalar_type_of(format_->state);
 }
 
 std::optional<SlotTensors::Refusal> SlotTensors::refusal_of_rows() const {
@@ -199,15 +284,15 @@ int64_t SlotTensors::row_size() const {
 }
 
 void SlotTensors::take_state(const Hyper& hyper) {
-  const StateNames names = hyper.state_names();
-  if (names.count == 0) {
+  const std::vector<const char*> names = state_names(hyper);
+  if (names.empty() && !counts(hyper)) {
     has_state_ = true;
     return;
   }
   const Py_ssize_t size = PyObject_Size(state_.ptr());
   if (size < 0) throw py::error_already_set();
   if (size == 0) return;
-  if (hyper.algorithm == Algorithm::sgd) {
+  if (hyper.algorithm == Algorithm::sgd && hyper.state_names().count) {
     const py::object buffer = item_of(state_, "momentum_buffer");
     if (!buffer || buffer.is_none()) return;
   }
@@ -225,6 +310,7 @@ void SlotTensors::take_state(const Hyper& hyper) {
   };
   const at::Tensor layout = dense_param_.defined() ? dense_param_ : param();
   for (const char* key : names) {
+    const at::ScalarType type = state_type(states_.size(), hyper);
     const py::object object = entry(key);
     const at::Tensor& state = local(object, text("the state '", key, "'"));
     if (is_wrapper_subclass(state)) {
@@ -234,8 +320,10 @@ void SlotTensors::take_state(const Hyper& hyper) {
     const bool by_number_of_rows = hyper.algorithm == Algorithm::rowwise_adagrad;
     if (by_number_of_rows) {
       check_row_state(key, state);
-    } else if (state.device() != param().device() || state.scalar_type() != param().scalar_type() ||
-               state.sizes() != param().sizes() || state.layout() != at::kStrided) {
+    } else if (state.device() != param().device() ||
+               (!formats_.are_given && state.scalar_type() != type) ||
+               !is_state_type(state.scalar_type()) || state.sizes() != param().sizes() ||
+               state.layout() != at::kStrided) {
       throw std::runtime_error(text("the state '", key, "' of parameter ", name_, " is ",
                                     state.dtype(), " ", state.sizes(), " on ", state.device(),
                                     ", the parameter ", param().dtype(), " ", param().sizes(),
@@ -247,20 +335,22 @@ void SlotTensors::take_state(const Hyper& hyper) {
     }
     // As after loading a checkpoint of a contiguous copy, or one mapped from a file.
     const at::Tensor& wanted = by_number_of_rows ? state : layout;
-    if (!same_layout(state, wanted) || is_lazy(state) || !is_aligned(state)) {
+    const bool is_of_type = by_number_of_rows || state.scalar_type() == type;
+    if (!is_of_type || !same_layout(state, wanted) || is_lazy(state) || !is_aligned(state)) {
       if (local_shard(object.ptr())) {
         throw std::runtime_error(text("the local shard of the state '", key, "' of parameter ",
                                       name_, " has the strides ", state.strides(),
                                       ", the parameter's ", layout.strides(), "; they must agree"));
       }
-      states_.push_back(py::reinterpret_steal<py::object>(THPVariable_Wrap(dense_like(wanted))));
+      const at::Tensor copy = by_number_of_rows ? dense_like(wanted) : dense_like(wanted, type);
+      states_.push_back(py::reinterpret_steal<py::object>(THPVariable_Wrap(copy)));
       replacements_.push_back({key, object, states_.back()});
       continue;
     }
     PyObject* const shard = local_shard(object.ptr());
     states_.push_back(shard ? py::reinterpret_borrow<py::object>(shard) : object);
   }
-  if (hyper.counts()) {
+  if (counts(hyper)) {
     step_ = counted_in_tensor(item_of(state_, "step"));
     if (!step_) step_ = entry("step");
     const at::Tensor& step = step_count();
@@ -308,9 +398,8 @@ void SlotTensors::check_row_state(const char* key, const at::Tensor& state) cons
 }
 
 void SlotTensors::watch_entries(const Hyper& hyper) {
-  const StateNames states = hyper.state_names();
-  std::vector<const char*> names(states.begin(), states.end());
-  if (hyper.counts()) names.push_back("step");
+  std::vector<const char*> names = state_names(hyper);
+  if (counts(hyper)) names.push_back("step");
   entries_.clear();
   for (const char* name : names) {
     py::object key = py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
@@ -356,12 +445,15 @@ Slot SlotTensors::slot() const {
   Slot slot;
   if (inert_) return slot;
   slot.param = (dense_param_.defined() ? dense_param_ : param()).mutable_data_ptr();
-  for (size_t k = 0; k < states_.size(); ++k) {
+  const bool has_rest = format_ && rest_name(*format_) && !states_.empty();
+  for (size_t k = 0; k < states_.size() - has_rest; ++k) {
     slot.state[k] = THPVariable_Unpack(states_[k].ptr()).mutable_data_ptr();
   }
+  if (has_rest) format_->rest = THPVariable_Unpack(states_.back().ptr()).mutable_data_ptr();
   slot.size = has_state_ ? param().numel() : 0;
   slot.row_size = by_rows_ ? row_size() : 0;
   slot.dtype = dtype_;
+  slot.format = format_.get();
   return slot;
 }
 
@@ -369,12 +461,15 @@ Probe SlotTensors::probe(std::vector<std::shared_ptr<StateBlock>>& blocks) const
   if (inert_) return Probe(object_.ptr());
   std::vector<PyObject*> fixed, entries;
   for (const py::object& state : states_) fixed.push_back(state.ptr());
+  const bool is_probed_whole = fixed.size() + (step_ ? 1 : 0) <= kMaxProbed;
+  if (!is_probed_whole) fixed.pop_back();  // `unchanged` looks at it
   for (const auto& [key, value] : entries_) entries.push_back(value.ptr());
   PyObject* const dict = PyDict_Check(state_.ptr()) ? state_.ptr() : nullptr;
   const auto like_param = [this](const auto& geometry) { return geometry.first == sizes_; };
   const bool alike = std::all_of(state_geometry_.begin(), state_geometry_.end(), like_param);
-  return Probe(object_.ptr(), shard_.ptr(), fixed, step_.ptr(), dict, entries,
-               !sparse_only_ && !dense_param_.defined(), alike, blocks);
+  const at::ScalarType grad_type = scalar_type_of(format_ ? format_->grad : dtype_);
+  return Probe(object_.ptr(), shard_.ptr(), fixed, step_.ptr(), dict, entries, grad_type,
+               !sparse_only_ && !dense_param_.defined(), alike && is_probed_whole, blocks);
 }
 
 bool SlotTensors::unchanged() const {
@@ -384,6 +479,10 @@ bool SlotTensors::unchanged() const {
   for (size_t k = 0; k < states_.size(); ++k) {
     const at::Tensor& state = THPVariable_Unpack(states_[k].ptr());
     const auto& [sizes, strides] = state_geometry_[k];
+    if (format_ && k + 1 == states_.size() && rest_name(*format_) &&
+        state.const_data_ptr() != format_->rest) {
+      return false;
+    }
     if (state.sizes() != at::IntArrayRef(sizes) || state.strides() != at::IntArrayRef(strides)) {
       return false;
     }
@@ -434,7 +533,8 @@ const void* SlotTensors::gradient(const at::Tensor& whole, bool& needs_copy) {
     throw py::type_error(text("the gradient of parameter ", name_,
                               " is a tensor subclass whose memory the fused step cannot reach"));
   }
-  if (grad.dtype() != param().dtype() || grad.device() != param().device() ||
+  const at::ScalarType type = format_ ? scalar_type_of(format_->grad) : param().scalar_type();
+  if (grad.scalar_type() != type || grad.device() != param().device() ||
       grad.sizes() != param().sizes()) {
     throw std::runtime_error(text("the gradient of parameter ", name_, " is ", grad.dtype(), " ",
                                   grad.sizes(), " on ", grad.device(), ", the parameter ",
@@ -450,7 +550,7 @@ const void* SlotTensors::gradient(const at::Tensor& whole, bool& needs_copy) {
     return grad.const_data_ptr();
   }
   if (!dense_grad_.defined()) {
-    dense_grad_ = dense_like(dense_param_.defined() ? dense_param_ : param());
+    dense_grad_ = dense_like(dense_param_.defined() ? dense_param_ : param(), type);
   }
   needs_copy = true;
   return dense_grad_.const_data_ptr();

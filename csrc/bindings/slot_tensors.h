@@ -3,6 +3,7 @@
 #pragma once
 
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -10,6 +11,7 @@
 
 #include "../plan/plan.h"
 #include "../plan/step.h"
+#include "format_options.h"
 #include "probe.h"
 #include "python.h"
 #include "snapshot.h"
@@ -27,7 +29,8 @@ class SlotTensors {
   // `state` is the mapping with the parameter's state, nearly always a dict; an empty one means
   // that the state is still to be made. Raises an error naming the parameter if it has a gradient
   // and is one that no engine can step. Changes nothing that is the user's.
-  SlotTensors(std::string name, py::object param, py::object state, const Hyper& hyper);
+  SlotTensors(std::string name, py::object param, py::object state, const Hyper& hyper,
+              const FormatOptions& formats);
 
   const std::string& name() const { return name_; }
   // What this process holds of the parameter.
@@ -38,7 +41,12 @@ class SlotTensors {
   // Whether the engine steps a copy of it, in order, since its own memory is not.
   bool copies_param() const { return dense_param_.defined(); }
   bool has_state() const { return has_state_; }
-  const at::Tensor& step_count() const;  // undefined if it is not counted
+  const at::Tensor& step_count() const;                   // undefined if it is not counted
+  const Format* format() const { return format_.get(); }  // null: all is stored alike
+
+  // Whether a gradient is of another dtype than the plan was made for, and one that another plan
+  // could be made for.
+  bool needs_other_format(const at::Tensor& grad) const;
 
   // Whether a step count is one, and what an error says of one that is not.
   static bool is_step_count(double count) {
@@ -116,8 +124,14 @@ class SlotTensors {
   };
   std::optional<Refusal> refusal() const;  // why no engine can step the parameter
   std::optional<Refusal> refusal_of_rows() const;
+  std::optional<Refusal> refusal_of_formats() const;
   bool has_gradient() const;
   void make_inert();
+  void make_format(const Hyper& hyper);
+  int64_t first_element() const;
+  bool counts(const Hyper& hyper) const;
+  std::vector<const char*> state_names(const Hyper& hyper) const;  // and of the parameter's rest
+  at::ScalarType state_type(size_t index, const Hyper& hyper) const;
   void take_state(const Hyper& hyper);
   py::object counted_in_tensor(py::object step);
   void replace_entry(const char* key, const py::object& value);
@@ -136,6 +150,8 @@ class SlotTensors {
   bool by_rows_ = false;  // is updated by rows, which lie one after the other
   bool sparse_only_ = false;
   Dtype dtype_ = Dtype::float32;
+  FormatOptions formats_;
+  std::unique_ptr<Format> format_;  // at an address that stays
   std::vector<int64_t> sizes_, strides_;
 
   py::object state_;

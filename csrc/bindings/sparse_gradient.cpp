@@ -79,6 +79,12 @@ void SparseGradients::read(uint32_t slot, const SlotTensors& tensors, const Hype
            "(recap_fast.embeddings.fuse_embeddings)",
            kRemedy);
   }
+  if (tensors.format()) {
+    refuse(tensors,
+           ", which the fused step does not take with state_dtype, master_weights or "
+           "stochastic_rounding: leave them out of its param group",
+           kRemedy);
+  }
   if (grad.dtype() != param.dtype() || grad.sizes() != param.sizes()) {
     refuse(tensors, " of ", grad.dtype(), " ", grad.sizes(), ", the parameter is ", param.dtype(),
            " ", param.sizes(), "; they must agree");

@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "kernels.h"
+#include "mixed.h"
 #include "rows.h"
 #include "short_trial.h"
 #include "sparse.h"
@@ -53,14 +54,35 @@ Arrays arrays_of(const Slot& slot, const void* grad, int64_t begin, int64_t size
   return arrays;
 }
 
+// The elements [begin, begin + size) of a slot, with requests for the memory of the next.
+void update(const Kernels& kernels, const Slot& slot, const Values& values, const void* grad,
+            int64_t begin, int64_t size, Prefetch& prefetch) {
+  if (slot.format) {
+    update_mixed(kernels, slot, values, grad, begin, size, prefetch);
+    return;
+  }
+  kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](
+      values, arrays_of(slot, grad, begin, size), prefetch);
+}
+
+// The same for the middle of a long slot, in the given way, without these requests.
+void update_middle(const Kernels& kernels, const Slot& slot, const Values& values, const void* grad,
+                   int64_t begin, int64_t size, Way way) {
+  if (slot.format) {
+    update_middle_of_mixed(kernels, slot, values, grad, begin, size, way);
+    return;
+  }
+  kernels.middle_of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](
+      values, arrays_of(slot, grad, begin, size), way);
+}
+
 void run_tile(const Kernels& kernels, const Slot& slot, const Values& values, const void* grad,
               const Tile& tile, Prefetch& prefetch) {
   if (slot.row_size) {
     run_row_tile(kernels, slot, values, grad, tile);
     return;
   }
-  kernels.of[static_cast<int>(slot.dtype)][static_cast<int>(values.update)](
-      values, arrays_of(slot, grad, tile.begin, tile.size), prefetch);
+  update(kernels, slot, values, grad, tile.begin, tile.size, prefetch);
 }
 
 // Tiles of one long slot, the first of them `first`. Its middle is updated in the way that was
@@ -73,13 +95,11 @@ __attribute__((noinline)) size_t run_long(const Kernels& kernels, const Plan& pl
   const Slot& slot = plan.slots[tile.slot];
   const void* const grad = step.grads[tile.slot];
   const Values& values = step.values[step.values_of_slot[tile.slot]];
-  const int dtype = static_cast<int>(slot.dtype), update = static_cast<int>(values.update);
   const size_t count = std::min({tiles_left(slot, tile), end - first, kTilesOfRun});
   const Tile& last = plan.tiles[first + count - 1];
   const int64_t size = last.begin + last.size - tile.begin;
 
   const int64_t middle = Prefetch::before_last_blocks(slot, tile.begin, size);
-  const Arrays arrays = arrays_of(slot, grad, tile.begin, middle);
   Tuner& tuner = tuner_of(slot);
   // What is left of a slot at its end is no fair trial.
   const bool is_fair = middle * dtype_size(slot.dtype) >= kLongBytes / 2;
@@ -87,12 +107,11 @@ __attribute__((noinline)) size_t run_long(const Kernels& kernels, const Plan& pl
   using Clock = std::chrono::steady_clock;
   const auto begun = trial.number < 0 ? Clock::time_point() : Clock::now();
   const Kernels& of_middle = trial.way.narrow && kernels.narrow ? *kernels.narrow : kernels;
-  of_middle.middle_of[dtype][update](values, arrays, trial.way);
+  update_middle(of_middle, slot, values, grad, tile.begin, middle, trial.way);
   if (trial.number >= 0) {
     tuner.finish(trial, std::chrono::duration<double>(Clock::now() - begun).count() / middle);
   }
-  kernels.of[dtype][update](values, arrays_of(slot, grad, tile.begin + middle, size - middle),
-                            prefetch);
+  update(kernels, slot, values, grad, tile.begin + middle, size - middle, prefetch);
   return count;
 }
 

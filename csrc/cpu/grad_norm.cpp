@@ -27,7 +27,7 @@ const std::vector<double>& GradNorm::sums_of_squares(const Plan& plan, const Ste
             i += tiles_left(c.plan.slots[tile.slot], tile) - 1;
             continue;
           }
-          const Dtype dtype = c.plan.slots[tile.slot].dtype;
+          const Dtype dtype = grad_dtype(c.plan.slots[tile.slot]);
           const char* const first = static_cast<const char*>(grad) + tile.begin * dtype_size(dtype);
           c.of_tile[i] = c.kernels.sum_of_squares[static_cast<int>(dtype)](first, tile.size);
         }

@@ -7,68 +7,17 @@
 namespace recap::cpu {
 namespace {
 
-// The elements of some arrays of `T`.
-template <typename Algorithm, typename T>
-class Elements {
- public:
-  explicit Elements(const Arrays& arrays)
-      : param_(static_cast<T*>(arrays.param)),
-        grad_(static_cast<const T*>(arrays.grad)),
-        state_{static_cast<T*>(arrays.state[0]), static_cast<T*>(arrays.state[1]),
-               static_cast<T*>(arrays.state[2])} {}
-
-  template <typename Values>
-  RECAP_INLINE void update(const Values& h, int64_t begin, int64_t count) const {
-    update_range<Algorithm>(h, param_, grad_, state_[0], state_[1], state_[2], begin,
-                            begin + count);
-  }
-
- protected:
-  T* const param_;
-  const T* const grad_;
-  T* const state_[kMaxStates];
-};
-
-// Half precision, widened a piece at a time, small enough to stay in the first-level cache.
-template <typename Algorithm>
-class WideElements : Elements<Algorithm, Float16> {
- public:
-  explicit WideElements(const Arrays& arrays) : Elements<Algorithm, Float16>(arrays) {}
-
-  // Not inlined: called in several places, and long.
-  __attribute__((noinline)) void update(const Values& values, int64_t begin, int64_t count) {
-    load_all(this->param_ + begin, wide_param_, count);
-    load_all(this->grad_ + begin, wide_grad_, count);
-    for (int k = 0; k < Algorithm::kStates; ++k) {
-      load_all(this->state_[k] + begin, wide_state_[k], count);
-    }
-    update_in_cache<Algorithm, float>(values, wide_param_, wide_grad_, wide_state_[0],
-                                      wide_state_[1], wide_state_[2], count);
-    store_all(wide_param_, this->param_ + begin, count);
-    for (int k = 0; k < Algorithm::kStates; ++k) {
-      store_all(wide_state_[k], this->state_[k] + begin, count);
-    }
-  }
-
- private:
-  static constexpr int64_t kMost = kTurnBytes / sizeof(Float16);
-  alignas(64) float wide_param_[kMost], wide_grad_[kMost], wide_state_[kMaxStates][kMost];
-};
-
 // Calls go_through(update), where update(first element, elements) updates some of the arrays.
 template <typename Algorithm, typename T, typename GoThrough>
 RECAP_INLINE void with_update(const Values& values, const Arrays& arrays,
                               const GoThrough& go_through) {
-  if constexpr (__is_same(T, Float16)) {
-    WideElements<Algorithm> elements(arrays);
-    go_through([&](int64_t begin, int64_t count) { elements.update(values, begin, count); });
-  } else {
-    const Elements<Algorithm, T> elements(arrays);
-    with_values<Algorithm, T>(values, [&](const auto& h) __attribute__((always_inline)) {
-      go_through([&](int64_t begin, int64_t count)
-                     __attribute__((always_inline)) { elements.update(h, begin, count); });
+  ArraysOf<T> all = {static_cast<T*>(arrays.param), static_cast<const T*>(arrays.grad), {}};
+  for (int k = 0; k < Algorithm::kStates; ++k) all.state[k] = static_cast<T*>(arrays.state[k]);
+  with_values<Algorithm, T>(values, [&](const auto& h) __attribute__((always_inline)) {
+    go_through([&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+      update_range<Algorithm>(h, all, begin, begin + count);
     });
-  }
+  });
 }
 
 template <typename Algorithm, typename T>
@@ -166,6 +115,7 @@ constexpr Kernels make_kernels(const char* instruction_set) {
   kernels.sum_of_squares[static_cast<int>(Dtype::bfloat16)] = sum_of_squares<BFloat16>;
   kernels.sum_of_squares[static_cast<int>(Dtype::float16)] = sum_of_squares<Float16>;
   kernels.rows = &RECAP_TABLE(row_kernels);
+  kernels.mixed_of = RECAP_TABLE(mixed_kernels);
 #if defined(__AVX512F__)
   kernels.narrow = &kernels_avx2;
 #endif

@@ -28,6 +28,20 @@ using MiddleKernel = void (*)(const Values& values, const Arrays& arrays, Way wa
 // Squares and sums in double, in an order that is the same for every instruction set.
 using SumOfSquares = double (*)(const void* elements, int64_t size);
 
+// The elements [0, size) of a slot with a format. The first is that with `index` in the whole
+// parameter; `key` is that of the step.
+struct MixedArrays {
+  Arrays arrays;
+  void* rest;
+  Dtype dtype;
+  const Format* format;
+  uint64_t index;
+  uint64_t key;
+};
+
+// Updates all of them.
+using MixedKernel = void (*)(const Values& values, const MixedArrays& arrays);
+
 struct RowKernels;  // in row_kernels.h
 
 struct Kernels {
@@ -36,16 +50,20 @@ struct Kernels {
   MiddleKernel middle_of[kDtypes][kUpdates];
   SumOfSquares sum_of_squares[kDtypes];
   const RowKernels* rows;
-  const Kernels* narrow;  // with vectors of half the width; null: no instruction set for it
+  const MixedKernel* mixed_of;  // by update
+  const Kernels* narrow;        // with vectors of half the width; null: no instruction set for it
 };
 
 // Those in use.
 const Kernels& kernels();
 
 extern const Kernels kernels_baseline;
+extern const MixedKernel mixed_kernels_baseline[kUpdates];
 #if defined(RECAP_WITH_X86)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const MixedKernel mixed_kernels_avx2[kUpdates];
+extern const MixedKernel mixed_kernels_avx512[kUpdates];
 #endif
 
 }  // namespace recap::cpu

@@ -1,7 +1,6 @@
 // The loops that kernels are made of. Included by sources that are compiled once per instruction
 // set; everything is in an unnamed namespace, so that no copy can take the place of another. They
-// leave vectorization to the compiler: the inner loops are flat, without aliasing and without
-// branches.
+// go through elements a vector at a time (vector.h).
 #pragma once
 
 #include <cstdint>
@@ -9,6 +8,7 @@
 #include "../numerics/storage.h"
 #include "../plan/step.h"
 #include "kernels.h"
+#include "vector.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -19,23 +19,66 @@
 namespace recap::cpu {
 namespace {
 
+// The arrays of one slot, all of them of `T`.
+template <typename T>
+struct ArraysOf {
+  T* param;
+  const T* grad;
+  T* state[kMaxStates];
+};
+
+// N elements from `i` on.
+template <typename Algorithm, int N, typename T, typename Values>
+RECAP_INLINE void update_vector(const Values& h, const ArraysOf<T>& arrays, int64_t i) {
+  using V = Vector<typename Compute<T>::type, N>;
+  V p = load_vector<N>(arrays.param + i);
+  V state[kMaxStates];
+  // Written out: in a loop, they would not be kept in registers.
+  if constexpr (Algorithm::kStates > 0) state[0] = load_vector<N>(arrays.state[0] + i);
+  if constexpr (Algorithm::kStates > 1) state[1] = load_vector<N>(arrays.state[1] + i);
+  if constexpr (Algorithm::kStates > 2) state[2] = load_vector<N>(arrays.state[2] + i);
+  Algorithm::update(h, V(load_vector<N>(arrays.grad + i)), p, state);
+  store_vector(p, arrays.param + i);
+  if constexpr (Algorithm::kStates > 0) store_vector(state[0], arrays.state[0] + i);
+  if constexpr (Algorithm::kStates > 1) store_vector(state[1], arrays.state[1] + i);
+  if constexpr (Algorithm::kStates > 2) store_vector(state[2], arrays.state[2] + i);
+}
+
 template <typename Algorithm, typename T, typename Values>
-RECAP_INLINE void update_range(const Values& h, T* __restrict param, const T* __restrict grad,
-                               T* __restrict state0, T* __restrict state1, T* __restrict state2,
-                               int64_t begin, int64_t end) {
+RECAP_INLINE void update_one(const Values& h, const ArraysOf<T>& arrays, int64_t i) {
   using C = typename Compute<T>::type;
-  for (int64_t i = begin; i < end; ++i) {
-    C p = load(param[i]);
-    C state[kMaxStates] = {};
-    if constexpr (Algorithm::kStates > 0) state[0] = load(state0[i]);
-    if constexpr (Algorithm::kStates > 1) state[1] = load(state1[i]);
-    if constexpr (Algorithm::kStates > 2) state[2] = load(state2[i]);
-    Algorithm::update(h, load(grad[i]), p, state);
-    store(p, param[i]);
-    if constexpr (Algorithm::kStates > 0) store(state[0], state0[i]);
-    if constexpr (Algorithm::kStates > 1) store(state[1], state1[i]);
-    if constexpr (Algorithm::kStates > 2) store(state[2], state2[i]);
+  C p = load(arrays.param[i]);
+  C state[kMaxStates] = {};
+  for (int k = 0; k < Algorithm::kStates; ++k) state[k] = load(arrays.state[k][i]);
+  Algorithm::update(h, C(load(arrays.grad[i])), p, state);
+  store(p, arrays.param[i]);
+  for (int k = 0; k < Algorithm::kStates; ++k) store(state[k], arrays.state[k][i]);
+}
+
+// What is less than a vector: by narrower ones.
+template <typename Algorithm, int N, typename T, typename Values>
+RECAP_INLINE void update_rest(const Values& h, const ArraysOf<T>& arrays, int64_t i, int64_t end) {
+  constexpr int kFewest = 16 / sizeof(typename Compute<T>::type);
+  if constexpr (N < kFewest) {
+#pragma GCC unroll 1
+    for (; i < end; ++i) update_one<Algorithm>(h, arrays, i);
+  } else {
+    if (end - i >= N) {
+      update_vector<Algorithm, N>(h, arrays, i);
+      i += N;
+    }
+    update_rest<Algorithm, N / 2>(h, arrays, i, end);
   }
+}
+
+template <typename Algorithm, typename T, typename Values>
+RECAP_INLINE void update_range(const Values& h, const ArraysOf<T>& arrays, int64_t begin,
+                               int64_t end) {
+  constexpr int N = kLanes<typename Compute<T>::type>;
+  int64_t i = begin;
+#pragma GCC unroll 1
+  for (; i + N <= end; i += N) update_vector<Algorithm, N>(h, arrays, i);
+  if (i < end) update_rest<Algorithm, N / 2>(h, arrays, i, end);
 }
 
 // Asks for `bytes` of every array, from so far after the element `begin` as is the way.
@@ -173,11 +216,9 @@ RECAP_INLINE void with_values(const Values& values, const Update& update) {
 
 // A block that is in the cache already.
 template <typename Algorithm, typename T>
-void update_in_cache(const Values& values, T* __restrict param, const T* __restrict grad,
-                     T* __restrict state0, T* __restrict state1, T* __restrict state2,
-                     int64_t size) {
+void update_in_cache(const Values& values, const ArraysOf<T>& arrays, int64_t size) {
   with_values<Algorithm, T>(values, [&](const auto& h) __attribute__((always_inline)) {
-    update_range<Algorithm>(h, param, grad, state0, state1, state2, 0, size);
+    update_range<Algorithm>(h, arrays, 0, size);
   });
 }
 

@@ -25,17 +25,18 @@ bool Prefetch::next_tile() {
       continue;
     }
     ++tile_;
-    const int64_t item_size = dtype_size(slot.dtype), offset = tile.begin * item_size;
+    const int64_t item_size = dtype_size(slot.dtype);
     left_ = tile.size * item_size;
     if (is_long(slot)) {
       tile_ += tiles_left(slot, tile) - 1;
       left_ = std::min((slot.size - tile.begin) * item_size, kLead * kBlockBytes);
     }
-    grad_ = static_cast<const char*>(grad) + offset;
+    const Dtype of_grad = grad_dtype(slot), of_state = state_dtype(slot);
+    grad_ = static_cast<const char*>(element(grad, of_grad, tile.begin));
     int count = 0;
-    written_[count++] = static_cast<const char*>(slot.param) + offset;
+    written_[count++] = static_cast<const char*>(element(slot.param, slot.dtype, tile.begin));
     for (const void* state : slot.state) {
-      if (state) written_[count++] = static_cast<const char*>(state) + offset;
+      if (state) written_[count++] = static_cast<const char*>(element(state, of_state, tile.begin));
     }
     written_count_ = count;
     return true;

@@ -84,8 +84,9 @@ void update_by_sum(const Values& values, const Arrays& arrays, Prefetch&) {
     for (int k = 0; k < Algorithm::kStates; ++k) {
       load_all(static_cast<const T*>(arrays.state[k]) + begin, wide_state[k], count);
     }
-    update_in_cache<Algorithm, float>(values, wide_param, grad + begin, wide_state[0],
-                                      wide_state[1], wide_state[2], count);
+    const ArraysOf<float> wide = {
+        wide_param, grad + begin, {wide_state[0], wide_state[1], wide_state[2]}};
+    update_in_cache<Algorithm>(values, wide, count);
     store_all(wide_param, param + begin, count);
     for (int k = 0; k < Algorithm::kStates; ++k) {
       store_all(wide_state[k], static_cast<T*>(arrays.state[k]) + begin, count);

@@ -17,6 +17,8 @@ const std::vector<Way> kCandidates = {{1, 8}, {1, 0},       {2, 0},       {2, 8}
 // The EPYC has short tensors sooner by way of the second level.
 const std::vector<Way> kOfShort = {{1, kLead, false, 1}, {1, kLead, false, 2}};
 
+// A dtype, or mixed.
+constexpr int kKinds = kDtypes + 1;
 constexpr int kMostArrays = kMaxStates + 2;
 
 class Tuners {
@@ -26,14 +28,14 @@ class Tuners {
     for (auto& tuner : all_) tuner = std::make_unique<Tuner>(candidates);
   }
 
-  Tuner& of(Dtype dtype, int arrays, bool large) const {
-    return *all_[(static_cast<int>(dtype) * (kMostArrays + 1) + arrays) * 2 + large];
+  Tuner& of(int kind, int arrays, bool large) const {
+    return *all_[(kind * (kMostArrays + 1) + arrays) * 2 + large];
   }
   Tuner& of_short() { return of_short_; }
 
  private:
   Tuner of_short_;
-  std::array<std::unique_ptr<Tuner>, kDtypes*(kMostArrays + 1) * 2> all_;
+  std::array<std::unique_ptr<Tuner>, kKinds*(kMostArrays + 1) * 2> all_;
 };
 
 // Of `candidates`, as they are with what is fixed, each once.
@@ -67,7 +69,8 @@ std::unique_ptr<Tuners>& tuners() {
 
 Tuner& tuner_of(const Slot& slot) {
   const bool large = slot.size * dtype_size(slot.dtype) >= kLargeBytes;
-  return tuners()->of(slot.dtype, array_count(slot), large);
+  const int kind = slot.format ? kDtypes : static_cast<int>(slot.dtype);
+  return tuners()->of(kind, array_count(slot), large);
 }
 
 Tuner& tuner_of_short() { return tuners()->of_short(); }
@@ -78,11 +81,12 @@ void fix_way(std::optional<int> streams, std::optional<int> ahead, std::optional
 
 std::vector<ChosenWay> chosen_ways() {
   std::vector<ChosenWay> all;
-  for (int dtype = 0; dtype < kDtypes; ++dtype) {
+  for (int kind = 0; kind < kKinds; ++kind) {
     for (int arrays = 2; arrays <= kMostArrays; ++arrays) {
       for (const bool large : {false, true}) {
-        const auto way = tuners()->of(static_cast<Dtype>(dtype), arrays, large).found_best();
-        if (way) all.push_back({static_cast<Dtype>(dtype), arrays, large, *way});
+        const auto way = tuners()->of(kind, arrays, large).found_best();
+        const char* const name = kind == kDtypes ? "mixed" : dtype_name(static_cast<Dtype>(kind));
+        if (way) all.push_back({name, arrays, large, *way});
       }
     }
   }

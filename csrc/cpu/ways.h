@@ -32,8 +32,8 @@ void fix_way(std::optional<int> streams, std::optional<int> ahead,
              std::optional<int> level = std::nullopt);
 
 struct ChosenWay {
-  Dtype dtype;
-  int arrays;  // with the gradient
+  const char* kind;  // a dtype, or "mixed"
+  int arrays;        // with the gradient
   bool large;
   Way way;
 };

@@ -69,6 +69,15 @@ RECAP_INLINE constexpr T infinity() {
   return static_cast<T>(__builtin_inf());
 }
 
+// What updates say in the place of `?:`, `&&` and `||`, so that a vector can take the place of a
+// number (../cpu/vector.h).
+template <typename T>
+RECAP_INLINE T select(bool condition, T a, T b) {
+  return condition ? a : b;
+}
+RECAP_INLINE bool both(bool a, bool b) { return a && b; }
+RECAP_INLINE bool either(bool a, bool b) { return a || b; }
+
 // The factor of a lerp, `from + weight * (to - from)` with 0 < weight <= 1. As torch.lerp does, it
 // starts from the nearer end, so that weight 1 gives `to` exactly: a positive factor starts at
 // `from`, any other at `to`.

@@ -7,31 +7,9 @@
 #include <vector>
 
 #include "../algorithms/updates.h"
+#include "format.h"
 
 namespace recap {
-
-enum class Dtype : uint8_t { float32, float64, bfloat16, float16 };
-constexpr int kDtypes = 4;
-
-RECAP_INLINE constexpr int64_t dtype_size(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64: return 8;
-    case Dtype::float32: return 4;
-    case Dtype::bfloat16:
-    case Dtype::float16: return 2;
-  }
-  return 0;
-}
-
-constexpr const char* dtype_name(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float32: return "float32";
-    case Dtype::float64: return "float64";
-    case Dtype::bfloat16: return "bfloat16";
-    case Dtype::float16: return "float16";
-  }
-  return "";
-}
 
 // One parameter tensor with its state tensors: dense memory, visited in memory order.
 struct Slot {
@@ -40,7 +18,16 @@ struct Slot {
   int64_t size = 0;              // elements
   int64_t row_size = 0;  // elements of a row, if rows are updated as a whole or left alone; else 0
   Dtype dtype = Dtype::float32;
+  const Format* format = nullptr;  // null: all arrays are of `dtype`, rounded to nearest
 };
+
+RECAP_INLINE Dtype grad_dtype(const Slot& slot) {
+  return slot.format ? slot.format->grad : slot.dtype;
+}
+
+RECAP_INLINE Dtype state_dtype(const Slot& slot) {
+  return slot.format ? slot.format->state : slot.dtype;
+}
 
 // A run of consecutive elements of one slot.
 struct Tile {

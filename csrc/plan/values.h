@@ -66,6 +66,7 @@ struct Hyper {
 struct Values {
   Update update;
   bool clears_grads;
+  uint64_t step;  // what chances depend on; see numerics/rounding.h
   UpdateValues<float> float32;
   UpdateValues<double> float64;
   Values() {}  // without zeroes, which would be most of the writing
@@ -95,6 +96,7 @@ RECAP_INLINE void compute_values(const Hyper& hyper, const StepInputs& inputs,
                                  Correction&& correction, Values& out) {
   const double grad_factor = hyper.maximize ? -inputs.factor : inputs.factor;
   out.clears_grads = hyper.clears_grads;
+  out.step = static_cast<uint64_t>(inputs.step);
 #define RECAP_CASE(name, Traits)                                                               \
   case Algorithm::name: {                                                                      \
     out.update = Traits::update<Update>(hyper.name);                                           \

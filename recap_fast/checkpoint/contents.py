@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from recap_fast.checkpoint.params import TrainedParam
 from recap_fast.checkpoint.plain import check_plain, option_to_plain
 from recap_fast.names import bare_names, is_table
+from recap_fast.state.formats import FORMAT_OPTIONS
 from recap_fast.state.options import EXECUTION_OPTIONS
 
-# What says nothing about how parameters are trained.
-NOT_OPTIONS: Final = frozenset({"params", "param_names"}) | EXECUTION_OPTIONS
+# What says nothing about how parameters are trained, or is the optimizer's to say and not the
+# checkpoint's: how they are stored.
+NOT_OPTIONS: Final = frozenset({"params", "param_names", *EXECUTION_OPTIONS, *FORMAT_OPTIONS})
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Description:
 
     Attributes:
         groups: for each param group "params", their names; "algorithm"; "state", the names of what
-            it keeps for each, None if unknown; "options"; and "is_fused".
+            it keeps for each in whatever format, None if unknown; "options"; and "is_fused".
         entries: by parameter, what state there is; "tensor", or a value that is not one.
         column_shards: by parameter and state, `TrainedParam.column_shards` where it is not None.
         forward_passes: by table, how many its kernel has seen, if that matters; for a table that is
@@ -73,7 +75,7 @@ def _describe_group(item: TrainedParam) -> dict[str, Any]:
     return {
         "params": [],
         "algorithm": item.algorithm,
-        "state": None if state is None else sorted(state),
+        "state": None if state is None else sorted(state.keys() - item.added_states),
         "options": {
             name: option_to_plain(value, f"the option {name!r} of the group of {item.name!r}")
             for name, value in item.group.items()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from recap_fast.checkpoint.contents import Description
 from recap_fast.checkpoint.errors import CheckpointMismatchError
 from recap_fast.state.fit import misfits
+from recap_fast.state.formats import STATE_DTYPES, added_states
 
 Shape = Mapping[str, Any]
 """The "shape" and "dtype" of a tensor, as plain values."""
+
+_STORED: Final = frozenset(str(dtype).removeprefix("torch.") for dtype in STATE_DTYPES)
 
 
 @dataclass
@@ -125,7 +128,8 @@ def _compare_optimizers(
             continue
         entries, own_state = saved.entries.get(name, {}), own_states.get(name, {})
         # A fused table counts its steps elsewhere: see `Description.forward_passes`.
-        optional = {"step"} if saved_group["is_fused"] or group["is_fused"] else set()
+        is_fused = saved_group["is_fused"] or group["is_fused"]
+        optional = {"step"} if is_fused else _of_formats(group)
         shapes = {
             key: None
             if f"{name}.{key}" in {**saved.column_shards, **own.column_shards}
@@ -133,7 +137,8 @@ def _compare_optimizers(
             for key, entry in entries.items()
             if entry == "tensor"
         }
-        state = misfits(shapes, own_state, optional)
+        comparable = _kinds if not is_fused else dict
+        state = misfits(comparable(shapes), comparable(own_state), optional)
         # A dense parameter that took no step has no state, and needs none.
         if entries or saved_group["is_fused"]:
             found.missing += [f"{key!r} of {name!r}" for key in state.missing if key not in entries]
@@ -141,6 +146,19 @@ def _compare_optimizers(
         for key in state.changed:
             change = _change(saved_tensors[f"optimizer.{name}.{key}"], own_state[key])
             found.other.append(f"{key!r} of {name!r} {change}")
+
+
+def _of_formats(group: Mapping[str, Any]) -> frozenset[str]:
+    """What may be in the state of its parameters for the sake of formats alone."""
+    return added_states(group["state"] is None or "step" in group["state"])
+
+
+def _kinds(shapes: Mapping[str, Shape | None]) -> dict[str, Shape | None]:
+    """Shapes and dtypes, of which those are alike that states are converted between."""
+    return {
+        key: shape and {**shape, "dtype": "short" if shape["dtype"] in _STORED else shape["dtype"]}
+        for key, shape in shapes.items()
+    }
 
 
 def _compare_column_shards(where: str, saved: Description, own: Description) -> None:

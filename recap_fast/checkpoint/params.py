@@ -23,7 +23,9 @@ from recap_fast.embeddings.live_step import LiveStep
 from recap_fast.keyed import leaves, walk
 from recap_fast.keyed.new_state import new_state_of
 from recap_fast.names import bare_names
+from recap_fast.state.formats import added_states
 from recap_fast.state.memory import StateMemory
+from recap_fast.state.new import counts_steps
 
 # Where the classes are whose names say what is trained, and by which engine does not.
 _OF_ALGORITHMS = ("torch.optim.", "recap_fast.torch_classes")
@@ -65,6 +67,11 @@ class TrainedParam(NamedTuple):
             if kind.__module__.startswith(_OF_ALGORITHMS) and kind is not Optimizer:
                 return kind.__name__
         return type(self.owner).__name__
+
+    @property
+    def added_states(self) -> frozenset[str]:
+        """Names of what may be in its state for the sake of formats alone."""
+        return frozenset() if self.is_fused else added_states(counts_steps(self.owner))
 
     @property
     def counts_forward_passes(self) -> bool:

@@ -21,6 +21,7 @@ from recap_fast.embeddings.fused_optimizer import set_forward_passes
 from recap_fast.embeddings.live_step import pass_rate
 from recap_fast.names import is_table
 from recap_fast.scheduler import RecapLRShim
+from recap_fast.state.formats import renew
 from recap_fast.state.memory import StateMemory
 from recap_fast.state.options import option_like
 
@@ -82,6 +83,10 @@ class Restoration:
             for name, entry in entries.items()
         )
 
+    def _not_saved(self, item: TrainedParam) -> frozenset[str]:
+        """What the formats here ask for and those of the checkpoint did not."""
+        return item.added_states - self._saved.entries.get(item.name, {}).keys()
+
     def _was_fused(self, item: TrainedParam) -> bool:
         return bool(self._saved_groups[item.name]["is_fused"])
 
@@ -104,8 +109,14 @@ class Restoration:
             for name, entry in entries.items():
                 if entry != "tensor":
                     state[name] = entry["value"]
-                else:
-                    state[name] = own[name] if isinstance(own.get(name), Tensor) else new[name]
+                elif isinstance(own.get(name), Tensor):
+                    state[name] = own[name]
+                elif name in new or name not in item.added_states:
+                    state[name] = new[name]
+            # To be what they are at first, once the parameter has been loaded.
+            state |= {
+                name: {**new, **own}[name] for name in self._not_saved(item) & {**new, **own}.keys()
+            }
             if self._was_fused(item) and "step" in {**own, **new}:
                 # Of a kernel that counts nothing, a pass for each step of the training.
                 passes = self._saved.forward_passes.get(item.name, self._saved_step)
@@ -127,6 +138,9 @@ class Restoration:
                 )
             group[name] = option_like(group[name], value)
         for item in self._trained:
+            state = item.state()
+            for name in self._not_saved(item) & state.keys():
+                renew(name, state[name], item.param)
             if item.name in self._passes:
                 set_forward_passes(item.kernel, self._passes[item.name])
         for owner in {

@@ -7,11 +7,11 @@ all that the classes of `torch.optim` have, with the same meaning.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from pydantic import model_validator
 
-from recap_fast.config.base import BaseConfig, Flag, Fraction, NonNegative
+from recap_fast.config.base import BaseConfig, Flag, FloatType, Fraction, NonNegative, Seed
 
 __all__ = [
     "AdagradConfig",
@@ -29,21 +29,51 @@ __all__ = [
 ]
 
 
+_FORMATS: Final = ("state_dtype", "master_weights", "stochastic_rounding", "rounding_seed")
+
+
 class DenseSection(BaseConfig):
     """What every section has.
 
     Attributes:
         weight_decay: Added to the gradient, in proportion to the parameter (an L2 penalty).
         maximize: Ascend instead of descend.
+        state_dtype: How moments and momenta are stored: `float32`, `bfloat16` or `float16`, or that
+            `torch.dtype`. None: as the parameter.
+        master_weights: 16-bit parameters are updated in float32.
+        stochastic_rounding: 16-bit parameters are rounded up or down by chance; not with
+            `master_weights`.
+        rounding_seed: Of these chances, and those of 16-bit states. This and the three above are
+            those of `recap_fast.optim.FusedAdam`.
     """
 
     weight_decay: NonNegative = 0.0
     maximize: Flag = False
+    state_dtype: FloatType | None = None
+    master_weights: Flag = False
+    stochastic_rounding: Flag = False
+    rounding_seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _check_formats(self) -> DenseSection:
+        if self.master_weights and self.stochastic_rounding:
+            raise ValueError(
+                "set at most one of master_weights, stochastic_rounding; a parameter with a master "
+                "is rounded to nearest"
+            )
+        return self
+
+    @property
+    def formats(self) -> dict[str, Any]:
+        """How parameters and states are stored, of what is not torch's way."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        given = {name: getattr(self, name) for name in _FORMATS}
+        return {name: value for name, value in given.items() if value != defaults[name]}
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The fields, but for `lr`, as arguments of the `torch.optim` class."""
-        fields = self.model_dump(exclude={"lr"})
+        """The fields, but for `lr` and `formats`, as arguments of the `torch.optim` class."""
+        fields = self.model_dump(exclude={"lr", *_FORMATS})
         if "beta_1" in fields:
             fields["betas"] = (fields.pop("beta_1"), fields.pop("beta_2"))
         if "epsilon" in fields:

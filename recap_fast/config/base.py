@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -31,6 +31,12 @@ def _whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _dtype_name(value: Any) -> Any:
+    """Returns the name of a `torch.dtype`, without importing torch; any other value as it is."""
+    is_dtype = (type(value).__module__, type(value).__name__) == ("torch", "dtype")
+    return str(value).removeprefix("torch.") if is_dtype else value
+
+
 # Strict: no booleans, no fraction where a whole number belongs. A whole number is a float.
 NonNegative = Annotated[
     float, Field(strict=True, ge=0, allow_inf_nan=False), BeforeValidator(_number)
@@ -43,6 +49,8 @@ Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole_number)]
 Step = Annotated[int, Field(strict=True, ge=0), BeforeValidator(_whole_number)]
 NumSteps = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole_number)]
 Flag = Annotated[bool, Field(strict=True)]
+Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63), BeforeValidator(_whole_number)]
+FloatType = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(_dtype_name)]
 
 # Two spellings of one idea: torch's names and those of the recap recommender.
 _BETAS = ("beta_1", "beta_2")

@@ -27,6 +27,7 @@ class DenseGroup:
         learning_rate: The group's schedule.
         algorithm: Of `torch_classes.TORCH_CLASSES`, or a `groups.unfused_tables.TableAlgorithm`.
         hyperparameters: Arguments of that class.
+        formats: How parameters and states are stored: further arguments of our own classes.
     """
 
     name: str
@@ -35,6 +36,7 @@ class DenseGroup:
     learning_rate: LearningRate
     algorithm: str = "sgd"
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    formats: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sanitize(task: str) -> str:

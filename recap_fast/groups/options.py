@@ -111,6 +111,7 @@ def _options(
     return {
         "algorithm": algorithm,
         "hyperparameters": hyperparameters,
+        "formats": section.formats,
         "learning_rate": rate.times(math.prod(entry.lr_multiplier for entry in entries)),
     }
 

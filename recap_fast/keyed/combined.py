@@ -18,6 +18,7 @@ from torchrec.optim.fused import FusedOptimizer
 from recap_fast.clipping import check_max_norm, clip_grad_norm_
 from recap_fast.closure import evaluate
 from recap_fast.keyed.load import (
+    as_formats_have_it,
     as_tables_have_it,
     check_state,
     load_options,
@@ -301,7 +302,9 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
         """Gives state to every trainable dense parameter without; nothing else changes."""
         self._bring_state_along()
         for new in new_states(self, lambda param: param.requires_grad):
-            entries = dict.fromkeys(new.entries) if new.group.get("dampening") else new.entries
+            entries: dict[str, Any] = new.entries
+            if new.group.get("dampening") and "momentum_buffer" in entries:
+                entries = {**entries, "momentum_buffer": None}
             if entries:
                 new.states.setdefault(new.param, {}).update(entries)
 
@@ -367,7 +370,8 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
         """Loads what `state_dict` of this class, or of its fused counterpart, returned.
 
         Also what torch's `set_optimizer_state_dict` makes of what its `get_optimizer_state_dict`
-        returned, for this optimizer or torch's; its param groups are loaded too.
+        returned, for this optimizer or torch's; its param groups are loaded too. How parameters and
+        states are stored (`state_dtype` and the like) stays as it is here, and state is converted.
 
         Raises:
             ValueError: The state is of other parameters, of another algorithm or of another shape,
@@ -408,7 +412,7 @@ class CombinedOptimizer(keyed.CombinedOptimizer):
         }
         new = {param: entries for _, _, param, entries in made}
         here = {names[id(param)]: {**own.get(param, {}), **new.get(param, {})} for param in wanted}
-        saved = as_tables_have_it(saved, here)
+        saved = as_formats_have_it(self, names, as_tables_have_it(saved, here), {**own, **new})
         check_state(params, own, saved, {**kept, **new})
         if self.defaults["_save_param_groups"] and not options:
             saved_groups = state_dict.get("param_groups", ())

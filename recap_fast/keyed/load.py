@@ -14,8 +14,10 @@ from recap_fast.keyed.parts import Combined
 from recap_fast.keyed.walk import is_dense, walk
 from recap_fast.names import TABLES
 from recap_fast.state.fit import misfits
+from recap_fast.state.formats import FORMAT_OPTIONS, SEED, added_states
+from recap_fast.state.loading import with_own_formats
 from recap_fast.state.memory import StateMemory
-from recap_fast.state.new import has_state
+from recap_fast.state.new import counts_steps, has_state
 from recap_fast.state.options import EXECUTION_OPTIONS, option_like
 
 
@@ -82,6 +84,33 @@ def as_tables_have_it(
             found[name] = {**entries, "step": torch.zeros_like(steps["own"])}
         elif "saved" in steps and "step" not in own and own.keys() == rest.keys():
             found[name] = rest
+    return found
+
+
+def as_formats_have_it(
+    optimizer: Combined,
+    names: Mapping[int, str],
+    saved: Mapping[str, Mapping[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Any]],
+) -> dict[str, Mapping[str, Any]]:
+    """Returns saved state with the entries that the formats of the param groups here ask for.
+
+    Args:
+        optimizer: to load into.
+        names: of its parameters, by id.
+        saved: state to be loaded, by parameter name.
+        state: what there is here, or will be.
+    """
+    found = dict(saved)
+    for owner, _, param in _stepped(optimizer):
+        if isinstance(owner, WarmupOptimizer):
+            continue
+        own, entries = state.get(param, {}), saved.get(names[id(param)])
+        counted = counts_steps(owner)
+        if entries is None and own and own.keys() <= added_states(counted):
+            entries = {}  # of one that keeps nothing else
+        if isinstance(entries, Mapping):
+            found[names[id(param)]] = with_own_formats(entries, own, param, counted)
     return found
 
 
@@ -172,12 +201,13 @@ def match_param_groups(
         names: of the own parameters, by id.
 
     Raises:
-        ValueError: They are of other parameters, or have other options.
+        ValueError: They are of other parameters, or have other options; but for how their state is
+            stored.
     """
     own = [(tuple(sorted(names[id(p)] for p in group["params"])), group) for group in groups]
     found = [(tuple(sorted(group["params"])), group) for group in saved]
-    own_options = {params: sorted(group) for params, group in own}
-    saved_options = {params: sorted(group) for params, group in found}
+    own_options = {params: _options(group) for params, group in own}
+    saved_options = {params: _options(group) for params, group in found}
     for params in {**own_options, **saved_options}:
         here, there = own_options.get(params), saved_options.get(params)
         if here != there:
@@ -197,8 +227,18 @@ def match_param_groups(
     return pairs
 
 
+def _options(group: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in group if name not in (*FORMAT_OPTIONS, SEED))
+
+
 def load_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Sets the options of a param group to saved ones, but for how its step is executed."""
+    """Sets the options of a param group to saved ones.
+
+    But for how its step is executed, and how parameters and states are stored.
+    """
+    kept = {"params", "param_names", *EXECUTION_OPTIONS, *FORMAT_OPTIONS}
+    if SEED not in group:
+        kept.add(SEED)
     for name, value in saved.items():
-        if name not in ("params", "param_names") and name not in EXECUTION_OPTIONS:
+        if name not in kept:
             group[name] = option_like(group.get(name), value)

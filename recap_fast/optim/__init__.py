@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from recap_fast.optim.adagrad import FusedAdagrad
 from recap_fast.optim.adam import FusedAdam, FusedAdamW
+from recap_fast.optim.export import float32_state
 from recap_fast.optim.lion import FusedLion
 from recap_fast.optim.native_step import FusedOptimizer
 from recap_fast.optim.rmsprop import FusedRMSprop
@@ -44,4 +45,5 @@ __all__ = [
     "FusedRowwiseAdagrad",
     "FusedSGD",
     "FusedSparseAdam",
+    "float32_state",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, optim
 from torch.optim.optimizer import ParamsT
 
@@ -13,8 +14,10 @@ class FusedAdam(FusedOptimizer, optim.Adam):
 
     Arguments, param groups and state (``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``)
     are those of `torch.optim.Adam`, and checkpoints load in both directions. Parameters: dense
-    float32, float64, bfloat16 or float16 tensors of any shape; state has the parameter's dtype;
-    16-bit elements are updated in float32 and rounded once.
+    float32, float64, bfloat16 or float16 tensors of any shape; state has the parameter's dtype,
+    unless ``state_dtype`` says another; 16-bit elements are updated in float32 and rounded once.
+    Gradients of 16-bit parameters may be float32, and those of float32 parameters 16-bit
+    (``Parameter.grad_dtype``), on the CPU.
 
     With ``lazy=True`` (also a key of a param group) a row whose gradient is zero in all elements
     stays as it is, parameter and moments, without decay: a row is an index of the first dimension.
@@ -52,6 +55,19 @@ class FusedAdam(FusedOptimizer, optim.Adam):
             gradients. A sparse gradient has no rows afterwards. A step that a
             `torch.amp.GradScaler` does not call clears nothing, so leave
             ``step_supports_amp_scaling`` at None. torch's class has no such argument.
+        state_dtype: how moments and momenta are stored: ``torch.float32``, ``torch.bfloat16`` or
+            ``torch.float16``; None: as the parameter, rounded to nearest, as in torch. Otherwise
+            those of 16 bits are rounded stochastically, since an average that is rounded to nearest
+            stops moving once it changes by less than its last place. On the CPU only; torch's class
+            does not have it, nor the next three. Also keys of a param group.
+        master_weights: 16-bit parameters are updated in float32: of bfloat16 the state
+            ``param_remainder`` (int16) has the bits that the float has more, of float16 the state
+            ``master_param`` (float32) has all of it.
+        stochastic_rounding: 16-bit parameters are rounded up or down by chance, so that small
+            updates are not lost.
+        rounding_seed: of these chances, which also depend on the name of a parameter (its position,
+            if it has none), its step count and the index of an element, and on nothing else. In
+            checkpoints.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -79,6 +95,10 @@ class FusedAdam(FusedOptimizer, optim.Adam):
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
         clear_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         self._take_options(
             foreach,
@@ -102,6 +122,7 @@ class FusedAdam(FusedOptimizer, optim.Adam):
             decoupled_weight_decay=decoupled_weight_decay,
         )
         self._mark_lazy(lazy)
+        self._mark_formats(state_dtype, master_weights, stochastic_rounding, rounding_seed)
 
 
 class FusedAdamW(FusedOptimizer, optim.AdamW):
@@ -131,6 +152,10 @@ class FusedAdamW(FusedOptimizer, optim.AdamW):
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
         clear_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         self._take_options(
             foreach,
@@ -153,3 +178,4 @@ class FusedAdamW(FusedOptimizer, optim.AdamW):
             capturable=capturable,
         )
         self._mark_lazy(lazy)
+        self._mark_formats(state_dtype, master_weights, stochastic_rounding, rounding_seed)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from recap_fast._native import native
+from recap_fast.state.formats import STATE_DTYPES, has_formats
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Group = dict[str, Any]
@@ -44,9 +45,23 @@ def why_gradients_not_native(group: Mapping[str, Any]) -> str | None:
             reason = _refused("gradients", grad)
         if reason is not None:
             return reason
-        if grad.dtype != param.dtype:
+        if grad.dtype != param.dtype and not _are_widened(param, grad):
             return f"{_short(grad.dtype)} gradients of {_short(param.dtype)} parameters"
     return None
+
+
+def _are_widened(param: Tensor, grad: Tensor) -> bool:
+    """Whether the native step takes a gradient of another dtype: both in float32."""
+    return param.device.type == "cpu" and {param.dtype, grad.dtype} <= {*STATE_DTYPES}
+
+
+def why_formats_not_native(group: Mapping[str, Any]) -> str | None:
+    """What the native step refuses of a param group that asks for other formats than torch's."""
+    if (reason := why_not_native(group)) is not None:
+        return reason
+    grads = (param.grad for param in group["params"])
+    is_any_sparse = any(grad is not None and grad.layout == torch.sparse_coo for grad in grads)
+    return "sparse gradients" if is_any_sparse else None
 
 
 def _sparse_refused(group: Mapping[str, Any], param: Tensor, grad: Tensor) -> str | None:
@@ -62,6 +77,11 @@ def _sparse_refused(group: Mapping[str, Any], param: Tensor, grad: Tensor) -> st
     options = [] if group.get("lazy") else ["momentum", "weight_decay", "amsgrad"]
     used = [option for option in options if group.get(option)]
     return f"sparse gradients with {used[0]}" if used else None
+
+
+def is_native_only(group: Mapping[str, Any]) -> bool:
+    """Whether a param group asks for what torch's step knows nothing of."""
+    return bool(group.get("lazy")) or has_formats(group)
 
 
 def _refused(what: str, tensor: Tensor) -> str | None:
@@ -98,7 +118,7 @@ class LeftToTorch:
 
     def reason(self, group: Group) -> str | None:
         """Why a group is left to torch; None if it is native, or if torch has no such step."""
-        if group.get("lazy"):
+        if is_native_only(group):
             return None
         for param in group["params"]:
             if param in self._reasons:

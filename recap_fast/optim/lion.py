@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -26,6 +27,7 @@ class FusedLion(FusedOptimizer, Lion):
         maximize: ascend instead of descend.
         foreach, fused, differentiable, capturable, clip_grad_norm, step_supports_amp_scaling,
             unscale_grads, clear_grads: as in `FusedAdam`.
+        state_dtype, master_weights, stochastic_rounding, rounding_seed: as in `FusedAdam`.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -49,6 +51,10 @@ class FusedLion(FusedOptimizer, Lion):
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
         clear_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         self._take_options(
             foreach,
@@ -61,5 +67,6 @@ class FusedLion(FusedOptimizer, Lion):
             clear_grads,
         )
         super().__init__(params, lr, betas, weight_decay, maximize=maximize)
+        self._mark_formats(state_dtype, master_weights, stochastic_rounding, rounding_seed)
         if capturable:
             self._mark_capturable()

@@ -15,6 +15,8 @@ from recap_fast.optim import table_types
 from recap_fast.optim.hooks import observed
 from recap_fast.optim.left_to_torch import LeftToTorch
 from recap_fast.optim.stepper import Stepper
+from recap_fast.state.formats import FORMAT_OPTIONS, SEED, check_formats, format_options
+from recap_fast.state.loading import fit_formats, in_own_formats
 from recap_fast.state.memory import Shares, StateMemory
 
 logger = logging.getLogger("recap_fast")
@@ -27,6 +29,19 @@ def _log_without_effect(argument: str, value: object) -> None:
     if argument not in _logged:
         _logged.add(argument)
         logger.info("%s=%s has no effect: a step is always one native call", argument, value)
+
+
+def _keep_formats(group: dict[str, Any], own: dict[str, Any]) -> None:
+    """How parameters and states are stored is the optimizer's, not the checkpoint's, to say."""
+    for key in FORMAT_OPTIONS:
+        if key in own:
+            group[key] = own[key]
+        else:
+            group.pop(key, None)
+    if SEED in own:
+        group.setdefault(SEED, own[SEED])
+    else:
+        group.pop(SEED, None)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -150,6 +165,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     group[key] = own.get(key)
             if "lazy" in own:  # of which torch's checkpoints know nothing
                 group.setdefault("lazy", own["lazy"])
+            if before:
+                _keep_formats(group, own)
 
     @classmethod
     def torch_class(cls) -> type[torch.optim.Optimizer]:
@@ -170,18 +187,56 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 group.setdefault("lazy", True)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's: large tensors are taken as they are, if dtype and device are the parameter's.
+    def _mark_formats(
+        self,
+        state_dtype: torch.dtype | None,
+        master_weights: bool,
+        stochastic_rounding: bool,
+        rounding_seed: int,
+    ) -> None:
+        """Puts what is asked for into the param groups: torch's checkpoints know nothing of it."""
+        self._take_formats(
+            format_options(state_dtype, master_weights, stochastic_rounding, rounding_seed)
+        )
 
-        Small ones go where a step reads them fast. So do large ones in the next step, if the caller
-        has let go of ``state_dict`` by then.
+    def _take_formats(self, options: dict[str, Any]) -> None:
+        """Gives all param groups the format options that they lack, and converts what there is."""
+        self.defaults.update(options)
+        for group in self.param_groups:
+            for key, value in options.items():
+                group.setdefault(key, value)
+            check_formats(group)
+        fit_formats(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's.
+
+        Raises:
+            TypeError, ValueError: what torch's raises, or because the parameters cannot be stored
+                as the group or the constructor asks for; nothing has been added.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_formats(self.param_groups[-1])
+        except BaseException:
+            del self.param_groups[-1]
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's: large tensors are taken as they are, if dtype and device fit.
+
+        The dtype of states is that which this optimizer's param groups ask for; torch would convert
+        them to the parameter's. How parameters and states are stored is this optimizer's too, but
+        the ``rounding_seed`` is the saved one. Small ones go where a step reads them fast. So do
+        large ones in the next step, if the caller has let go of ``state_dict`` by then.
 
         Raises:
             Exception: what torch's raises; state and param groups are then as they were.
         """
         state, param_groups = self.state, self.param_groups
         try:
-            super().load_state_dict(state_dict)
+            with in_own_formats(self):
+                super().load_state_dict(state_dict)
             self._place_state()
         except BaseException:
             self.state, self.param_groups = state, param_groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, optim
 from torch.optim.optimizer import ParamsT
 
@@ -29,6 +30,7 @@ class FusedRMSprop(FusedOptimizer, optim.RMSprop):
         maximize: ascend instead of descend.
         differentiable: False; a step has no backward.
         clip_grad_norm: clip gradients by their global norm, see `FusedOptimizer`; None does not.
+        state_dtype, master_weights, stochastic_rounding, rounding_seed: as in `FusedAdam`.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -55,6 +57,10 @@ class FusedRMSprop(FusedOptimizer, optim.RMSprop):
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
         clear_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         self._take_options(
             foreach,
@@ -77,3 +83,4 @@ class FusedRMSprop(FusedOptimizer, optim.RMSprop):
             capturable=capturable,
             maximize=maximize,
         )
+        self._mark_formats(state_dtype, master_weights, stochastic_rounding, rounding_seed)

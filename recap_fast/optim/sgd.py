@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, optim
 from torch.optim.optimizer import ParamsT
 
@@ -28,6 +29,7 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         capturable, step_supports_amp_scaling, unscale_grads, clear_grads: as in `FusedAdam`;
             torch's class does not have them.
         clip_grad_norm: clip gradients by their global norm, see `FusedOptimizer`; None does not.
+        state_dtype, master_weights, stochastic_rounding, rounding_seed: as in `FusedAdam`.
 
     Raises:
         ValueError: an argument is out of range, or asks for another way of stepping.
@@ -53,6 +55,10 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
         clear_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         self._take_options(
             foreach,
@@ -65,5 +71,6 @@ class FusedSGD(FusedOptimizer, optim.SGD):
             clear_grads,
         )
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+        self._mark_formats(state_dtype, master_weights, stochastic_rounding, rounding_seed)
         if capturable:
             self._mark_capturable()

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from recap_fast._native import native
 from recap_fast.clipping import NormParts, clip_on_device
+from recap_fast.optim.left_to_torch import is_native_only
 from recap_fast.optim.stepped import Stepped
 from recap_fast.optim.torch_step import torch_steps
+from recap_fast.state.formats import added_states
 from recap_fast.state.memory import Shares, StateMemory, shares_of
-from recap_fast.state.new import new_state, strays
+from recap_fast.state.new import counts_steps, new_state, strays
 
 if TYPE_CHECKING:
     from recap_fast._C import BoundPlan, NewState
@@ -418,7 +420,7 @@ class Stepper:
             for number, optimizer in enumerate(optimizers)
             if (left := optimizer._left_to_torch) is not None
             for index, group in groups[number]
-            if not group.get("lazy")  # which torch would step otherwise
+            if not is_native_only(group)
         ]
         found = False
         for number, optimizer, left, index, group in candidates:
@@ -477,6 +479,10 @@ class Stepper:
             is_new = owner is None or type(owner) is not type(optimizer)
             if owner is None or is_new:
                 entries = new_state(optimizer, group, param, memory)
+                # Beside a momentum buffer that is yet to come.
+                present = optimizer.state.get(param) or {}
+                kept = added_states(counts_steps(optimizer)) & entries.keys() & present.keys()
+                entries |= {name: present[name] for name in kept}
             else:
                 entries = dict(owner.state[param])
             left_behind = None if owner is None else owner.state

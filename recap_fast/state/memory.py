@@ -115,34 +115,41 @@ class StateMemory:
         self._blocks: _Blocks = _blocks_of_thread.blocks if goes_on else {}
         self._adopted = 0  # bytes
 
-    def empty_like(self, param: Tensor, index: int) -> Tensor:
-        """Returns a tensor of the shape, dtype, device and strides of ``param``, to be filled.
+    def empty_like(self, param: Tensor, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns a tensor of the shape, device and strides of ``param``, to be filled.
 
         Args:
             param: a dense one; if it has gaps in memory, the strides are those torch would choose.
             index: which of the parameter's states it is.
+            dtype: None: that of ``param``.
         """
-        return self._allocated_like(param, index)[0]
+        return self._allocated_like(param, index, dtype)[0]
 
-    def _allocated_like(self, param: Tensor, index: int) -> tuple[Tensor, bool]:
+    def _allocated_like(
+        self, param: Tensor, index: int, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, bool]:
         """And whether it is fresh memory, of zeros, of which no page is there yet."""
+        dtype = dtype or param.dtype
         if not _is_plain(param) or self._native is None:
-            return torch.empty_like(param, memory_format=torch.preserve_format), False
-        size = param.numel() * param.element_size()
+            like = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            return like, False
+        size = param.numel() * dtype.itemsize
         begin_in_page = (index + 1) * _PAGE // 4
         if size <= _SMALL:
             alignment = _CACHE_LINE if size > 32 else 32 if size > 16 else 16
             block, begin = self._room(index, size, alignment, begin_in_page)
-            return block.tensor(begin, param.shape, _dense_strides(param), param.dtype), False
+            return block.tensor(begin, param.shape, _dense_strides(param), dtype), False
         own = _large_block(size + _PAGE)
         wanted = (param.data_ptr() + begin_in_page) % _PAGE
         begin = (wanted - _address(own)) % _PAGE // _CACHE_LINE * _CACHE_LINE
-        state = torch.frombuffer(own, dtype=param.dtype, count=param.numel(), offset=begin)
+        state = torch.frombuffer(own, dtype=dtype, count=param.numel(), offset=begin)
         return state.as_strided_(param.shape, _dense_strides(param)), True
 
-    def full_like(self, param: Tensor, value: float, index: int) -> Tensor:
+    def full_like(
+        self, param: Tensor, value: float, index: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """As `empty_like`, filled with ``value``."""
-        state, is_fresh = self._allocated_like(param, index)
+        state, is_fresh = self._allocated_like(param, index, dtype)
         touched = is_fresh and self._touch(param, state)
         return state if touched and value == 0 else state.fill_(value)
 

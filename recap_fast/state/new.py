@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from recap_fast.state.formats import is_rounded_by_chance, new_rest, rest_name, state_dtype_of
 from recap_fast.state.memory import StateMemory
 
 
@@ -60,6 +61,11 @@ def has_state(state: Mapping[str, Any] | None) -> bool:
     return state is not None and any(value is not None for value in state.values())
 
 
+def counts_steps(optimizer: object) -> bool:
+    """Whether an optimizer has a step count of each parameter, in whatever format states are."""
+    return not isinstance(optimizer, torch.optim.SGD) and not hasattr(optimizer, "state_names")
+
+
 def new_state(
     optimizer: HasState,
     group: Mapping[str, Any],
@@ -77,34 +83,52 @@ def new_state(
         memory: where the state goes; one for all parameters whose state is made together.
 
     Returns:
-        Tensors of the shape, dtype, device and memory layout of ``param``, all zero (Adagrad's
-        ``sum``: its initial accumulator value), and for Adam, Adagrad and RMSprop a 0-dim ``step``
-        of zero. Empty for SGD without momentum. For row-wise Adagrad `row_sums` and such a
-        ``step``.
+        Tensors of the shape, device and memory layout of ``param``, all zero (Adagrad's ``sum``:
+        its initial accumulator value), and for Adam, Adagrad and RMSprop a 0-dim ``step`` of zero.
+        Their dtype is that of ``param``, unless the group has a ``state_dtype``. Empty for SGD
+        without momentum. For row-wise Adagrad `row_sums` and such a ``step``. What the formats of
+        the group ask for besides: see `recap_fast.state.formats`.
 
     Raises:
         TypeError: for any other class of optimizer.
     """
+    state = _algorithm_state(optimizer, group, param, memory)
+    states = len(state) - ("step" in state)
+    if is_rounded_by_chance(group, param, states > 0) and "step" not in state:
+        state["step"] = memory.step_count(0, _step_dtype())
+    if (name := rest_name(group, param)) is not None:
+        state[name] = new_rest(param, memory, states)
+    return state
+
+
+def _algorithm_state(
+    optimizer: HasState, group: Mapping[str, Any], param: Tensor, memory: StateMemory
+) -> dict[str, Tensor]:
+    dtype = state_dtype_of(group, param)
+
+    def full(value: float, index: int) -> Tensor:
+        return memory.full_like(param, value, index, dtype)
+
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.SparseAdam)):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group.get("amsgrad", False)
-        moments = {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names)}
+        moments = {name: full(0.0, i) for i, name in enumerate(names)}
         return {"step": memory.step_count(0, _step_dtype()), **moments}
     if isinstance(optimizer, torch.optim.Adagrad):
         # The constructor's, as in torch, whatever the group says: of state made there and here.
         start = optimizer.defaults["initial_accumulator_value"]
         step = memory.step_count(0, _step_dtype())
-        return {"step": step, "sum": memory.full_like(param, start, 0)}
+        return {"step": step, "sum": full(start, 0)}
     if isinstance(optimizer, torch.optim.RMSprop):
         names = ["square_avg"] + ["momentum_buffer"] * (group["momentum"] > 0)
         names += ["grad_avg"] * group["centered"]
-        averages = {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names)}
+        averages = {name: full(0.0, i) for i, name in enumerate(names)}
         return {"step": memory.step_count(0, _step_dtype()), **averages}
     if names_of := getattr(optimizer, "state_names", None):
-        return {name: memory.full_like(param, 0.0, i) for i, name in enumerate(names_of(group))}
+        return {name: full(0.0, i) for i, name in enumerate(names_of(group))}
     if getattr(optimizer, "algorithm", None) == "rowwise_adagrad":
         return {"step": memory.step_count(0, _step_dtype()), "sum": row_sums(param, memory)}
     if isinstance(optimizer, torch.optim.SGD):
-        return {"momentum_buffer": memory.full_like(param, 0.0, 0)} if group["momentum"] else {}
+        return {"momentum_buffer": full(0.0, 0)} if group["momentum"] else {}
     raise TypeError(
         f"cannot make state for {type(optimizer).__name__}; it must be Adam, AdamW, Adagrad, "
         "RMSprop or SGD of torch, or have `state_names`"

@@ -43,6 +43,11 @@ def plain(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callabl
     return make
 
 
+def _in_bfloat16(seed: int, kind: Callable[[Any], torch.optim.Optimizer]) -> Training:
+    model = Small(seed).bfloat16()
+    return Training(model, kind(model.named_parameters()))
+
+
 def frozen(seed: int) -> Training:
     model = Small(seed)
     model.first.weight.requires_grad_(False)
@@ -166,6 +171,24 @@ CASES: dict[str, Callable[[int], Training]] = {
     "our adam": plain(FusedAdam, amsgrad=True),
     "our adamw": plain(FusedAdamW, weight_decay=0.1),
     "a scheduler of torch's": scheduled,
+    "short states": lambda seed: small(
+        seed, adamw={"lr": 0.1, "state_dtype": "bfloat16", "rounding_seed": 2}
+    ),
+    "masters": lambda seed: built(
+        Small(seed).bfloat16(), adam={"lr": 0.1, "state_dtype": "float32", "master_weights": True}
+    ),
+    "masters of float16": lambda seed: built(
+        Small(seed).half(), lion={"lr": 0.1, "master_weights": True}
+    ),
+    "by chance": lambda seed: built(
+        Small(seed).bfloat16(), sgd={"lr": 0.1, "momentum": 0.9, "stochastic_rounding": True}
+    ),
+    "parameters by chance": lambda seed: built(
+        Small(seed).bfloat16(), sgd={"lr": 0.1, "stochastic_rounding": True, "rounding_seed": -1}
+    ),
+    "our adam with masters": lambda seed: _in_bfloat16(
+        seed, lambda p: FusedAdam(p, lr=0.1, master_weights=True)
+    ),
 }
 
 

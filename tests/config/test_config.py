@@ -112,7 +112,13 @@ def write(tmp_path: Path):
 
 # Defaults
 
-OFF = {"weight_decay": 0.0, "maximize": False}
+FORMATS = {
+    "state_dtype": None,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
+}
+OFF = {"weight_decay": 0.0, "maximize": False, **FORMATS}
 ADAM = {"amsgrad": False, **OFF}
 ADAMW = {"weight_decay": 0.01}
 SGD = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, **OFF}

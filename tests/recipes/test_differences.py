@@ -103,9 +103,9 @@ def _complex() -> nn.Parameter:
 
 
 def _other_dtype() -> nn.Parameter:
-    param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    param.grad_dtype = torch.float32
-    param.grad = torch.ones(3)
+    param = nn.Parameter(torch.ones(3))
+    param.grad_dtype = torch.float64
+    param.grad = torch.ones(3, dtype=torch.float64)
     return param
 
 

@@ -164,7 +164,7 @@ TEST(a_way_is_chosen_within_some_steps) {
   }
   const std::vector<recap::cpu::ChosenWay> chosen = recap::cpu::chosen_ways();
   CHECK_EQ(chosen.size(), size_t{1});
-  CHECK(chosen[0].dtype == Dtype::float32 && !chosen[0].large);
+  CHECK(std::string(chosen[0].kind) == "float32" && !chosen[0].large);
   CHECK_EQ(chosen[0].arrays, 4);
   recap::cpu::run(problem.plan, problem.step, kOneThread);
   CHECK(recap::cpu::chosen_ways()[0].way == chosen[0].way);

@@ -25,7 +25,7 @@ std::vector<uint32_t> deal_out(size_t slots, uint32_t parts) {
   return part_of_slot;
 }
 
-double element(const void* gradient, Dtype dtype, int64_t i) {
+double value_of(const void* gradient, Dtype dtype, int64_t i) {
   switch (dtype) {
     case Dtype::float32: return static_cast<const float*>(gradient)[i];
     case Dtype::float64: return static_cast<const double*>(gradient)[i];
@@ -41,7 +41,7 @@ std::vector<double> expected_sums(const Problem& problem, uint32_t parts) {
     const void* const gradient = problem.step.grads[slot];
     if (!gradient) continue;
     for (int64_t i = 0; i < problem.plan.slots[slot].size; ++i) {
-      const long double x = element(gradient, problem.plan.slots[slot].dtype, i);
+      const long double x = value_of(gradient, problem.plan.slots[slot].dtype, i);
       sums[slot % parts] += x * x;
     }
   }

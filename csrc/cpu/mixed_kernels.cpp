@@ -1,0 +1,283 @@
+// The updates of slots with a format, compiled once per instruction set (RECAP_INSTRUCTION_SET).
+//
+// There is one loop for each update, not for each format: what a format says is asked before every
+// load and store of a vector, and a processor foresees an answer that is always the same.
+#include "kernels.h"
+#include "loops.h"
+
+namespace recap::cpu {
+namespace {
+
+constexpr int N = kLanes<float>;
+using Floats = Vector<float, N>;
+using Words = NativeOf<uint32_t, N>;
+
+struct Powers {
+  alignas(64) uint32_t of_lane[kElementsOfDraw];
+};
+constexpr Powers make_powers() {
+  Powers powers{};
+  uint32_t power = 1;
+  for (uint32_t& each : powers.of_lane) each = power *= kMultiplier;
+  return powers;
+}
+constexpr Powers kPowers = make_powers();
+
+// The chances of elements that follow each other. In whole parameters, and in nearly all
+// shards, the elements of a vector have the same draws.
+template <bool kShare>
+class Chances {
+ public:
+  Chances(uint64_t key, uint64_t index) : key_(key), index_(index) {}
+
+  // What one draw gives to a vector, for two arrays.
+  struct Pair {
+    Words of[2];
+  };
+  RECAP_INLINE Pair drawn(int number) const {
+    Pair all{};
+    if constexpr (kShare) {
+      const Draw shared = draw(key_, index_, number);
+      const Words powers = read<Words>(kPowers.of_lane + index_ % kElementsOfDraw);
+      for (int k = 0; k < 2; ++k) all.of[k] = (shared.words[k] * powers) >> 16;
+    } else {
+      for (int i = 0; i < N; ++i) {
+        const Draw own = draw(key_, index_ + i, number);
+        const uint32_t power = kPowers.of_lane[(index_ + i) % kElementsOfDraw];
+        for (int k = 0; k < 2; ++k) all.of[k][i] = chance(own.words[k], power);
+      }
+    }
+    return all;
+  }
+  RECAP_INLINE void go_on() { index_ += N; }
+
+ private:
+  const uint64_t key_;
+  uint64_t index_;
+};
+
+// As `store` of rounding.h does.
+RECAP_INLINE void store_by_chance(Floats value, Words chance, BFloat16* to) {
+  write(to, narrow_upper<N>(add_to_numbers(value, chance)));
+}
+RECAP_INLINE void store_by_chance(Floats value, Words chance, Float16* to) {
+  using Signed = NativeOf<int32_t, N>;
+  using Native = NativeOf<float, N>;
+  const Words bits = value.bits(), magnitude = bits & 0x7fffffffu;
+  const Words normal = (magnitude - 0x38000000u + (chance >> 3)) >> 13;
+  const Native units = bit_cast<Native>(magnitude) * 0x1p24f;
+  const Native clamped = units < 1024.0f ? units : Native{};
+  const Signed whole = __builtin_convertvector(clamped, Signed);
+  const Native rest = (clamped - __builtin_convertvector(whole, Native)) * 0x1p16f;
+  const Native limit = __builtin_convertvector(bit_cast<Signed>(chance), Native) + 0.5f;
+  const Words subnormal = bit_cast<Words>(whole) + (rest > limit ? Words{} + 1u : Words{});
+  Words half = magnitude >= 0x38800000u ? normal : subnormal;
+  half = half < 0x7c00u ? half : Words{} + 0x7c00u;
+  half = value.v == value.v ? half : Words{} + 0x7e00u;
+  write(to, narrow<N>(((bits >> 16) & 0x8000u) | half));
+}
+
+// Adds remainders to what is in the upper half, as `load` of rounding.h does.
+RECAP_INLINE Words add_unless_stale(Words high, Words low) {
+#if defined(__AVX512F__)
+  const __m512i all = bit_cast<__m512i>(high), more = bit_cast<__m512i>(low);
+  const __mmask16 is_zero = _mm512_testn_epi32_mask(all, _mm512_set1_epi32(0x7fffffff));
+  const __mmask16 is_stale = _mm512_mask_cmplt_epi32_mask(is_zero, more, _mm512_setzero_si512());
+  return bit_cast<Words>(_mm512_mask_add_epi32(all, _knot_mask16(is_stale), all, more));
+#else
+  const auto is_stale = ((high << 1) == 0) & (low >> 31 != 0);
+  return high + (is_stale ? Words{} : low);
+#endif
+}
+
+RECAP_INLINE Floats load_with_remainder(const BFloat16* upper, const int16_t* remainder) {
+  const Words high = widen_to_upper<N>(read<NativeOf<uint16_t, N>>(upper));
+  const Words low = widen_signed<N>(read<NativeOf<int16_t, N>>(remainder));
+  return bit_cast<NativeOf<float, N>>(add_unless_stale(high, low));
+}
+RECAP_INLINE void store_with_remainder(Floats value, BFloat16* upper, int16_t* remainder) {
+  const Words bits = value.v == value.v ? value.bits() : Words{} + 0x7fc00000u;
+  write(upper, narrow_upper<N>(bits + 0x8000u));
+  write(remainder, narrow_lower<N>(bits));
+}
+
+RECAP_INLINE Floats load_as(Dtype dtype, const void* from, int64_t i) {
+  switch (dtype) {
+    case Dtype::bfloat16: return load_vector<N>(static_cast<const BFloat16*>(from) + i);
+    case Dtype::float16: return load_vector<N>(static_cast<const Float16*>(from) + i);
+    default: return load_vector<N>(static_cast<const float*>(from) + i);
+  }
+}
+RECAP_INLINE void store_as(Dtype dtype, Floats value, void* to, int64_t i) {
+  switch (dtype) {
+    case Dtype::bfloat16: store_vector(value, static_cast<BFloat16*>(to) + i); return;
+    case Dtype::float16: store_vector(value, static_cast<Float16*>(to) + i); return;
+    default: store_vector(value, static_cast<float*>(to) + i);
+  }
+}
+RECAP_INLINE void store_as(Dtype dtype, Floats value, Words chance, void* to, int64_t i) {
+  switch (dtype) {
+    case Dtype::bfloat16: store_by_chance(value, chance, static_cast<BFloat16*>(to) + i); return;
+    case Dtype::float16: store_by_chance(value, chance, static_cast<Float16*>(to) + i); return;
+    default: store_vector(value, static_cast<float*>(to) + i);
+  }
+}
+
+// A format with the dtype of the parameter, known when the loop is compiled or not.
+struct AnyFormat : Format {
+  Dtype dtype;
+};
+
+template <typename F>
+RECAP_INLINE Floats load_param(const MixedArrays& all, const F& format, int64_t i) {
+  const void* const param = all.arrays.param;
+  switch (format.param) {
+    case ParamRounding::remainder:
+      return load_with_remainder(static_cast<const BFloat16*>(param) + i,
+                                 static_cast<const int16_t*>(all.rest) + i);
+    case ParamRounding::master: {
+      Floats value;
+      for (int lane = 0; lane < N; ++lane) {
+        value.v[lane] = load(static_cast<const Float16*>(param)[i + lane],
+                             static_cast<const float*>(all.rest)[i + lane]);
+      }
+      return value;
+    }
+    default: return load_as(format.dtype, param, i);
+  }
+}
+template <typename F>
+RECAP_INLINE void store_param(const MixedArrays& all, const F& format, Floats value, Words chance,
+                              int64_t i) {
+  void* const param = all.arrays.param;
+  switch (format.param) {
+    case ParamRounding::remainder:
+      store_with_remainder(value, static_cast<BFloat16*>(param) + i,
+                           static_cast<int16_t*>(all.rest) + i);
+      return;
+    case ParamRounding::stochastic: store_as(format.dtype, value, chance, param, i); return;
+    case ParamRounding::master: store_vector(value, static_cast<float*>(all.rest) + i); break;
+    case ParamRounding::nearest: break;
+  }
+  store_as(format.dtype, value, param, i);
+}
+
+template <typename Algorithm, typename H, typename F, typename C>
+RECAP_INLINE void update_vector(const H& h, const MixedArrays& all, const F& format, C& chances,
+                                int64_t i) {
+  Floats param = load_param(all, format, i);
+  const Floats grad = load_as(format.grad, all.arrays.grad, i);
+  Floats state[kMaxStates];
+  // Written out: in a loop, they would not be kept in registers.
+  const auto load_state = [&](int k) __attribute__((always_inline)) {
+    return load_as(format.state, all.arrays.state[k], i);
+  };
+  if constexpr (Algorithm::kStates > 0) state[0] = load_state(0);
+  if constexpr (Algorithm::kStates > 1) state[1] = load_state(1);
+  if constexpr (Algorithm::kStates > 2) state[2] = load_state(2);
+  Algorithm::update(h, grad, param, state);
+  typename C::Pair first{}, second{};
+  if (format.draws_for_states && Algorithm::kStates > 0) first = chances.drawn(0);
+  const bool has_third = format.draws_for_states && Algorithm::kStates > 2;
+  if (format.param == ParamRounding::stochastic || has_third) second = chances.drawn(1);
+  chances.go_on();
+  store_param(all, format, param, second.of[0], i);
+  const auto store_state = [&](int k, Words chance) __attribute__((always_inline)) {
+    if (format.draws_for_states) {
+      store_as(format.state, state[k], chance, all.arrays.state[k], i);
+    } else {
+      store_as(format.state, state[k], all.arrays.state[k], i);
+    }
+  };
+  if constexpr (Algorithm::kStates > 0) store_state(0, first.of[0]);
+  if constexpr (Algorithm::kStates > 1) store_state(1, first.of[1]);
+  if constexpr (Algorithm::kStates > 2) store_state(2, second.of[1]);
+}
+
+// What is less than a vector is filled up with zeros elsewhere.
+template <typename Algorithm, typename H>
+void update_rest(const H& h, const MixedArrays& all, const AnyFormat& format, int64_t i) {
+  const auto count = static_cast<size_t>(all.arrays.size - i);
+  alignas(64) char buffers[3 + kMaxStates][N * sizeof(float)] = {};
+  struct {
+    void* from;
+    Dtype dtype;
+  } const arrays[] = {
+      {all.arrays.param, all.dtype},       {const_cast<void*>(all.arrays.grad), format.grad},
+      {all.rest, rest_dtype(format)},      {all.arrays.state[0], format.state},
+      {all.arrays.state[1], format.state}, {all.arrays.state[2], format.state}};
+  MixedArrays rest = all;
+  rest.arrays = {buffers[0], buffers[1], {buffers[3], buffers[4], buffers[5]}, N};
+  rest.rest = buffers[2];
+  rest.index = all.index + i;
+  constexpr int kArrays = 3 + Algorithm::kStates;
+  for (int k = 0; k < kArrays; ++k) {
+    const auto& [from, dtype] = arrays[k];
+    if (from) memcpy(buffers[k], element(from, dtype, i), count * dtype_size(dtype));
+  }
+  Chances<false> chances(all.key, rest.index);
+  update_vector<Algorithm>(h, rest, format, chances, 0);
+  for (int k = 0; k < kArrays; ++k) {
+    const auto& [to, dtype] = arrays[k];
+    if (to && k != 1) memcpy(element(to, dtype, i), buffers[k], count * dtype_size(dtype));
+  }
+}
+
+template <Dtype kDtype, ParamRounding kParam, Dtype kGrad, Dtype kState>
+struct KnownFormat {
+  static constexpr Dtype dtype = kDtype, grad = kGrad, state = kState;
+  static constexpr ParamRounding param = kParam;
+  static constexpr bool draws_for_states = true;
+
+  static bool is(const AnyFormat& format) {
+    return format.dtype == dtype && format.grad == grad && format.state == state &&
+           format.param == param && format.draws_for_states;
+  }
+};
+
+template <typename Algorithm, bool kShare, typename F>
+void update_all(const Values& values, const MixedArrays& all, const F& format) {
+  with_values<Algorithm, float>(values, [&](const auto& h) __attribute__((always_inline)) {
+    Chances<kShare> chances(all.key, all.index);
+#pragma GCC unroll 1
+    for (int64_t i = 0; i + N <= all.arrays.size; i += N) {
+      update_vector<Algorithm>(h, all, format, chances, i);
+    }
+  });
+}
+
+template <typename Algorithm>
+void mixed_kernel(const Values& values, const MixedArrays& arrays) {
+  const MixedArrays all = arrays;  // copies, which no store can change
+  AnyFormat format{*all.format, all.dtype};
+  constexpr auto kFloat = Dtype::float32, kShort = Dtype::bfloat16;
+  using ShortStates = KnownFormat<kFloat, ParamRounding::nearest, kFloat, kShort>;
+  using ShortGradients = KnownFormat<kFloat, ParamRounding::nearest, kShort, kShort>;
+  using WithRemainder = KnownFormat<kShort, ParamRounding::remainder, kShort, kShort>;
+  using AllShort = KnownFormat<kShort, ParamRounding::stochastic, kShort, kShort>;
+  if (all.index % N != 0) {
+    update_all<Algorithm, false>(values, all, format);
+  } else if (ShortStates::is(format)) {
+    update_all<Algorithm, true>(values, all, ShortStates());
+  } else if (ShortGradients::is(format)) {
+    update_all<Algorithm, true>(values, all, ShortGradients());
+  } else if (WithRemainder::is(format)) {
+    update_all<Algorithm, true>(values, all, WithRemainder());
+  } else if (AllShort::is(format)) {
+    update_all<Algorithm, true>(values, all, AllShort());
+  } else {
+    update_all<Algorithm, true>(values, all, format);
+  }
+  const int64_t done = all.arrays.size / N * N;
+  if (done < all.arrays.size)
+    update_rest<Algorithm>(values.float32.of<Algorithm>(), all, format, done);
+}
+
+}  // namespace
+
+#define RECAP_KERNEL(name, ...) mixed_kernel<typename UpdateType<Update::name>::type>,
+extern const MixedKernel RECAP_TABLE(mixed_kernels)[kUpdates];
+const MixedKernel RECAP_TABLE(mixed_kernels)[kUpdates] = {RECAP_ELEMENT_UPDATES(RECAP_KERNEL)};
+#undef RECAP_KERNEL
+
+}  // namespace recap::cpu
