@@ -8,7 +8,8 @@ What is timed:
   compares them round by round. `activity` counts what a step launches on a GPU.
 * `plan`: what a run measures; `measurement`: one case of it, with peak memory (`memory`).
 * `growth`: time over elements, tensors and groups; `sparse`: tables with sparse gradients;
-  `breakdown`: where the time of a small step goes.
+  `state_formats`: parameters and states in fewer bytes; `breakdown`: where the time of a small step
+  goes.
 * `machine`, `card`: what a reader needs to know of the machine.
 
 What is shown (`make bench`, `python -m benchmarks.report [--gpu]`):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from benchmarks import breakdown, growth, sharded_params, shared_memory_bus
+from benchmarks import breakdown, growth, sharded_params, shared_memory_bus, state_formats
 from benchmarks.measurement import Measurement
 from benchmarks.peers import ALGORITHMS, CLEARING_PEERS, CLIPPING_PEERS, DESCRIPTIONS, PEERS
 from benchmarks.table import number, plural, table, with_quartiles
@@ -205,6 +205,7 @@ def render(results: Mapping[str, Any], source: str) -> str:
         "growth": growth.section,
         "sharded_params": sharded_params.section,
         "shared_memory_bus": shared_memory_bus.section,
+        "state_formats": state_formats.section,
     }
     for name, section in sections.items():
         if results.get(name):

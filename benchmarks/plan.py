@@ -79,6 +79,9 @@ SHARDED_SECONDS: Final = 3.0
 BUSY_SECONDS: Final = 3.0
 """For each algorithm and number of threads of `shared_memory_bus`, alone and not."""
 
+FORMAT_SECONDS: Final = 3.0
+"""For each algorithm and number of threads of `state_formats`."""
+
 # --- on a GPU ------------------------------------------------------------------------------------
 
 GPU_NAMES: Final = tuple(name for name in workloads.NAMES if name not in ("ranker-48M", "demo"))

@@ -29,6 +29,7 @@ from benchmarks import (
     sharded_params,
     shared_memory_bus,
     sparse,
+    state_formats,
     workloads,
 )
 from benchmarks.clocks import HostClock, device_clock
@@ -41,7 +42,9 @@ _PARTIAL: Final = documents.ROOT / "build" / "benchmarks"
 _QUICK_SCALE: Final = 0.1
 _BUSY: Final = 0.25
 _ACTIVITY_SHARE: Final = 0.15  # of a run on a GPU
-_PARTS: Final = ("growth", "breakdown", "sharded_params", "shared_memory_bus", "sparse")
+_PARTS: Final = (
+    *("growth", "breakdown", "sharded_params", "shared_memory_bus", "state_formats", "sparse"),
+)
 
 
 def _some_of(names: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -144,6 +147,7 @@ def run_on_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
         "breakdown": breakdown.measure(),
         "sharded_params": sharded_params.measure(plan.SHARDED_SECONDS * scale),
         "shared_memory_bus": shared_memory_bus.measure(threads, plan.BUSY_SECONDS * scale),
+        "state_formats": state_formats.measure(threads, plan.FORMAT_SECONDS * scale),
         "sparse": sparse.measure(threads, plan.SPARSE_SECONDS * scale),
     }
     for name, entries in parts.items():

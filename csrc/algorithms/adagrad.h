@@ -39,6 +39,7 @@ RECAP_INLINE AdagradValues<float> to_float(const AdagradValues<double>& h) {
 template <bool kL2>
 struct Adagrad {
   static constexpr int kStates = 1;
+  static constexpr unsigned kNeverNegative = 0b1;
   template <typename T>
   using Values = AdagradValues<T>;
 

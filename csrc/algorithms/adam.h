@@ -83,6 +83,7 @@ RECAP_INLINE AdamValues<float> to_float(const AdamValues<double>& h) {
 template <bool kL2, bool kAmsgrad>
 struct Adam {
   static constexpr int kStates = kAmsgrad ? 3 : 2;
+  static constexpr unsigned kNeverNegative = 0b110;
   template <typename T>
   using Values = AdamValues<T>;
 

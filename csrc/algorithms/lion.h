@@ -43,6 +43,7 @@ RECAP_INLINE LionValues<float> to_float(const LionValues<double>& h) {
 
 struct Lion {
   static constexpr int kStates = 1;
+  static constexpr unsigned kNeverNegative = 0;
   template <typename T>
   using Values = LionValues<T>;
 

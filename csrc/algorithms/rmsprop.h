@@ -41,6 +41,7 @@ RECAP_INLINE RmspropValues<float> to_float(const RmspropValues<double>& h) {
 template <bool kMomentum, bool kCentered>
 struct Rmsprop {
   static constexpr int kStates = 1 + kMomentum + kCentered;
+  static constexpr unsigned kNeverNegative = 0b1;
   template <typename T>
   using Values = RmspropValues<T>;
 

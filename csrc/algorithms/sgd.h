@@ -47,6 +47,7 @@ RECAP_INLINE SgdValues<float> to_float(const SgdValues<double>& h) {
 template <bool kL2, bool kMomentum, bool kNesterov>
 struct Sgd {
   static constexpr int kStates = kMomentum ? 1 : 0;
+  static constexpr unsigned kNeverNegative = 0;
   template <typename T>
   using Values = SgdValues<T>;
 

@@ -22,7 +22,8 @@
   X(lion, LionTraits)                      \
   X(rmsprop, RmspropTraits)
 
-// X(name, type): options resolved, so that an engine runs a loop without a branch on them.
+// X(name, type): options resolved, so that an engine runs a loop without a branch on them. A type
+// has kStates, and in kNeverNegative a bit for each state that is a sum or an average of squares.
 #define RECAP_ELEMENT_UPDATES(X)             \
   X(adam, Adam<false, false>)                \
   X(adam_l2, Adam<true, false>)              \

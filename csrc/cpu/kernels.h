@@ -28,18 +28,23 @@ using MiddleKernel = void (*)(const Values& values, const Arrays& arrays, Way wa
 // Squares and sums in double, in an order that is the same for every instruction set.
 using SumOfSquares = double (*)(const void* elements, int64_t size);
 
-// The elements [0, size) of a slot with a format. The first is that with `index` in the whole
+// So many elements of a slot with a format are updated between two requests for later memory; tiles
+// consist of them, and they of blocks with a scale.
+constexpr int64_t kPiece = 1024;
+
+// The elements [0, size) of such a slot. The first is that with `index` in the whole
 // parameter; `key` is that of the step.
 struct MixedArrays {
   Arrays arrays;
   void* rest;
+  float* scale[kMaxStates];
   Dtype dtype;
   const Format* format;
   uint64_t index;
   uint64_t key;
 };
 
-// Updates all of them.
+// Updates all of them, at most kPiece.
 using MixedKernel = void (*)(const Values& values, const MixedArrays& arrays);
 
 struct RowKernels;  // in row_kernels.h

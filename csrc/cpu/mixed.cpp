@@ -3,13 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../numerics/rounding.h"
+#include "../numerics/codes.h"
 
 namespace recap::cpu {
 namespace {
-
-// Elements that are updated between two requests for later memory.
-constexpr int64_t kPiece = 1024;
 
 class MixedSlot {
  public:
@@ -26,8 +23,10 @@ class MixedSlot {
     all.arrays.param = element(slot_.param, slot_.dtype, begin);
     all.arrays.grad = element(grad_, format_.grad, begin);
     for (int k = 0; k < kMaxStates; ++k) {
-      void* const state = slot_.state[k];
-      all.arrays.state[k] = state ? element(state, format_.state, begin) : nullptr;
+      char* const state = static_cast<char*>(slot_.state[k]);
+      all.arrays.state[k] = state ? state + begin * state_size(format_) : nullptr;
+      float* const scale = static_cast<float*>(format_.scale[k]);
+      all.scale[k] = scale ? scale + begin / kElementsOfScale : nullptr;
     }
     all.arrays.size = size;
     all.rest = format_.rest ? element(format_.rest, rest_dtype(format_), begin) : nullptr;
@@ -42,17 +41,17 @@ class MixedSlot {
   }
 
   void ask_ahead(int64_t begin) const {
-    ask(grad_, format_.grad, begin, false);
-    ask(slot_.param, slot_.dtype, begin, true);
+    ask(grad_, dtype_size(format_.grad), begin, false);
+    ask(slot_.param, dtype_size(slot_.dtype), begin, true);
     for (const void* state : slot_.state) {
-      if (state) ask(state, format_.state, begin, true);
+      if (state) ask(state, state_size(format_), begin, true);
     }
   }
 
  private:
-  static void ask(const void* array, Dtype dtype, int64_t begin, bool is_written) {
-    const auto* const first = static_cast<const char*>(element(array, dtype, begin));
-    for (int64_t byte = 0; byte < kPiece * dtype_size(dtype); byte += 64) {
+  static void ask(const void* array, int64_t width, int64_t begin, bool is_written) {
+    const auto* const first = static_cast<const char*>(array) + begin * width;
+    for (int64_t byte = 0; byte < kPiece * width; byte += 64) {
       if (is_written) {
         __builtin_prefetch(first + byte, 1);
       } else {

@@ -2,59 +2,13 @@
 //
 // There is one loop for each update, not for each format: what a format says is asked before every
 // load and store of a vector, and a processor foresees an answer that is always the same.
+#include "chances.h"
+#include "codes.h"
 #include "kernels.h"
 #include "loops.h"
 
 namespace recap::cpu {
 namespace {
-
-constexpr int N = kLanes<float>;
-using Floats = Vector<float, N>;
-using Words = NativeOf<uint32_t, N>;
-
-struct Powers {
-  alignas(64) uint32_t of_lane[kElementsOfDraw];
-};
-constexpr Powers make_powers() {
-  Powers powers{};
-  uint32_t power = 1;
-  for (uint32_t& each : powers.of_lane) each = power *= kMultiplier;
-  return powers;
-}
-constexpr Powers kPowers = make_powers();
-
-// The chances of elements that follow each other. In whole parameters, and in nearly all
-// shards, the elements of a vector have the same draws.
-template <bool kShare>
-class Chances {
- public:
-  Chances(uint64_t key, uint64_t index) : key_(key), index_(index) {}
-
-  // What one draw gives to a vector, for two arrays.
-  struct Pair {
-    Words of[2];
-  };
-  RECAP_INLINE Pair drawn(int number) const {
-    Pair all{};
-    if constexpr (kShare) {
-      const Draw shared = draw(key_, index_, number);
-      const Words powers = read<Words>(kPowers.of_lane + index_ % kElementsOfDraw);
-      for (int k = 0; k < 2; ++k) all.of[k] = (shared.words[k] * powers) >> 16;
-    } else {
-      for (int i = 0; i < N; ++i) {
-        const Draw own = draw(key_, index_ + i, number);
-        const uint32_t power = kPowers.of_lane[(index_ + i) % kElementsOfDraw];
-        for (int k = 0; k < 2; ++k) all.of[k][i] = chance(own.words[k], power);
-      }
-    }
-    return all;
-  }
-  RECAP_INLINE void go_on() { index_ += N; }
-
- private:
-  const uint64_t key_;
-  uint64_t index_;
-};
 
 // As `store` of rounding.h does.
 RECAP_INLINE void store_by_chance(Floats value, Words chance, BFloat16* to) {
@@ -236,7 +190,7 @@ struct KnownFormat {
 };
 
 template <typename Algorithm, bool kShare, typename F>
-void update_all(const Values& values, const MixedArrays& all, const F& format) {
+void update_vectors(const Values& values, const MixedArrays& all, const F& format) {
   with_values<Algorithm, float>(values, [&](const auto& h) __attribute__((always_inline)) {
     Chances<kShare> chances(all.key, all.index);
 #pragma GCC unroll 1
@@ -247,30 +201,63 @@ void update_all(const Values& values, const MixedArrays& all, const F& format) {
 }
 
 template <typename Algorithm>
-void mixed_kernel(const Values& values, const MixedArrays& arrays) {
-  const MixedArrays all = arrays;  // copies, which no store can change
-  AnyFormat format{*all.format, all.dtype};
+void update_all(const Values& values, const MixedArrays& all, const AnyFormat& format) {
   constexpr auto kFloat = Dtype::float32, kShort = Dtype::bfloat16;
   using ShortStates = KnownFormat<kFloat, ParamRounding::nearest, kFloat, kShort>;
   using ShortGradients = KnownFormat<kFloat, ParamRounding::nearest, kShort, kShort>;
   using WithRemainder = KnownFormat<kShort, ParamRounding::remainder, kShort, kShort>;
   using AllShort = KnownFormat<kShort, ParamRounding::stochastic, kShort, kShort>;
   if (all.index % N != 0) {
-    update_all<Algorithm, false>(values, all, format);
+    update_vectors<Algorithm, false>(values, all, format);
   } else if (ShortStates::is(format)) {
-    update_all<Algorithm, true>(values, all, ShortStates());
+    update_vectors<Algorithm, true>(values, all, ShortStates());
   } else if (ShortGradients::is(format)) {
-    update_all<Algorithm, true>(values, all, ShortGradients());
+    update_vectors<Algorithm, true>(values, all, ShortGradients());
   } else if (WithRemainder::is(format)) {
-    update_all<Algorithm, true>(values, all, WithRemainder());
+    update_vectors<Algorithm, true>(values, all, WithRemainder());
   } else if (AllShort::is(format)) {
-    update_all<Algorithm, true>(values, all, AllShort());
+    update_vectors<Algorithm, true>(values, all, AllShort());
   } else {
-    update_all<Algorithm, true>(values, all, format);
+    update_vectors<Algorithm, true>(values, all, format);
   }
   const int64_t done = all.arrays.size / N * N;
   if (done < all.arrays.size)
     update_rest<Algorithm>(values.float32.of<Algorithm>(), all, format, done);
+}
+
+// States of 8 bits are floats in the first-level cache meanwhile.
+template <typename Algorithm>
+void update_with_codes(const Values& values, const MixedArrays& all, const AnyFormat& format) {
+  FloatStates<Algorithm::kStates, Algorithm::kNeverNegative> states;
+  states.load(all);
+  if (format.dtype == Dtype::float32 && format.grad == Dtype::float32) {
+    ArraysOf<float> arrays{
+        static_cast<float*>(all.arrays.param), static_cast<const float*>(all.arrays.grad), {}};
+    for (int k = 0; k < Algorithm::kStates; ++k) arrays.state[k] = states.of[k];
+    update_in_cache<Algorithm>(values, arrays, all.arrays.size);
+  } else {
+    MixedArrays wide = all;
+    for (int k = 0; k < Algorithm::kStates; ++k) wide.arrays.state[k] = states.of[k];
+    AnyFormat inner = format;
+    inner.has_codes = inner.draws_for_states = false;
+    update_all<Algorithm>(values, wide, inner);
+  }
+  if (all.index % N == 0) {
+    states.store(all, Chances<true>(all.key, all.index));
+  } else {
+    states.store(all, Chances<false>(all.key, all.index));
+  }
+}
+
+template <typename Algorithm>
+void mixed_kernel(const Values& values, const MixedArrays& arrays) {
+  const MixedArrays all = arrays;  // copies, which no store can change
+  const AnyFormat format{*all.format, all.dtype};
+  if (Algorithm::kStates > 0 && format.has_codes) {
+    update_with_codes<Algorithm>(values, all, format);
+  } else {
+    update_all<Algorithm>(values, all, format);
+  }
 }
 
 }  // namespace

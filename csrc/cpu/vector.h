@@ -283,6 +283,44 @@ RECAP_INLINE NativeOf<uint16_t, N> narrow(NativeOf<uint32_t, N> bits) {  // of l
   }
 }
 
+// 8 bits in 32, and back.
+template <int N>
+RECAP_INLINE NativeOf<uint32_t, N> load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    const auto wide = _mm512_maskz_cvtepu8_epi32(0xffff, read<__m128i>(from));
+    return bit_cast<NativeOf<uint32_t, N>>(wide);
+  } else
+#endif
+#if defined(__AVX2__)
+      if constexpr (N == 8) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return bit_cast<NativeOf<uint32_t, N>>(_mm256_cvtepu8_epi32(bytes));
+  } else
+#endif
+  {
+    const auto bytes = read<NativeOf<uint8_t, N>>(from);
+    return widen<N>(__builtin_convertvector(bytes, NativeOf<uint16_t, N>));
+  }
+}
+template <int N>
+RECAP_INLINE void store_bytes(NativeOf<uint32_t, N> bits, uint8_t* to) {  // of less than 2^8
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    write(to, _mm512_maskz_cvtepi32_epi8(0xffff, bit_cast<__m512i>(bits)));
+  } else
+#endif
+#if defined(__AVX2__)
+      if constexpr (N == 8) {
+    const auto halves = bit_cast<__m128i>(narrow<N>(bits));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
+  } else
+#endif
+  {
+    write(to, __builtin_convertvector(narrow<N>(bits), NativeOf<uint8_t, N>));
+  }
+}
+
 template <int N>
 RECAP_INLINE NativeOf<uint16_t, N> narrow_lower(NativeOf<uint32_t, N> bits) {
 #if defined(__AVX512F__)

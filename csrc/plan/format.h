@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../numerics/arithmetic.h"
+#include "../algorithms/traits.h"
 
 namespace recap {
 
@@ -51,6 +51,8 @@ struct Format {
   Dtype grad = Dtype::float32;
   Dtype state = Dtype::float32;
   bool draws_for_states = false;  // they are rounded stochastically
+  bool has_codes = false;         // states are codes, see numerics/codes.h, and `state` is float32
+  void* scale[kMaxStates] = {};   // of states that are: float32, one for each block of elements
   ParamRounding param = ParamRounding::nearest;
   void* rest = nullptr;       // of a parameter that is stored in two arrays
   uint64_t seed = 0;          // of its chances
@@ -58,6 +60,11 @@ struct Format {
 
   RECAP_INLINE bool draws() const { return draws_for_states || param == ParamRounding::stochastic; }
 };
+
+// Bytes of an element of a state.
+inline int64_t state_size(const Format& format) {
+  return format.has_codes ? 1 : dtype_size(format.state);
+}
 
 // Whose size the elements of `rest` have.
 inline Dtype rest_dtype(const Format& format) {
