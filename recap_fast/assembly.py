@@ -20,6 +20,7 @@ from recap_fast.groups.assign import group_parameters
 from recap_fast.keyed import is_dense
 from recap_fast.scheduler import RecapLRShim
 from recap_fast.schedules.compute import DEFAULT_LR
+from recap_fast.state.codes import EIGHT_BITS
 
 if TYPE_CHECKING:
     from torchrec.optim import keyed
@@ -117,8 +118,9 @@ def assemble(
 def _format_arguments(formats: Mapping[str, Any]) -> dict[str, Any]:
     """As the classes of `recap_fast.optim` take them."""
     arguments = dict(formats)
-    if "state_dtype" in arguments:
-        arguments["state_dtype"] = getattr(torch, arguments["state_dtype"])
+    name = arguments.get("state_dtype")
+    if name is not None and name != EIGHT_BITS:
+        arguments["state_dtype"] = getattr(torch, name)
     return arguments
 
 

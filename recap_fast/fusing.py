@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,7 +17,13 @@ from recap_fast.optim import BY_TORCH_CLASS, FusedOptimizer
 from recap_fast.optim.hooks import steps_as_its_class, unhooked
 from recap_fast.optim.left_to_torch import LeftToTorch, why_formats_not_native
 from recap_fast.optim.torch_step import make_counts_torchs
-from recap_fast.state.formats import FORMAT_OPTIONS, check_formats, format_options, has_formats
+from recap_fast.state.formats import (
+    FORMAT_OPTIONS,
+    StateDtype,
+    check_formats,
+    format_options,
+    has_formats,
+)
 
 if TYPE_CHECKING:
     from recap_fast.keyed.fused import FusedCombinedOptimizer
@@ -33,7 +38,7 @@ _WITHOUT_FORMATS = ("sparse_adam", "rowwise_adagrad")  # algorithms
 def fuse(
     optimizer: T,
     *,
-    state_dtype: torch.dtype | None = None,
+    state_dtype: StateDtype | None = None,
     master_weights: bool = False,
     stochastic_rounding: bool = False,
     rounding_seed: int = 0,

@@ -1,5 +1,7 @@
 #include "format_options.h"
 
+#include <map>
+
 #include "../numerics/rounding.h"
 
 namespace recap {
@@ -36,20 +38,23 @@ at::ScalarType scalar_type_of(Dtype dtype) {
   return at::kFloat;
 }
 
-std::optional<Format> FormatOptions::of(Dtype param, Dtype grad, bool has_states,
+std::optional<Format> FormatOptions::of(Dtype param, Dtype grad, bool has_states, bool takes_codes,
                                         const std::string& name) const {
   if (param == Dtype::float64) return std::nullopt;
   Format format;
   format.grad = grad;
-  format.state = has_states ? state.value_or(param) : param;
+  const std::optional<Dtype> wanted = eight_bits ? Dtype::float32 : state;
+  format.state = has_states ? wanted.value_or(param) : param;
+  format.has_codes = has_states && eight_bits && takes_codes;
   if (param != Dtype::float32) {
     const bool is_bfloat16 = param == Dtype::bfloat16;
     format.param = master_weights ? (is_bfloat16 ? ParamRounding::remainder : ParamRounding::master)
                    : stochastic_rounding ? ParamRounding::stochastic
                                          : ParamRounding::nearest;
   }
-  const bool is_asked_for = (has_states && state) || format.param != ParamRounding::nearest;
-  format.draws_for_states = has_states && is_asked_for && format.state != Dtype::float32;
+  const bool is_asked_for = (has_states && wanted) || format.param != ParamRounding::nearest;
+  const bool are_exact = format.state == Dtype::float32 && !format.has_codes;
+  format.draws_for_states = has_states && is_asked_for && !are_exact;
   const bool is_alike = format.state == param && grad == param && !format.draws_for_states;
   if (is_alike && format.param == ParamRounding::nearest) return std::nullopt;
   format.seed = mixed_bits(static_cast<uint64_t>(seed)) ^ hash_of(name);
@@ -68,6 +73,13 @@ const char* rest_name(const Format& format) {
 
 at::ScalarType rest_type(const Format& format) {
   return format.param == ParamRounding::remainder ? at::kShort : at::kFloat;
+}
+
+const char* scale_name(const char* state) {
+  static std::map<std::string, std::string> names;
+  auto& name = names[state];
+  if (name.empty()) name = std::string(state) + "_scale";
+  return name.c_str();
 }
 
 }  // namespace recap

@@ -33,7 +33,7 @@ at::Tensor dense_like(const at::Tensor& like, at::ScalarType type) {
 }
 at::Tensor dense_like(const at::Tensor& like) { return dense_like(like, like.scalar_type()); }
 
-// Whether a state of that type can be converted to another.
+// Whether a state of that type can be converted to another such.
 bool is_state_type(at::ScalarType type) { return recap::dtype_of(type) || type == at::kShort; }
 
 bool sharded_alike(const py::object& a, const py::object& b) {
@@ -190,8 +190,19 @@ std::optional<SlotTensors::Refusal> SlotTensors::refusal_of_formats() const {
                    text("parameter ", name_, " is ", param().dtype(),
                         ", with state_dtype=float64; it takes float32, bfloat16 and float16")};
   }
-  if (is_double || !formats_.of(*dtype_of(param()), *dtype_of(param()), true, name_))
+  if (is_double && formats_.eight_bits) {
+    return Refusal{true, text("parameter ", name_, " is float64, whose states are float64 too, with ",
+                              "state_dtype='8bit'; leave state_dtype at None in its param group. "
+                              "Parameters of float32, bfloat16 and float16 take it")};
+  }
+  if (is_double || !formats_.of(*dtype_of(param()), *dtype_of(param()), true, true, name_)) {
     return std::nullopt;
+  }
+  if (formats_.eight_bits && shard_) {
+    return Refusal{true, text("parameter ", name_,
+                              " is a DTensor, whose states cannot be of 8 bits, since blocks would "
+                              "not end where shards do; set state_dtype to torch.bfloat16")};
+  }
   if (engine_for(param().device()) == EngineKind::cuda) {
     return Refusal{false, text("parameter ", name_, " is on ", param().device(),
                                ", where state_dtype, master_weights and stochastic_rounding do not "
@@ -213,7 +224,9 @@ void SlotTensors::make_format(const Hyper& hyper) {
   if (grad.defined() && grad.layout() == at::kStrided && needs_other_format(grad)) {
     grad_type = *dtype_of(grad);
   }
-  const auto format = formats_.of(dtype_, grad_type, hyper.state_names().count > 0, name_);
+  const bool takes_codes = param().is_contiguous() && param().numel() >= kFewestWithCodes;
+  const auto format =
+      formats_.of(dtype_, grad_type, hyper.state_names().count > 0, takes_codes, name_);
   if (!format) return;
   format_ = std::make_unique<Format>(*format);
   format_->first_element = first_element();
@@ -250,13 +263,23 @@ std::vector<const char*> SlotTensors::state_names(const Hyper& hyper) const {
   const StateNames names = hyper.state_names();
   std::vector<const char*> all(names.begin(), names.end());
   if (format_ && rest_name(*format_)) all.push_back(rest_name(*format_));
+  if (format_ && format_->has_codes) {
+    for (const char* name : names) all.push_back(scale_name(name));
+  }
   return all;
 }
 
 at::ScalarType SlotTensors::state_type(size_t index, const Hyper& hyper) const {
   if (!format_) return param().scalar_type();
-  const bool is_rest = index == static_cast<size_t>(hyper.state_names().count);
-  return is_rest ? rest_type(*format_) : scalar_type_of(format_->state);
+  const auto states = static_cast<size_t>(hyper.state_names().count);
+  if (index < states) return format_->has_codes ? at::kByte : scalar_type_of(format_->state);
+  const bool is_rest = index == states && rest_name(*format_);
+  return is_rest ? rest_type(*format_) : at::kFloat;
+}
+
+bool SlotTensors::is_scale(size_t index, const Hyper& hyper) const {
+  if (!format_ || !format_->has_codes) return false;
+  return index >= static_cast<size_t>(hyper.state_names().count) + (rest_name(*format_) != nullptr);
 }
 
 std::optional<SlotTensors::Refusal> SlotTensors::refusal_of_rows() const {
@@ -318,11 +341,20 @@ void SlotTensors::take_state(const Hyper& hyper) {
                                 " is a tensor subclass whose memory the fused step cannot reach"));
     }
     const bool by_number_of_rows = hyper.algorithm == Algorithm::rowwise_adagrad;
+    const bool is_scale = this->is_scale(states_.size(), hyper);
     if (by_number_of_rows) {
-      check_row_state(key, state);
+      check_numbers(key, state, param().dim() == 0 ? 1 : param().size(0), "row");
+    } else if (is_scale) {
+      check_numbers(key, state, scale_count(param().numel()), "block of 128 elements");
+    } else if ((type == at::kByte) != (state.scalar_type() == at::kByte)) {
+      throw std::runtime_error(
+          text("the state '", key, "' of parameter ", name_, " is ", state.dtype(),
+               ", and its param group asks for ", c10::scalarTypeToTypeMeta(type), " (state_dtype ",
+               formats_.eight_bits ? "is" : "is not", " '8bit'): to convert it, load the state ",
+               "dict into an optimizer that was made with that state_dtype"));
     } else if (state.device() != param().device() ||
                (!formats_.are_given && state.scalar_type() != type) ||
-               !is_state_type(state.scalar_type()) || state.sizes() != param().sizes() ||
+               !(is_state_type(state.scalar_type()) || type == at::kByte) || state.sizes() != param().sizes() ||
                state.layout() != at::kStrided) {
       throw std::runtime_error(text("the state '", key, "' of parameter ", name_, " is ",
                                     state.dtype(), " ", state.sizes(), " on ", state.device(),
@@ -334,15 +366,16 @@ void SlotTensors::take_state(const Hyper& hyper) {
           text("the state '", key, "' of parameter ", name_, memory_of(state)));
     }
     // As after loading a checkpoint of a contiguous copy, or one mapped from a file.
-    const at::Tensor& wanted = by_number_of_rows ? state : layout;
-    const bool is_of_type = by_number_of_rows || state.scalar_type() == type;
+    const bool is_checked = by_number_of_rows || is_scale;
+    const at::Tensor& wanted = is_checked ? state : layout;
+    const bool is_of_type = is_checked || state.scalar_type() == type;
     if (!is_of_type || !same_layout(state, wanted) || is_lazy(state) || !is_aligned(state)) {
       if (local_shard(object.ptr())) {
         throw std::runtime_error(text("the local shard of the state '", key, "' of parameter ",
                                       name_, " has the strides ", state.strides(),
                                       ", the parameter's ", layout.strides(), "; they must agree"));
       }
-      const at::Tensor copy = by_number_of_rows ? dense_like(wanted) : dense_like(wanted, type);
+      const at::Tensor copy = is_checked ? dense_like(wanted) : dense_like(wanted, type);
       states_.push_back(py::reinterpret_steal<py::object>(THPVariable_Wrap(copy)));
       replacements_.push_back({key, object, states_.back()});
       continue;
@@ -368,6 +401,7 @@ void SlotTensors::take_state(const Hyper& hyper) {
     }
   }
   has_state_ = true;
+  algorithm_states_ = std::min<size_t>(hyper.state_names().count, states_.size());
   for (const py::object& object : states_) {
     const at::Tensor& state = THPVariable_Unpack(object.ptr());
     state_geometry_.emplace_back(state.sizes().vec(), state.strides().vec());
@@ -383,18 +417,18 @@ py::object SlotTensors::counted_in_tensor(py::object step) {
   return tensor;
 }
 
-// One number for each row, in the type in which the update is computed.
-void SlotTensors::check_row_state(const char* key, const at::Tensor& state) const {
-  const int64_t rows = param().dim() == 0 ? 1 : param().size(0);
+// One number for each of some parts, in the type in which the update is computed.
+void SlotTensors::check_numbers(const char* key, const at::Tensor& state, int64_t count,
+                                const char* part) const {
   const auto dtype = dtype_ == Dtype::float64 ? at::kDouble : at::kFloat;
   if (state.device() == param().device() && state.scalar_type() == dtype &&
-      state.sizes() == at::IntArrayRef({rows}) && state.is_contiguous() && !is_lazy(state)) {
+      state.sizes() == at::IntArrayRef({count}) && state.is_contiguous() && !is_lazy(state)) {
     return;
   }
   throw std::runtime_error(text("the state '", key, "' of parameter ", name_, " is ", state.dtype(),
                                 " ", state.sizes(), " on ", state.device(), "; for ",
                                 param().dtype(), " ", param().sizes(), " it must be ", dtype, " [",
-                                rows, "] on ", param().device(), ", one number for each row"));
+                                count, "] on ", param().device(), ", one number for each ", part));
 }
 
 void SlotTensors::watch_entries(const Hyper& hyper) {
@@ -445,11 +479,10 @@ Slot SlotTensors::slot() const {
   Slot slot;
   if (inert_) return slot;
   slot.param = (dense_param_.defined() ? dense_param_ : param()).mutable_data_ptr();
-  const bool has_rest = format_ && rest_name(*format_) && !states_.empty();
-  for (size_t k = 0; k < states_.size() - has_rest; ++k) {
-    slot.state[k] = THPVariable_Unpack(states_[k].ptr()).mutable_data_ptr();
+  for (size_t k = 0; k < states_.size(); ++k) {
+    void** const held = k < algorithm_states_ ? &slot.state[k] : held_by_format(k);
+    *held = THPVariable_Unpack(states_[k].ptr()).mutable_data_ptr();
   }
-  if (has_rest) format_->rest = THPVariable_Unpack(states_.back().ptr()).mutable_data_ptr();
   slot.size = has_state_ ? param().numel() : 0;
   slot.row_size = by_rows_ ? row_size() : 0;
   slot.dtype = dtype_;
@@ -457,12 +490,19 @@ Slot SlotTensors::slot() const {
   return slot;
 }
 
+// Where the format has the address of a state that is not the algorithm's.
+void** SlotTensors::held_by_format(size_t k) const {
+  const size_t place = k - algorithm_states_, rests = rest_name(*format_) != nullptr;
+  return place < rests ? &format_->rest : &format_->scale[place - rests];
+}
+
 Probe SlotTensors::probe(std::vector<std::shared_ptr<StateBlock>>& blocks) const {
   if (inert_) return Probe(object_.ptr());
   std::vector<PyObject*> fixed, entries;
   for (const py::object& state : states_) fixed.push_back(state.ptr());
   const bool is_probed_whole = fixed.size() + (step_ ? 1 : 0) <= kMaxProbed;
-  if (!is_probed_whole) fixed.pop_back();  // `unchanged` looks at it
+  // `unchanged` looks at what the format holds.
+  if (!is_probed_whole) fixed.resize(std::min(fixed.size(), algorithm_states_));
   for (const auto& [key, value] : entries_) entries.push_back(value.ptr());
   PyObject* const dict = PyDict_Check(state_.ptr()) ? state_.ptr() : nullptr;
   const auto like_param = [this](const auto& geometry) { return geometry.first == sizes_; };
@@ -479,10 +519,7 @@ bool SlotTensors::unchanged() const {
   for (size_t k = 0; k < states_.size(); ++k) {
     const at::Tensor& state = THPVariable_Unpack(states_[k].ptr());
     const auto& [sizes, strides] = state_geometry_[k];
-    if (format_ && k + 1 == states_.size() && rest_name(*format_) &&
-        state.const_data_ptr() != format_->rest) {
-      return false;
-    }
+    if (k >= algorithm_states_ && state.const_data_ptr() != *held_by_format(k)) return false;
     if (state.sizes() != at::IntArrayRef(sizes) || state.strides() != at::IntArrayRef(strides)) {
       return false;
     }

@@ -130,12 +130,15 @@ class SlotTensors {
   void make_format(const Hyper& hyper);
   int64_t first_element() const;
   bool counts(const Hyper& hyper) const;
-  std::vector<const char*> state_names(const Hyper& hyper) const;  // and of the parameter's rest
+  std::vector<const char*> state_names(const Hyper& hyper) const;  // and those of the format
   at::ScalarType state_type(size_t index, const Hyper& hyper) const;
+  bool is_scale(size_t index, const Hyper& hyper) const;
+  void** held_by_format(size_t k) const;
   void take_state(const Hyper& hyper);
   py::object counted_in_tensor(py::object step);
   void replace_entry(const char* key, const py::object& value);
-  void check_row_state(const char* key, const at::Tensor& state) const;
+  void check_numbers(const char* key, const at::Tensor& state, int64_t count,
+                     const char* part) const;
   void watch_entries(const Hyper& hyper);
   // The local shard of a DTensor that is sharded like the parameter, or a tensor that is none, like
   // the parameter.
@@ -160,6 +163,7 @@ class SlotTensors {
   std::vector<std::pair<py::object, py::object>> entries_;
   bool has_state_ = false;
   std::vector<py::object> states_;  // of a DTensor its local shard
+  size_t algorithm_states_ = 0;     // of these; then come the rest and the scales, if there are any
   std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>> state_geometry_;
   py::object step_;
   std::vector<Replacement> replacements_;

@@ -30,23 +30,28 @@ class Chances {
  public:
   Chances(uint64_t key, uint64_t index) : key_(key), index_(index) {}
 
-  // What one draw gives to a vector, for two arrays.
+  // What one draw gives to a vector, for two arrays: 32 random bits, or the 16 of a chance.
   struct Pair {
     Words of[2];
   };
-  RECAP_INLINE Pair drawn(int number) const {
+  RECAP_INLINE Pair random(int number) const {
     Pair all{};
     if constexpr (kShare) {
       const Draw shared = draw(key_, index_, number);
       const Words powers = read<Words>(kPowers.of_lane + index_ % kElementsOfDraw);
-      for (int k = 0; k < 2; ++k) all.of[k] = (shared.words[k] * powers) >> 16;
+      for (int k = 0; k < 2; ++k) all.of[k] = shared.words[k] * powers;
     } else {
       for (int i = 0; i < N; ++i) {
         const Draw own = draw(key_, index_ + i, number);
         const uint32_t power = kPowers.of_lane[(index_ + i) % kElementsOfDraw];
-        for (int k = 0; k < 2; ++k) all.of[k][i] = chance(own.words[k], power);
+        for (int k = 0; k < 2; ++k) all.of[k][i] = random_bits(own.words[k], power);
       }
     }
+    return all;
+  }
+  RECAP_INLINE Pair drawn(int number) const {
+    Pair all = random(number);
+    for (Words& each : all.of) each >>= 16;
     return all;
   }
   RECAP_INLINE void go_on() { index_ += N; }

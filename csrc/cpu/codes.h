@@ -28,17 +28,18 @@ RECAP_INLINE Floats load_codes(const uint8_t* from, float scale) {
 
 // As `code_of` does.
 template <bool kSigned>
-RECAP_INLINE Words codes_of(Floats value, float inverse, Words chance) {
+RECAP_INLINE Words codes_of(Floats value, float inverse, Words random) {
   using Signed = NativeOf<int32_t, N>;
   const Words bits = bit_cast<Words>(value.v * inverse);
   if constexpr (!kSigned) {
-    const Words upper = (bits + (chance << 3)) >> kCodeShift;
+    const Words upper = (bits + (random >> (32 - kCodeShift))) >> kCodeShift;
     Signed code = bit_cast<Signed>(upper - kCodeBias);
     const Signed least = bit_cast<Signed>(bits < 1u ? bits : Words{} + 1u);
     code = code < least ? least : code;
     return bit_cast<Words>(code > 255 ? Signed{} + 255 : code);
   } else {
-    const Words upper = ((bits & 0x7fffffffu) + (chance << 4)) >> kSignedCodeShift;
+    const Words upper =
+        ((bits & 0x7fffffffu) + (random >> (32 - kSignedCodeShift))) >> kSignedCodeShift;
     Signed code = bit_cast<Signed>(upper - kSignedCodeBias);
     code = code < 0 ? Signed{} : code;
     return bit_cast<Words>(code > 127 ? Signed{} + 127 : code) | (bits >> 24 & 128u);
@@ -149,14 +150,14 @@ class FloatStates {
 
   template <typename C, typename Put>
   RECAP_INLINE void store_vector(C& chances, int64_t i, const float* inverse, const Put& put) {
-    const typename C::Pair first = chances.drawn(0);
+    const typename C::Pair first = chances.random(0);
     typename C::Pair second{};
-    if constexpr (kStates > 2) second = chances.drawn(1);
+    if constexpr (kStates > 2) second = chances.random(1);
     chances.go_on();
     each_state<0>([&](auto k) __attribute__((always_inline)) {
-      const Words chance = k() < 2 ? first.of[k() % 2] : second.of[1];
+      const Words random = k() < 2 ? first.of[k() % 2] : second.of[1];
       const Floats value = read<NativeOf<float, N>>(of[k()] + i);
-      put(k(), codes_of<is_signed<k()>>(value, inverse[k()], chance));
+      put(k(), codes_of<is_signed<k()>>(value, inverse[k()], random));
     });
   }
 };

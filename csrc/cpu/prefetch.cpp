@@ -31,12 +31,12 @@ bool Prefetch::next_tile() {
       tile_ += tiles_left(slot, tile) - 1;
       left_ = std::min((slot.size - tile.begin) * item_size, kLead * kBlockBytes);
     }
-    const Dtype of_grad = grad_dtype(slot), of_state = state_dtype(slot);
-    grad_ = static_cast<const char*>(element(grad, of_grad, tile.begin));
+    const int64_t of_grad = dtype_size(grad_dtype(slot)), of_state = state_size(slot);
+    grad_ = static_cast<const char*>(grad) + tile.begin * of_grad;
     int count = 0;
     written_[count++] = static_cast<const char*>(element(slot.param, slot.dtype, tile.begin));
     for (const void* state : slot.state) {
-      if (state) written_[count++] = static_cast<const char*>(element(state, of_state, tile.begin));
+      if (state) written_[count++] = static_cast<const char*>(state) + tile.begin * of_state;
     }
     written_count_ = count;
     return true;

@@ -43,15 +43,16 @@ RECAP_INLINE float load_code(uint8_t code, bool is_signed, float scale) {
   return float_from_bits(sign | (size == 0 ? 0u : bits)) * scale;
 }
 
-// `inverse` is that of the scale; `chance`, 16 random bits.
-RECAP_INLINE uint8_t code_of(float value, bool is_signed, float inverse, uint32_t chance) {
+// `inverse` is that of the scale; `random`, 32 random bits, of which the upper ones count.
+RECAP_INLINE uint8_t code_of(float value, bool is_signed, float inverse, uint32_t random) {
   const uint32_t bits = float_bits(value * inverse);
   if (!is_signed) {
-    const uint32_t upper = (bits + (chance << 3)) >> kCodeShift;
+    const uint32_t upper = (bits + (random >> (32 - kCodeShift))) >> kCodeShift;
     const int32_t code = static_cast<int32_t>(upper - kCodeBias), least = bits != 0;
     return static_cast<uint8_t>(code < least ? least : code > 255 ? 255 : code);
   }
-  const uint32_t upper = ((bits & 0x7fffffffu) + (chance << 4)) >> kSignedCodeShift;
+  const uint32_t upper =
+      ((bits & 0x7fffffffu) + (random >> (32 - kSignedCodeShift))) >> kSignedCodeShift;
   const int32_t code = static_cast<int32_t>(upper - kSignedCodeBias);
   const uint32_t size = code < 0 ? 0 : code > 127 ? 127 : code;
   return static_cast<uint8_t>(size | (bits >> 24 & 128u));

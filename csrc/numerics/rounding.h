@@ -55,8 +55,11 @@ RECAP_INLINE uint32_t power_of_multiplier(uint64_t index) {
   return power;
 }
 
-// 16 random bits.
-RECAP_INLINE uint32_t chance(uint32_t word, uint32_t power) { return (word * power) >> 16; }
+// 32 random bits, of which the lower ones are less so; and 16.
+RECAP_INLINE uint32_t random_bits(uint32_t word, uint32_t power) { return word * power; }
+RECAP_INLINE uint32_t chance(uint32_t word, uint32_t power) {
+  return random_bits(word, power) >> 16;
+}
 
 // Rounds up with a chance that is exact, by adding `chance`, 16 random bits, to what falls off. NaN
 // must be a quiet one, as of any arithmetic.

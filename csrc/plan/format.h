@@ -62,7 +62,7 @@ struct Format {
 };
 
 // Bytes of an element of a state.
-inline int64_t state_size(const Format& format) {
+RECAP_INLINE int64_t state_size(const Format& format) {
   return format.has_codes ? 1 : dtype_size(format.state);
 }
 

@@ -25,8 +25,9 @@ RECAP_INLINE Dtype grad_dtype(const Slot& slot) {
   return slot.format ? slot.format->grad : slot.dtype;
 }
 
-RECAP_INLINE Dtype state_dtype(const Slot& slot) {
-  return slot.format ? slot.format->state : slot.dtype;
+// Bytes of an element of a state.
+RECAP_INLINE int64_t state_size(const Slot& slot) {
+  return slot.format ? state_size(*slot.format) : dtype_size(slot.dtype);
 }
 
 // A run of consecutive elements of one slot.

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pydantic import model_validator
 
-from recap_fast.config.base import BaseConfig, Flag, FloatType, Fraction, NonNegative, Seed
+from recap_fast.config.base import BaseConfig, Flag, Fraction, NonNegative, Seed, StateDtype
 
 __all__ = [
     "AdagradConfig",
@@ -39,7 +39,7 @@ class DenseSection(BaseConfig):
         weight_decay: Added to the gradient, in proportion to the parameter (an L2 penalty).
         maximize: Ascend instead of descend.
         state_dtype: How moments and momenta are stored: `float32`, `bfloat16` or `float16`, or that
-            `torch.dtype`. None: as the parameter.
+            `torch.dtype`, or `8bit`. None: as the parameter.
         master_weights: 16-bit parameters are updated in float32.
         stochastic_rounding: 16-bit parameters are rounded up or down by chance; not with
             `master_weights`.
@@ -49,7 +49,7 @@ class DenseSection(BaseConfig):
 
     weight_decay: NonNegative = 0.0
     maximize: Flag = False
-    state_dtype: FloatType | None = None
+    state_dtype: StateDtype | None = None
     master_weights: Flag = False
     stochastic_rounding: Flag = False
     rounding_seed: Seed = 0

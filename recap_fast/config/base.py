@@ -50,7 +50,9 @@ Step = Annotated[int, Field(strict=True, ge=0), BeforeValidator(_whole_number)]
 NumSteps = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole_number)]
 Flag = Annotated[bool, Field(strict=True)]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63), BeforeValidator(_whole_number)]
-FloatType = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(_dtype_name)]
+StateDtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "8bit"], BeforeValidator(_dtype_name)
+]
 
 # Two spellings of one idea: torch's names and those of the recap recommender.
 _BETAS = ("beta_1", "beta_2")

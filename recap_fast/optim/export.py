@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from recap_fast.optim.native_step import FusedOptimizer
+from recap_fast.state.codes import decoded, is_encoded, scale_name
 from recap_fast.state.formats import FORMAT_OPTIONS, SEED, added_states
 from recap_fast.state.new import counts_steps
 
@@ -43,7 +45,7 @@ def float32_state(optimizer: FusedOptimizer) -> dict[str, Any]:
     saved = optimizer.state_dict()
     added = added_states(counts_steps(optimizer))
     state = {
-        key: {name: _widened(name, value) for name, value in entries.items() if name not in added}
+        key: {name: _widened(name, entries) for name in entries if name not in added}
         if isinstance(entries, dict)
         else entries
         for key, entries in saved["state"].items()
@@ -57,6 +59,9 @@ def float32_state(optimizer: FusedOptimizer) -> dict[str, Any]:
     return {**saved, "state": {k: v for k, v in state.items() if v != {}}, "param_groups": groups}
 
 
-def _widened(name: str, value: Any) -> Any:
+def _widened(name: str, entries: Mapping[str, Any]) -> Any:
+    value = entries[name]
+    if is_encoded(entries, name):
+        return decoded(name, value, entries[scale_name(name)])
     is_short = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     return value.float() if is_short and name != "step" else value

@@ -15,7 +15,7 @@ from recap_fast.optim import table_types
 from recap_fast.optim.hooks import observed
 from recap_fast.optim.left_to_torch import LeftToTorch
 from recap_fast.optim.stepper import Stepper
-from recap_fast.state.formats import FORMAT_OPTIONS, SEED, check_formats, format_options
+from recap_fast.state.formats import FORMAT_OPTIONS, SEED, StateDtype, check_formats, format_options
 from recap_fast.state.loading import fit_formats, in_own_formats
 from recap_fast.state.memory import Shares, StateMemory
 
@@ -189,7 +189,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _mark_formats(
         self,
-        state_dtype: torch.dtype | None,
+        state_dtype: StateDtype | None,
         master_weights: bool,
         stochastic_rounding: bool,
         rounding_seed: int,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, optim
 from torch.optim.optimizer import ParamsT
 
 from recap_fast.optim.native_step import FusedOptimizer
+from recap_fast.state.formats import StateDtype
 
 
 class FusedSGD(FusedOptimizer, optim.SGD):
@@ -55,7 +55,7 @@ class FusedSGD(FusedOptimizer, optim.SGD):
         step_supports_amp_scaling: bool | None = None,
         unscale_grads: bool = True,
         clear_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,

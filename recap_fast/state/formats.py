@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from recap_fast.state.codes import EIGHT_BITS, SCALES, takes_codes
 from recap_fast.state.memory import StateMemory
+
+StateDtype: TypeAlias = torch.dtype | Literal["8bit"]
 
 FORMAT_OPTIONS: Final = ("state_dtype", "master_weights", "stochastic_rounding")
 """Keys of a param group; one that is not there is None or False."""
@@ -23,7 +26,7 @@ REST: Final = {torch.bfloat16: "param_remainder", torch.float16: "master_param"}
 
 
 def format_options(
-    state_dtype: torch.dtype | None,
+    state_dtype: StateDtype | None,
     master_weights: bool,
     stochastic_rounding: bool,
     rounding_seed: int,
@@ -62,8 +65,9 @@ def check_formats(group: Mapping[str, Any]) -> None:
         raise TypeError(f"rounding_seed={seed!r}: it must be a whole number of 64 bits")
     if not has_formats(group):
         return
-    if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
-        raise TypeError(f"state_dtype={state_dtype!r}: it must be None or {_listed(STATE_DTYPES)}")
+    known = state_dtype is None or isinstance(state_dtype, torch.dtype) or state_dtype == EIGHT_BITS
+    if not known:
+        raise TypeError(f"state_dtype={state_dtype!r}: it must be {_ALL}")
     if group.get("master_weights") and group.get("stochastic_rounding"):
         raise ValueError(
             "master_weights=True and stochastic_rounding=True: a parameter with a master is "
@@ -73,25 +77,35 @@ def check_formats(group: Mapping[str, Any]) -> None:
         raise ValueError(f"lazy=True: it takes none of {', '.join(FORMAT_OPTIONS)}; leave them out")
     if state_dtype is None:
         return
-    if state_dtype not in (*STATE_DTYPES, torch.float64):
-        raise ValueError(f"state_dtype={state_dtype}: it must be None or {_listed(STATE_DTYPES)}")
+    if state_dtype not in (*STATE_DTYPES, torch.float64, EIGHT_BITS):
+        raise ValueError(f"state_dtype={state_dtype}: it must be {_ALL}")
     for param in group["params"]:
         is_double = param.dtype == torch.float64
         if is_double != (state_dtype == torch.float64):
-            takes = "float64 alone" if is_double else _listed(STATE_DTYPES)
+            takes = "float64 alone" if is_double else _TAKEN
             raise ValueError(
                 f"state_dtype={state_dtype}: states of {param.dtype} parameters take {takes}; put "
                 "the parameters into groups by their dtype, or leave state_dtype at None"
             )
+        if state_dtype == EIGHT_BITS and hasattr(param, "placements"):
+            raise ValueError(
+                "state_dtype='8bit': a parameter is a DTensor, and blocks of 128 elements do not "
+                "end where its shards do; set state_dtype to torch.bfloat16"
+            )
 
 
-def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(map(str, dtypes))
+_TAKEN: Final = ", ".join(map(str, STATE_DTYPES)) + f" or {EIGHT_BITS!r}"
+_ALL: Final = f"None, {_TAKEN}"
 
 
 def state_dtype_of(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
-    """The dtype of the states of ``param``, but for its step count and what `rest_name` names."""
-    dtype: torch.dtype | None = group.get("state_dtype")
+    """The dtype of the states of ``param``, but for its step count and what `rest_name` names.
+
+    torch.uint8: they are codes, see `recap_fast.state.codes`.
+    """
+    dtype: StateDtype | None = group.get("state_dtype")
+    if dtype == EIGHT_BITS:
+        return torch.uint8 if takes_codes(param) else torch.float32
     return param.dtype if dtype is None else dtype
 
 
@@ -139,4 +153,4 @@ def added_states(counts_steps: bool) -> frozenset[str]:
     Args:
         counts_steps: whether its optimizer counts steps in any case.
     """
-    return frozenset(REST.values()) | (frozenset() if counts_steps else {"step"})
+    return SCALES | frozenset(REST.values()) | (frozenset() if counts_steps else {"step"})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recap_fast.state.codes import SCALES, decoded, encoded, is_encoded, scale_name
 from recap_fast.state.formats import (
     REST,
     added_states,
@@ -81,7 +82,8 @@ def with_own_formats(
 ) -> dict[str, Any]:
     """Returns saved state with the entries that formats ask for here, and without others of theirs.
 
-    What was not saved is as before the first step. Dtypes stay what they are.
+    What was not saved is as before the first step. Of dtypes, only that of codes is changed: states
+    are codes where those here are.
 
     Args:
         saved: of ``param``, by name.
@@ -90,7 +92,11 @@ def with_own_formats(
         has_counts: whether the optimizer counts steps in any case.
     """
     added = added_states(has_counts)
-    found = {name: value for name, value in saved.items() if name in own or name not in added}
+    coded = dict(saved)
+    for name, entry in own.items():
+        if isinstance(entry, Tensor) and isinstance(coded.get(name), Tensor):
+            _code(coded, name, entry.dtype)
+    found = {name: value for name, value in coded.items() if name in own or name not in added}
     for name in added & own.keys() - found.keys():
         if isinstance(own[name], Tensor):
             found[name] = renew(name, torch.empty_like(own[name]), param)
@@ -124,15 +130,21 @@ def _fit(
     for name in REST.values():
         if name != own_rest:
             state.pop(name, None)
-    for name, value in state.items():
-        saved = value.tensor if isinstance(value, _AsSaved) else value
-        if name == "step" or not isinstance(saved, Tensor):
+    saved = {name for name, value in state.items() if isinstance(value, _AsSaved)}
+    for name in saved:
+        state[name] = state[name].tensor
+    for name in [*state]:
+        value = state.get(name)
+        if name == "step" or not isinstance(value, Tensor):
             continue
-        is_converted = name != own_rest and saved.is_floating_point() and param.is_floating_point()
-        if isinstance(value, _AsSaved) or (is_converted and has_formats(group)):
-            dtype = state_dtype_of(group, param) if is_converted else saved.dtype
-            state[name] = saved.to(param.device, dtype)
-    states = [name for name in state if name not in ("step", own_rest)]
+        is_encoded_here = is_encoded(state, name)
+        is_converted = name not in (own_rest, *SCALES) and param.is_floating_point()
+        is_converted &= value.is_floating_point() or is_encoded_here
+        if name in saved or (is_converted and has_formats(group)):
+            dtype = state_dtype_of(group, param) if is_converted else value.dtype
+            _code(state, name, dtype)
+            state[name] = state[name].to(param.device, dtype)
+    states = [name for name in state if name not in ("step", own_rest, *SCALES)]
     if own_rest is not None and own_rest not in state:
         state[own_rest] = new_rest(param, memory, len(states))
     if not is_rounded_by_chance(group, param, bool(states)):
@@ -140,3 +152,11 @@ def _fit(
             state.pop("step", None)
     elif "step" not in state:
         state["step"] = memory.step_count(0, torch.float32)
+
+
+def _code(state: dict[str, Any], name: str, dtype: torch.dtype) -> None:
+    """Has the state ``name`` be of codes if that is what ``dtype`` means, and else not."""
+    if dtype == torch.uint8 and state[name].is_floating_point():
+        state[name], state[scale_name(name)] = encoded(name, state[name])
+    elif dtype != torch.uint8 and is_encoded(state, name):
+        state[name] = decoded(name, state[name], state.pop(scale_name(name)))

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from recap_fast.state.codes import new_code, scale_count, scale_name
 from recap_fast.state.formats import is_rounded_by_chance, new_rest, rest_name, state_dtype_of
 from recap_fast.state.memory import StateMemory
 
@@ -85,7 +86,8 @@ def new_state(
     Returns:
         Tensors of the shape, device and memory layout of ``param``, all zero (Adagrad's ``sum``:
         its initial accumulator value), and for Adam, Adagrad and RMSprop a 0-dim ``step`` of zero.
-        Their dtype is that of ``param``, unless the group has a ``state_dtype``. Empty for SGD
+        Their dtype is that of ``param``, unless the group has a ``state_dtype``; of those of 8 bits
+        there are scales besides. Empty for SGD
         without momentum. For row-wise Adagrad `row_sums` and such a ``step``. What the formats of
         the group ask for besides: see `recap_fast.state.formats`.
 
@@ -93,12 +95,31 @@ def new_state(
         TypeError: for any other class of optimizer.
     """
     state = _algorithm_state(optimizer, group, param, memory)
-    states = len(state) - ("step" in state)
+    names = [name for name in state if name != "step"]
+    states = len(names)
     if is_rounded_by_chance(group, param, states > 0) and "step" not in state:
         state["step"] = memory.step_count(0, _step_dtype())
     if (name := rest_name(group, param)) is not None:
         state[name] = new_rest(param, memory, states)
+    if state_dtype_of(group, param) == torch.uint8:
+        scales = param.detach().new_empty(scale_count(param), dtype=torch.float32)
+        start = new_code(_start(optimizer))[1]
+        state |= {
+            scale_name(name): memory.full_like(scales, start, index)
+            for index, name in enumerate(names)
+        }
     return state
+
+
+def _start(optimizer: HasState) -> float:
+    """What states are before the first step.
+
+    Adagrad's are the constructor's value, as in torch, whatever a group says: of state made there
+    and here.
+    """
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return 0.0
+    return float(optimizer.defaults["initial_accumulator_value"])
 
 
 def _algorithm_state(
@@ -107,17 +128,16 @@ def _algorithm_state(
     dtype = state_dtype_of(group, param)
 
     def full(value: float, index: int) -> Tensor:
-        return memory.full_like(param, value, index, dtype)
+        filled = new_code(value)[0] if dtype == torch.uint8 else value
+        return memory.full_like(param, filled, index, dtype)
 
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.SparseAdam)):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group.get("amsgrad", False)
         moments = {name: full(0.0, i) for i, name in enumerate(names)}
         return {"step": memory.step_count(0, _step_dtype()), **moments}
     if isinstance(optimizer, torch.optim.Adagrad):
-        # The constructor's, as in torch, whatever the group says: of state made there and here.
-        start = optimizer.defaults["initial_accumulator_value"]
         step = memory.step_count(0, _step_dtype())
-        return {"step": step, "sum": full(start, 0)}
+        return {"step": step, "sum": full(_start(optimizer), 0)}
     if isinstance(optimizer, torch.optim.RMSprop):
         names = ["square_avg"] + ["momentum_buffer"] * (group["momentum"] > 0)
         names += ["grad_avg"] * group["centered"]

@@ -92,8 +92,14 @@ def test_it_is_written_as_it_is_read() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"state_dtype": "float64"}, "state_dtype\n  Input should be 'float32', 'bfloat16' or"),
-        ({"state_dtype": torch.int8}, "state_dtype\n  Input should be 'float32', 'bfloat16' or"),
+        (
+            {"state_dtype": "float64"},
+            "state_dtype\n  Input should be 'float32', 'bfloat16', 'float16' or '8bit'",
+        ),
+        (
+            {"state_dtype": torch.int8},
+            "state_dtype\n  Input should be 'float32', 'bfloat16', 'float16' or '8bit'",
+        ),
         ({"state_dtype": "torch.float32"}, "state_dtype\n"),
         ({"master_weights": 1}, "master_weights\n"),
         ({"stochastic_rounding": "yes"}, "stochastic_rounding\n"),

@@ -1,5 +1,6 @@
 // Slots with a format: the same bits as one element after the other, in every format, update and
 // instruction set, wherever a vector or a tile begins.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -11,6 +12,7 @@
 #include "cpu/engine.h"
 #include "cpu/ways.h"
 #include "guarded.h"
+#include "numerics/codes.h"
 #include "numerics/rounding.h"
 #include "problem.h"
 
@@ -22,7 +24,8 @@ using recap::Format;
 using recap::ParamRounding;
 
 constexpr Dtype kFormats[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
-constexpr int kAll = 3 + recap::kMaxStates;  // param, gradient, rest, states
+// Param, gradient, rest, states, their scales.
+constexpr int kScales = 3 + recap::kMaxStates, kAll = kScales + recap::kMaxStates;
 
 struct Case {
   Update update;
@@ -64,8 +67,13 @@ class Memory {
     std::mt19937 random(seed);
     std::uniform_real_distribution<float> numbers(-2, 2);
     for (int k = 0; k < 3 + states; ++k) {
-      const size_t bytes = each.size * recap::dtype_size(dtypes[k]);
-      arrays_[k] = std::make_unique<Guarded>(bytes, k * recap::dtype_size(dtypes[k]));
+      const bool is_coded = k >= 3 && each.format.has_codes;
+      const size_t width = is_coded ? 1 : recap::dtype_size(dtypes[k]);
+      arrays_[k] = std::make_unique<Guarded>(each.size * width, k * width);
+      if (is_coded) {
+        fill_codes(k, each.size, random);
+        continue;
+      }
       for (int64_t i = 0; i < each.size; ++i) {
         float value = numbers(random);
         if (i % 7 == 3) value *= 1e-6f;
@@ -86,10 +94,13 @@ class Memory {
       }
     }
     slot.param = arrays_[0]->data();
-    for (int k = 0; k < states; ++k) slot.state[k] = arrays_[3 + k]->data();
+    format = each.format;
+    for (int k = 0; k < states; ++k) {
+      slot.state[k] = arrays_[3 + k]->data();
+      if (format.has_codes) format.scale[k] = arrays_[kScales + k]->data();
+    }
     slot.size = each.size;
     slot.dtype = each.dtype;
-    format = each.format;
     format.rest = arrays_[2]->data();
     slot.format = &format;
   }
@@ -111,8 +122,47 @@ class Memory {
   Format format;
 
  private:
+  void fill_codes(int k, int64_t size, std::mt19937& random) {
+    const int64_t blocks = (size + recap::kElementsOfScale - 1) / recap::kElementsOfScale;
+    auto& scales = arrays_[kScales + k - 3];
+    scales = std::make_unique<Guarded>(blocks * sizeof(float), 4 * k);
+    for (int64_t i = 0; i < size; ++i) arrays_[k]->data()[i] = static_cast<uint8_t>(random());
+    for (int64_t i = 0; i < blocks; ++i) {
+      const float scale = i % 5 == 4 ? 0.0f : std::ldexp(1.0f, -static_cast<int>(i % 40));
+      std::memcpy(scales->data() + i * sizeof scale, &scale, sizeof scale);
+    }
+  }
+
   std::array<std::unique_ptr<Guarded>, kAll> arrays_;
 };
+
+float& scale(const Format& format, int k, int64_t i) {
+  return static_cast<float*>(format.scale[k])[i / recap::kElementsOfScale];
+}
+
+template <typename Algorithm>
+bool is_signed(int k) {
+  return !(Algorithm::kNeverNegative >> k & 1);
+}
+
+template <typename Algorithm>
+void store_codes(const Memory& memory, int k, const std::vector<float>& values, uint64_t key) {
+  const Format& format = memory.format;
+  const auto size = static_cast<int64_t>(values.size());
+  for (int64_t begin = 0; begin < size; begin += recap::kElementsOfScale) {
+    float largest = 0;
+    const int64_t end = std::min<int64_t>(begin + recap::kElementsOfScale, size);
+    for (int64_t i = begin; i < end; ++i) largest = std::fmax(largest, std::fabs(values[i]));
+    scale(format, k, begin) = recap::scale_of(recap::float_bits(largest), is_signed<Algorithm>(k));
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    const uint64_t index = format.first_element + i;
+    const uint32_t word = recap::draw(key, index, k / 2).words[k == 1 || k == 2];
+    static_cast<uint8_t*>(memory.slot.state[k])[i] =
+        recap::code_of(values[i], is_signed<Algorithm>(k), 1.0f / scale(format, k, i),
+                       recap::random_bits(word, recap::power_of_multiplier(index)));
+  }
+}
 
 template <typename Algorithm>
 void update_one_by_one(const recap::Values& values, const Memory& memory) {
@@ -123,6 +173,7 @@ void update_one_by_one(const recap::Values& values, const Memory& memory) {
   auto* const short_param = static_cast<BFloat16*>(slot.param);
   auto* const remainder = static_cast<int16_t*>(format.rest);
   auto* const master = static_cast<float*>(format.rest);
+  std::vector<float> codes[recap::kMaxStates];  // the values to become such
   for (int64_t i = 0; i < slot.size; ++i) {
     float param = load_one(slot.dtype, slot.param, i);
     if (format.param == ParamRounding::remainder) param = recap::load(short_param[i], remainder[i]);
@@ -131,7 +182,9 @@ void update_one_by_one(const recap::Values& values, const Memory& memory) {
     }
     float state[recap::kMaxStates] = {};
     for (int k = 0; k < Algorithm::kStates; ++k) {
-      state[k] = load_one(format.state, slot.state[k], i);
+      state[k] = format.has_codes ? recap::load_code(static_cast<uint8_t*>(slot.state[k])[i],
+                                                     is_signed<Algorithm>(k), scale(format, k, i))
+                                  : load_one(format.state, slot.state[k], i);
     }
     Algorithm::update(h, load_one(format.grad, memory.grad(), i), param, state);
     const uint64_t index = format.first_element + i;
@@ -141,7 +194,9 @@ void update_one_by_one(const recap::Values& values, const Memory& memory) {
     };
     const uint32_t of_state[] = {chance(0, 0), chance(0, 1), chance(1, 1)};
     for (int k = 0; k < Algorithm::kStates; ++k) {
-      if (format.draws_for_states) {
+      if (format.has_codes) {
+        codes[k].push_back(state[k]);
+      } else if (format.draws_for_states) {
         store_one(format.state, state[k], of_state[k], slot.state[k], i);
       } else {
         store_one(format.state, state[k], slot.state[k], i);
@@ -156,6 +211,8 @@ void update_one_by_one(const recap::Values& values, const Memory& memory) {
         break;
     }
   }
+  if (!format.has_codes) return;
+  for (int k = 0; k < Algorithm::kStates; ++k) store_codes<Algorithm>(memory, k, codes[k], key);
 }
 
 void update_one_by_one(const recap::Values& values, const Memory& memory) {
@@ -197,12 +254,14 @@ void for_formats(Visit&& visit) {
           const auto rounding = static_cast<ParamRounding>(param);
           if (rounding == ParamRounding::remainder && dtype != Dtype::bfloat16) continue;
           if (rounding == ParamRounding::master && dtype != Dtype::float16) continue;
-          for (const bool draws : {false, true}) {
+          for (const int draws : {0, 1, 2}) {
             Format format;
+            if (draws == 2 && state != Dtype::float32) continue;
+            format.has_codes = draws == 2;
             format.grad = grad;
             format.state = state;
             format.param = rounding;
-            format.draws_for_states = draws && state != Dtype::float32;
+            format.draws_for_states = draws && (state != Dtype::float32 || format.has_codes);
             format.seed = 77;
             visit(dtype, format);
           }
@@ -224,8 +283,9 @@ void check(const Case& each, const recap::cpu::ThreadPool& pool = kOneThread) {
     CHECK(found.same(expected), "update ", static_cast<int>(each.update), ", dtype ",
           static_cast<int>(each.dtype), ", gradient ", static_cast<int>(each.format.grad),
           ", state ", static_cast<int>(each.format.state), ", rounding ",
-          static_cast<int>(each.format.param), ", draws ", each.format.draws_for_states, ", set ",
-          set, ", size ", each.size, ", from ", each.format.first_element);
+          static_cast<int>(each.format.param), ", draws ", each.format.draws_for_states, ", codes ",
+          each.format.has_codes, ", set ", set, ", size ", each.size, ", from ",
+          each.format.first_element);
   }
   recap::cpu::use_instruction_set("");
 }
@@ -233,7 +293,8 @@ void check(const Case& each, const recap::cpu::ThreadPool& pool = kOneThread) {
 TEST(every_format_and_update_has_the_bits_of_one_element_after_the_other) {
   for (int update = 0; update < recap::kUpdates; ++update) {
     for_formats([update](Dtype dtype, const Format& format) {
-      check({static_cast<Update>(update), dtype, format, 45 + update % 2});
+      const int blocks = format.has_codes ? 2 * recap::kElementsOfScale : 0;
+      check({static_cast<Update>(update), dtype, format, blocks + 45 + update % 2});
     });
   }
 }
@@ -259,6 +320,10 @@ TEST(long_slots_have_the_same_bits_in_every_way_and_split) {
       format.state = Dtype::bfloat16;
       format.param = rounding;
       format.draws_for_states = true;
+      check({Update::adam, Dtype::bfloat16, format, 20 * recap::cpu::kTileSize + 13},
+            kThreeThreads);
+      format.state = Dtype::float32;
+      format.has_codes = true;
       check({Update::adam, Dtype::bfloat16, format, 20 * recap::cpu::kTileSize + 13},
             kThreeThreads);
     }
@@ -336,6 +401,60 @@ TEST(a_remainder_has_all_bits_that_the_parameter_lacks) {
     CHECK(value != value || is_tie || param.bits == nearest.bits);
   }
   CHECK_EQ(recap::load(BFloat16{0}, int16_t{-5}), 0.0f);  // somebody has set it to zero
+}
+
+// The number that a code stands for, and the next larger one.
+float number_of(int code, bool is_signed) {
+  return recap::load_code(static_cast<uint8_t>(code), is_signed, 1.0f);
+}
+
+TEST(codes_stand_for_numbers_in_their_order_and_each_is_stored_as_itself) {
+  for (const bool is_signed : {false, true}) {
+    const int codes = is_signed ? 128 : 256;
+    for (int code = 0; code < codes; ++code) {
+      const float number = number_of(code, is_signed);
+      CHECK(code == 0 ? number == 0 : number > number_of(code - 1, is_signed));
+      for (const uint32_t random : {0u, 0x7fffffffu, 0xffffffffu}) {
+        CHECK_EQ(int{recap::code_of(number, is_signed, 1.0f, random)}, code);
+        if (is_signed) {
+          CHECK_EQ(int{recap::code_of(-number, true, 1.0f, random)}, code + 128);
+        }
+      }
+    }
+    const float largest = number_of(codes - 1, is_signed);
+    CHECK_EQ(recap::scale_of(recap::float_bits(largest), is_signed), 1.0f);
+    CHECK_EQ(int{recap::code_of(1.001f * largest, is_signed, 1.0f, 0xffffffffu)}, codes - 1);
+  }
+  CHECK_EQ(int{recap::code_of(1e-30f, false, 1.0f, 0)}, 1);  // never zero
+  CHECK_EQ(int{recap::code_of(1e-30f, true, 1.0f, 0)}, 0);
+  CHECK_EQ(int{recap::code_of(0.0f, false, 1.0f, 0xffffffffu)}, 0);
+}
+
+TEST(codes_are_right_in_the_mean) {
+  constexpr int kTimes = 200'000;
+  for (const bool is_signed : {false, true}) {
+    for (const int code : {10, 77, 120}) {
+      const float below = number_of(code, is_signed), above = number_of(code + 1, is_signed);
+      const float value = below + 0.3f * (above - below);
+      const double part = (double{value} - below) / (double{above} - below);
+      int ups = 0;
+      for (int i = 0; i < kTimes; ++i) {
+        const uint32_t word = recap::draw(recap::rounding_key(2, 1), i, 0).words[0];
+        const uint32_t random = recap::random_bits(word, recap::power_of_multiplier(i));
+        const int found = recap::code_of(value, is_signed, 1.0f, random);
+        CHECK(found == code || found == code + 1);
+        ups += found - code;
+      }
+      const double sigma = std::sqrt(part * (1 - part) / kTimes);
+      CHECK(std::fabs(static_cast<double>(ups) / kTimes - part) <= 4 * sigma);
+    }
+  }
+}
+
+TEST(a_block_with_a_nan_becomes_nan) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float scale = recap::scale_of(recap::float_bits(nan), true);
+  CHECK(scale != scale);
 }
 
 }  // namespace
