@@ -64,7 +64,7 @@ def is_encoded(entries: Any, name: str) -> bool:
 
 def decoded(name: str, codes: Tensor, scales: Tensor) -> Tensor:
     """Returns the float32 values of the state ``name``, exactly, in the shape of ``codes``."""
-    values: Tensor = _values(name).to(codes.device)[codes.reshape(-1).long()]
+    values = _values(name).to(codes.device)[codes.reshape(-1).long()]
     return (values * _of_elements(scales, codes.numel())).reshape(codes.shape)
 
 
@@ -109,6 +109,6 @@ def _minifloats(mantissa: int) -> Tensor:
     """0, and those of 4 bits of exponent that are less than 2, in their order."""
     code = torch.arange(16 << mantissa)
     part = 1 + (code % 2**mantissa) / 2**mantissa
-    values = part * 2.0 ** ((code >> mantissa) - 15)
+    values: Tensor = part * 2.0 ** ((code >> mantissa) - 15)
     values[0] = 0
     return values

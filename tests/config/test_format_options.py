@@ -94,11 +94,11 @@ def test_it_is_written_as_it_is_read() -> None:
     [
         (
             {"state_dtype": "float64"},
-            "state_dtype\n  Input should be 'float32', 'bfloat16', 'float16' or '8bit'",
+            "state_dtype\n  Input should be 'float32', 'bfloat16', 'float16'",
         ),
         (
             {"state_dtype": torch.int8},
-            "state_dtype\n  Input should be 'float32', 'bfloat16', 'float16' or '8bit'",
+            "state_dtype\n  Input should be 'float32', 'bfloat16', 'float16'",
         ),
         ({"state_dtype": "torch.float32"}, "state_dtype\n"),
         ({"master_weights": 1}, "master_weights\n"),
