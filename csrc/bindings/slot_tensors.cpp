@@ -203,10 +203,10 @@ std::optional<SlotTensors::Refusal> SlotTensors::refusal_of_formats() const {
                               " is a DTensor, whose states cannot be of 8 bits, since blocks would "
                               "not end where shards do; set state_dtype to torch.bfloat16")};
   }
-  if (engine_for(param().device()) == EngineKind::cuda) {
+  if (formats_.eight_bits && engine_for(param().device()) == EngineKind::cuda) {
     return Refusal{false, text("parameter ", name_, " is on ", param().device(),
-                               ", where state_dtype, master_weights and stochastic_rounding do not "
-                               "run yet; leave them out")};
+                               ", where state_dtype='8bit' does not run yet; set it to "
+                               "torch.bfloat16")};
   }
   if (by_rows_ || sparse_only_) {
     return Refusal{false, text("parameter ", name_,
@@ -235,8 +235,7 @@ void SlotTensors::make_format(const Hyper& hyper) {
 bool SlotTensors::needs_other_format(const at::Tensor& grad) const {
   const auto type = dtype_of(grad);
   const bool is_possible = type && type != Dtype::float64 && dtype_ != Dtype::float64 &&
-                           !by_rows_ && !sparse_only_ && grad.layout() == at::kStrided &&
-                           engine_for(param().device()) == EngineKind::cpu;
+                           !by_rows_ && !sparse_only_ && grad.layout() == at::kStrided;
   return is_possible && *type != (format_ ? format_->grad : dtype_);
 }
 

@@ -8,8 +8,8 @@
 //    when it has read them, and the block that takes the last one changes them.
 #include "../numerics/power.h"
 #include "../plan/schedules.h"
+#include "any_tile.cuh"
 #include "kernel.h"
-#include "tile_update.cuh"
 
 namespace recap::cuda {
 namespace {
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) update_til
   if (threadIdx.x == 0) find(header, grad, slot, found);
   __syncthreads();
   if (grad.bits && !found.skips) {
-    update_tile_of_any_dtype(*tile, found.values.update, found.values.float32, found.values.float64,
-                             grad.address());
+    update_any_tile(*tile, found.values.update, found.values.float32, found.values.float64,
+                    &found.values.step, grad.address());
   }
   // In a step that is skipped too: what is not finite would stay so whatever is added to it.
   if (header.clears_grads) {
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) update_til
       const TileEntry& again = header.tiles[block];
       const SlotGrad of_slot =
           table<SlotGrad>(header, header.grads)[again.slot - header.first_slot];
-      if (of_slot.bits && found.values.clears_grads) clear_grad(again, of_slot.address());
+      if (of_slot.bits && found.values.clears_grads)
+        clear_grad_of_any_tile(again, of_slot.address());
     }
   }
   // Not before the update, whose registers it would need.

@@ -3,6 +3,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -53,11 +55,11 @@ class Engine::Implementation {
  public:
   Implementation(int device, const Plan& plan, cudaStream_t stream)
       : device_(device), launches_(plan), last_stream_(stream) {
-    const std::vector<TileEntry> tiles = make_tile_table(plan);
+    DeviceTable table = make_device_table(plan);
     CurrentDevice current(device_);
     check(cudaEventCreateWithFlags(&moved_, cudaEventDisableTiming), device_, "create an event");
     try {
-      if (!tiles.empty()) upload(tiles);
+      if (!table.tiles.empty()) upload(table);
     } catch (...) {
       release();
       throw;
@@ -110,19 +112,25 @@ class Engine::Implementation {
     }
   }
 
-  // One allocation and one copy: the ticket, in the place of a first entry, and the table.
-  void upload(const std::vector<TileEntry>& tiles) {
-    auto source = std::make_unique<std::vector<TileEntry>>(1);
-    source->insert(source->end(), tiles.begin(), tiles.end());
-    const size_t bytes = source->size() * sizeof(TileEntry);
+  // One allocation and one copy: the ticket, in the place of a first entry, tiles and formats.
+  void upload(DeviceTable& table) {
+    const size_t tile_bytes = (1 + table.tiles.size()) * sizeof(TileEntry);
+    const size_t bytes = tile_bytes + table.formats.size() * sizeof(FormatEntry);
     void* memory = nullptr;
     check(cudaMallocAsync(&memory, bytes, last_stream_), device_, "allocate the table of tiles");
     ticket_ = static_cast<uint32_t*>(memory);
     tiles_ = static_cast<TileEntry*>(memory) + 1;
+    table.place_formats(reinterpret_cast<FormatEntry*>(static_cast<char*>(memory) + tile_bytes));
+    auto source = std::make_unique<std::vector<char>>(bytes);
+    const auto put = [to = source->data()](const auto& entries, size_t offset) {
+      std::memcpy(to + offset, entries.data(), entries.size() * sizeof entries[0]);
+    };
+    put(table.tiles, sizeof(TileEntry));
+    if (!table.formats.empty()) put(table.formats, tile_bytes);
     check(cudaMemcpyAsync(memory, source->data(), bytes, cudaMemcpyHostToDevice, last_stream_),
           device_, "copy the table of tiles");
     // The copy may read the host's memory after this returns.
-    const auto destroy = [](void* table) { delete static_cast<std::vector<TileEntry>*>(table); };
+    const auto destroy = [](void* bytes) { delete static_cast<std::vector<char>*>(bytes); };
     const cudaError_t error = cudaLaunchHostFunc(last_stream_, destroy, source.get());
     if (error == cudaSuccess) {
       source.release();

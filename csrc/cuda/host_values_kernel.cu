@@ -5,8 +5,8 @@
 //  * A block waits for one table entry, then asks for elements: addresses and sizes come with the
 //    entry, the gradient's address and the hyperparameters with the kernel's parameter.
 //  * No shared memory and no synchronisation: there is nothing to exchange.
+#include "any_tile.cuh"
 #include "kernel.h"
-#include "tile_update.cuh"
 
 namespace recap::cuda {
 namespace {
@@ -22,15 +22,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (!grad.bits) return;
   const uint32_t entry = grad.entry();
   const EntryUpdate update = table<EntryUpdate>(header, header.updates)[entry];
-  update_tile_of_any_dtype(
-      tile, update.update(), table<UpdateValues<float>>(header, header.float32_values)[entry],
-      table<UpdateValues<double>>(header, header.float64_values)[entry], grad.address());
+  update_any_tile(tile, update.update(),
+                  table<UpdateValues<float>>(header, header.float32_values)[entry],
+                  table<UpdateValues<double>>(header, header.float64_values)[entry],
+                  table<uint64_t>(header, header.steps) + entry, grad.address());
   if (header.clears_grads) {
     // All is read anew: kept until here, it would take registers from the update.
     const TileEntry& again = header.tiles[block_number()];
     const SlotGrad of_slot = table<SlotGrad>(header, header.grads)[again.slot - header.first_slot];
     if (table<EntryUpdate>(header, header.updates)[of_slot.entry()].clears_grads()) {
-      clear_grad(again, of_slot.address());
+      clear_grad_of_any_tile(again, of_slot.address());
     }
   }
 }

@@ -15,11 +15,25 @@ namespace recap::cuda {
 // that a thread block must wait for before it asks for elements.
 struct alignas(16) TileEntry {
   void* param;
-  void* state[kMaxStates];
-  int64_t begin;  // the first element's index in the slot, for the gradient
+  void* state[kMaxStates];  // if the slot has a format, the first is the address of that
+  int64_t begin;            // the first element's index in the slot, for the gradient
   uint32_t slot;
   uint16_t size;  // elements
   Dtype dtype;
+  bool has_format;
+};
+
+// A slot's format, in device memory too, and its arrays but for param and gradient.
+struct alignas(16) FormatEntry {
+  void* state[kMaxStates];
+  void* rest;
+  uint64_t seed;
+  int64_t first_element;
+  Dtype grad, state_dtype;
+  ParamRounding param;
+  bool draws_for_states;
+
+  RECAP_INLINE bool draws() const { return draws_for_states || param == ParamRounding::stochastic; }
 };
 
 // The address of a slot's gradient, and in the highest byte its entry, which is an index into the
@@ -56,6 +70,7 @@ struct ArgumentsHeader {
       float64_values;  // offset of UpdateValues<double>, one per entry, if some slot needs them
   uint32_t float32_values;  // offset of UpdateValues<float>, one per entry
   uint32_t updates;         // offset of EntryUpdate, one per entry
+  uint32_t steps;           // offset of uint64_t, the step of each entry, if some slot draws
   uint32_t clears_grads;    // whether some entry does
 };
 

@@ -11,13 +11,29 @@ namespace {
 
 constexpr uint16_t kNoEntry = 0xffff;
 
+FormatEntry format_entry(const Slot& slot) {
+  const Format& format = *slot.format;
+  FormatEntry entry = {};
+  std::copy(std::begin(slot.state), std::end(slot.state), entry.state);
+  entry.rest = format.rest;
+  entry.seed = format.seed;
+  entry.first_element = format.first_element;
+  entry.grad = format.grad;
+  entry.state_dtype = format.state;
+  entry.param = format.param;
+  entry.draws_for_states = format.draws_for_states;
+  return entry;
+}
+
 }  // namespace
 
-std::vector<TileEntry> make_tile_table(const Plan& plan) {
-  std::vector<TileEntry> table;
-  table.reserve(plan.tiles.size());
+DeviceTable make_device_table(const Plan& plan) {
+  DeviceTable table;
+  table.tiles.reserve(plan.tiles.size());
   for (const Tile& tile : plan.tiles) {
-    if (tile.size > kTileSize || (!table.empty() && tile.slot < table.back().slot)) {
+    const bool is_next = table.tiles.empty() || tile.slot != table.tiles.back().slot;
+    if (tile.size > kTileSize ||
+        (is_next && !table.tiles.empty() && tile.slot < table.tiles.back().slot)) {
       throw std::invalid_argument(
           "a CUDA plan needs tiles of at most cuda::kTileSize elements, in slot order");
     }
@@ -25,20 +41,38 @@ std::vector<TileEntry> make_tile_table(const Plan& plan) {
     const int64_t offset = tile.begin * dtype_size(slot.dtype);
     TileEntry entry = {};
     entry.param = static_cast<char*>(slot.param) + offset;
-    for (int k = 0; k < kMaxStates; ++k) {
-      if (slot.state[k]) entry.state[k] = static_cast<char*>(slot.state[k]) + offset;
-    }
     entry.begin = tile.begin;
     entry.slot = tile.slot;
     entry.size = static_cast<uint16_t>(tile.size);
     entry.dtype = slot.dtype;
-    table.push_back(entry);
+    entry.has_format = slot.format != nullptr;
+    if (slot.format) {
+      if (is_next) table.formats.push_back(format_entry(slot));
+    } else {
+      for (int k = 0; k < kMaxStates; ++k) {
+        if (slot.state[k]) entry.state[k] = static_cast<char*>(slot.state[k]) + offset;
+      }
+    }
+    table.tiles.push_back(entry);
   }
   return table;
 }
 
+void DeviceTable::place_formats(FormatEntry* formats) {
+  const TileEntry* before = nullptr;
+  for (TileEntry& tile : tiles) {
+    if (!tile.has_format) continue;
+    if (before && before->slot != tile.slot) ++formats;
+    tile.state[0] = formats;
+    before = &tile;
+  }
+}
+
 Launches::Launches(const Plan& plan) : slots_(static_cast<uint32_t>(plan.slots.size())) {
-  for (const Slot& slot : plan.slots) is_float64_.push_back(slot.dtype == Dtype::float64);
+  for (const Slot& slot : plan.slots) {
+    is_float64_.push_back(slot.dtype == Dtype::float64);
+    draws_.push_back(slot.format && slot.format->draws());
+  }
   first_tile_of_slot_.assign(slots_ + 1, 0);
   for (const Tile& tile : plan.tiles) ++first_tile_of_slot_[tile.slot + 1];
   for (uint32_t slot = 0; slot < slots_; ++slot) {
@@ -53,6 +87,7 @@ Launches::Demand Launches::demand(const Step& step) {
           sizeof(ArgumentsHeader),
           sizeof(UpdateValues<float>) + sizeof(EntryUpdate),
           sizeof(UpdateValues<double>),
+          sizeof(uint64_t),
           false,
           false};
 }
@@ -63,6 +98,7 @@ Launches::Demand Launches::demand(const DeviceStep& step) {
           step.groups.size(),
           sizeof(DeviceArgumentsHeader),
           sizeof(DeviceGroup),
+          0,
           0,
           true,
           step.rates != nullptr};
@@ -81,15 +117,17 @@ uint32_t Launches::next_active(const Demand& demand, uint32_t slot) const {
 bool Launches::accept(const Demand& demand, uint32_t slot) {
   uint16_t& entry = entry_of_[demand.entry_of_slot[slot]];
   const size_t entries = entries_.size() + (entry == kNoEntry ? 1 : 0);
-  const bool float64 = float64_ || is_float64_[slot];
+  const bool float64 = float64_ || is_float64_[slot], drawn = drawn_ || draws_[slot];
   const size_t bytes = demand.header_bytes + (slot + 1 - begin_) * sizeof(SlotGrad) +
-                       entries * (demand.entry_bytes + (float64 ? demand.float64_bytes : 0));
+                       entries * (demand.entry_bytes + (float64 ? demand.float64_bytes : 0) +
+                                  (drawn ? demand.step_bytes : 0));
   if (entries > kMaxEntries || bytes > kLargeArguments) return false;
   if (entry == kNoEntry) {
     entry = static_cast<uint16_t>(entries_.size());
     entries_.push_back(demand.entry_of_slot[slot]);
   }
   float64_ = float64;
+  drawn_ = drawn;
   end_ = slot + 1;
   argument_bytes_ = bytes;
   return true;
@@ -107,7 +145,7 @@ bool Launches::first(const Demand& demand) {
 bool Launches::next(const Demand& demand) {
   begin_ = end_ = next_begin_;
   if (begin_ == slots_) return false;
-  float64_ = false;
+  float64_ = drawn_ = false;
   entries_.clear();
   entry_of_.assign(demand.entries, kNoEntry);
   while (next_begin_ < slots_ && accept(demand, next_begin_)) {
@@ -123,8 +161,9 @@ void Launches::write(const Step& step, const TileEntry* tiles, unsigned char* ou
   header.first_slot = begin_;
   header.grads = sizeof header;
   header.float64_values = header.grads + slots * sizeof(SlotGrad);
-  header.float32_values =
+  header.steps =
       header.float64_values + (float64_ ? entries_.size() * sizeof(UpdateValues<double>) : 0);
+  header.float32_values = header.steps + (drawn_ ? entries_.size() * sizeof(uint64_t) : 0);
   header.updates = header.float32_values + entries_.size() * sizeof(UpdateValues<float>);
   header.clears_grads = std::any_of(entries_.begin(), entries_.end(), [&step](uint32_t entry) {
     return step.values[entry].clears_grads;
@@ -137,6 +176,8 @@ void Launches::write(const Step& step, const TileEntry* tiles, unsigned char* ou
       std::memcpy(out + header.float64_values + i * sizeof values.float64, &values.float64,
                   sizeof values.float64);
     }
+    if (drawn_)
+      std::memcpy(out + header.steps + i * sizeof values.step, &values.step, sizeof values.step);
     std::memcpy(out + header.float32_values + i * sizeof values.float32, &values.float32,
                 sizeof values.float32);
     out[header.updates + i] =

@@ -9,9 +9,18 @@
 
 namespace recap::cuda {
 
-// The device table of `plan`. Throws std::invalid_argument unless the tiles are in slot order and
-// none is larger than kTileSize.
-std::vector<TileEntry> make_tile_table(const Plan& plan);
+// What an engine keeps on its device.
+struct DeviceTable {
+  std::vector<TileEntry> tiles;
+  std::vector<FormatEntry> formats;
+
+  // Writes into tiles where `formats` are on the device.
+  void place_formats(FormatEntry* formats);
+};
+
+// That of `plan`, whose formats have no place yet. Throws std::invalid_argument unless the tiles
+// are in slot order and none is larger than kTileSize.
+DeviceTable make_device_table(const Plan& plan);
 
 class Launches {
  public:
@@ -44,6 +53,7 @@ class Launches {
     size_t entries;
     size_t header_bytes, entry_bytes;
     size_t float64_bytes;  // more per entry if a slot is float64
+    size_t step_bytes;     // or if one draws
     bool counts;           // slots without elements take part
     bool always;           // without any slot there is a launch, too
   };
@@ -58,7 +68,7 @@ class Launches {
   void write_grads(const std::vector<const void*>& grads,
                    const std::vector<uint32_t>& entry_of_slot, unsigned char* out) const;
 
-  std::vector<char> is_float64_;              // per slot
+  std::vector<char> is_float64_, draws_;      // per slot
   std::vector<uint32_t> first_tile_of_slot_;  // and the number of tiles at the end
   uint32_t slots_;
 
@@ -67,7 +77,7 @@ class Launches {
   uint32_t begin_ = 0, end_ = 0;
   uint32_t next_begin_ = 0;  // slots_: it is the last
   size_t argument_bytes_ = 0;
-  bool float64_ = false;
+  bool float64_ = false, drawn_ = false;
   std::vector<uint32_t> entries_;
   std::vector<uint16_t> entry_of_;
 };

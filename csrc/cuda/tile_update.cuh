@@ -273,18 +273,6 @@ RECAP_DEVICE void update_tile_by(Update update,
 #undef RECAP_CASE
 }
 
-// `float32` and `float64` hold the same values; which of them are read follows from the dtype.
-RECAP_DEVICE void update_tile_of_any_dtype(const TileEntry& tile, Update update,
-                                           const UpdateValues<float>& float32,
-                                           const UpdateValues<double>& float64, const void* grad) {
-  switch (tile.dtype) {
-    case Dtype::float32: return update_tile_by<float>(update, float32, tile, grad);
-    case Dtype::float64: return update_tile_by<double>(update, float64, tile, grad);
-    case Dtype::bfloat16: return update_tile_by<BFloat16>(update, float32, tile, grad);
-    case Dtype::float16: return update_tile_by<Float16>(update, float32, tile, grad);
-  }
-}
-
 // That of the block, as if it were not known yet.
 RECAP_DEVICE uint32_t block_number() {
   uint32_t block = blockIdx.x;

@@ -50,8 +50,10 @@ constexpr uint32_t kMultiplier = 747796405u;
 
 // What the words are multiplied by for the element with this index.
 RECAP_INLINE uint32_t power_of_multiplier(uint64_t index) {
-  uint32_t power = kMultiplier;
-  for (int i = 0; i < static_cast<int>(index % kElementsOfDraw); ++i) power *= kMultiplier;
+  uint32_t power = kMultiplier, factor = kMultiplier;
+  for (uint32_t left = index % kElementsOfDraw; left; left >>= 1, factor *= factor) {
+    if (left & 1u) power *= factor;
+  }
   return power;
 }
 

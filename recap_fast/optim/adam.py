@@ -17,7 +17,7 @@ class FusedAdam(FusedOptimizer, optim.Adam):
     float32, float64, bfloat16 or float16 tensors of any shape; state has the parameter's dtype,
     unless ``state_dtype`` says another; 16-bit elements are updated in float32 and rounded once.
     Gradients of 16-bit parameters may be float32, and those of float32 parameters 16-bit
-    (``Parameter.grad_dtype``), on the CPU.
+    (``Parameter.grad_dtype``).
 
     With ``lazy=True`` (also a key of a param group) a row whose gradient is zero in all elements
     stays as it is, parameter and moments, without decay: a row is an index of the first dimension.

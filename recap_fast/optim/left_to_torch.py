@@ -52,7 +52,7 @@ def why_gradients_not_native(group: Mapping[str, Any]) -> str | None:
 
 def _are_widened(param: Tensor, grad: Tensor) -> bool:
     """Whether the native step takes a gradient of another dtype: both in float32."""
-    return param.device.type == "cpu" and {param.dtype, grad.dtype} <= {*STATE_DTYPES}
+    return {param.dtype, grad.dtype} <= {*STATE_DTYPES}
 
 
 def why_formats_not_native(group: Mapping[str, Any]) -> str | None:

@@ -51,7 +51,6 @@ from tests.support.optimizers import (
     snapshot,
 )
 
-pytestmark = pytest.mark.cpu_engine
 needs_grad_dtype = pytest.mark.skipif(
     not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has gradients of one dtype only"
 )
@@ -306,6 +305,7 @@ def _assert_same(these: Sequence[Tensor], those: Sequence[Tensor]) -> None:
     assert all(same_bits(a, b) for a, b in zip(these, those, strict=True))
 
 
+@pytest.mark.cpu_engine
 @kinds
 @pytest.mark.parametrize("update", ["amsgrad", "momentum"])
 def test_bits_depend_on_no_thread(update: str, formats: Formats) -> None:
@@ -325,6 +325,7 @@ def test_bits_of_named_parameters_depend_on_no_split_into_groups(
     _assert_same(_run(update, formats), _run(update, formats, split=True))
 
 
+@pytest.mark.cpu_engine
 @kinds
 @pytest.mark.parametrize("update", UPDATES)
 def test_bits_depend_on_no_instruction_set(update: str, formats: Formats) -> None:
@@ -336,6 +337,7 @@ def test_bits_depend_on_no_instruction_set(update: str, formats: Formats) -> Non
         _assert_same(runs[0], run)
 
 
+@pytest.mark.cpu_engine
 def test_infinities_and_nan_stay_what_they_are() -> None:
     """On every instruction set; beside numbers that are rounded away from zero to infinity."""
     finfo = torch.finfo(torch.float32)
@@ -495,6 +497,7 @@ def test_what_cannot_be_is_refused_by_name(
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.cpu_engine
 @pytest.mark.parametrize("kind", [FusedAdam, FusedAdamW])
 @pytest.mark.parametrize("option", [{"state_dtype": torch.bfloat16}, {"master_weights": True}])
 def test_lazy_updates_take_no_formats(kind: type[FusedOptimizer], option: Any) -> None:
@@ -502,6 +505,7 @@ def test_lazy_updates_take_no_formats(kind: type[FusedOptimizer], option: Any) -
         kind([nn.Parameter(numbers((3, 2), 0, torch.bfloat16))], lazy=True, **option)
 
 
+@pytest.mark.cpu_engine
 @pytest.mark.parametrize("kind", [FusedSparseAdam, FusedRowwiseAdagrad])
 @pytest.mark.parametrize("option", [{"state_dtype": torch.float32}, {"stochastic_rounding": True}])
 def test_updates_of_rows_take_no_formats(kind: type[FusedOptimizer], option: Any) -> None:
@@ -514,6 +518,7 @@ def test_updates_of_rows_take_no_formats(kind: type[FusedOptimizer], option: Any
     assert_unchanged(before, optimizer, [param])
 
 
+@pytest.mark.cpu_engine
 @pytest.mark.parametrize(
     ("kind", "formats"),
     [

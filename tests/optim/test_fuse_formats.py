@@ -22,7 +22,6 @@ from tests.support.formats import (
 )
 from tests.support.optimizers import FUSED, TORCH, numbers, parameters, set_grads
 
-pytestmark = pytest.mark.cpu_engine
 
 KINDS = {
     "short states": Formats(torch.float32, torch.float32, torch.bfloat16),

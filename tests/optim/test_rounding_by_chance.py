@@ -13,7 +13,6 @@ from recap_fast.optim import FusedAdam, FusedSGD
 from tests.support.formats import SHORT, master_of
 from tests.support.optimizers import numbers
 
-pytestmark = pytest.mark.cpu_engine
 
 COUNT = 100_000
 # How far between two numbers of 16 bits a result is.

@@ -194,7 +194,7 @@ TEST(gradients_are_left_at_zero_in_steps_that_are_skipped_too) {
     CHECK_EQ(device.twin.wrong_gradient(clears, before.twin), -1, "found_inf ", found_inf);
     device.run_cpu();
     for (size_t slot = 0; found_inf != 0 && slot < tensors.size(); ++slot) {
-      Guarded& grad = *device.twin.cpu.arrays[slot * kArrays + 1];
+      Guarded& grad = *device.twin.cpu.arrays[slot * kTwinArrays + 1];
       if (tensors[slot].has_grad && clears(slot)) std::fill_n(grad.data(), grad.size(), 0);
     }
     CHECK_EQ(device.difference(), "");
@@ -213,7 +213,7 @@ TEST(each_slot_counts_its_own_steps) {
       const bool has_grad = choose() % 3 != 0;
       device.step.grads[slot] = has_grad ? grads[slot] : nullptr;
       device.twin.cpu.step.grads[slot] =
-          has_grad ? device.twin.cpu.arrays[slot * kArrays + 1]->data() : nullptr;
+          has_grad ? device.twin.cpu.arrays[slot * kTwinArrays + 1]->data() : nullptr;
     }
     engine.run(device.step, stream);
     random.machine.synchronize();

@@ -59,14 +59,15 @@ std::vector<Tensor> many_small(int count, int entries, Dtype dtype = Dtype::floa
 int slots_that_fit(int bytes, int entries, Dtype dtype) {
   const int per_entry = sizeof(recap::UpdateValues<float>) + 1 +
                         (dtype == Dtype::float64 ? sizeof(recap::UpdateValues<double>) : 0);
-  return (bytes - 32 - entries * per_entry) / 8;
+  return (bytes - static_cast<int>(sizeof(recap::cuda::ArgumentsHeader)) - entries * per_entry) / 8;
 }
 
 }  // namespace
 
 TEST(every_update_and_dtype_at_every_size_and_alignment) {
-  const std::array<int, kArrays> aligned = {}, equally = {1, 1, 1, 1, 1}, gradient_only = {0, 3},
-                                 state_only = {0, 0, 0, 0, 2}, differently = {0, 1, 2, 3, 1};
+  const std::array<int, kTwinArrays> aligned = {}, equally = {1, 1, 1, 1, 1},
+                                     gradient_only = {0, 3}, state_only = {0, 0, 0, 0, 2},
+                                     differently = {0, 1, 2, 3, 1};
   for (const Dtype dtype : all_dtypes()) {
     const int64_t width = 16 / recap::dtype_size(dtype);
     const int64_t chunk = kThreads * width;
@@ -83,6 +84,61 @@ TEST(every_update_and_dtype_at_every_size_and_alignment) {
     Twin twin(tensors);
     check_step(twin);
   }
+}
+
+TEST(every_update_in_every_format) {
+  using recap::ParamRounding;
+  constexpr Dtype kStored[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
+  for (const Dtype dtype : kStored) {
+    std::vector<Tensor> tensors;
+    for (const Dtype grad : kStored) {
+      for (const Dtype state : kStored) {
+        for (int param = 0; param < 4; ++param) {
+          const auto rounding = static_cast<ParamRounding>(param);
+          if (rounding == ParamRounding::remainder && dtype != Dtype::bfloat16) continue;
+          if (rounding == ParamRounding::master && dtype != Dtype::float16) continue;
+          if (rounding == ParamRounding::stochastic && dtype == Dtype::float32) continue;
+          for (const Update update : all_updates()) {
+            Tensor tensor{update, dtype, 4 * kThreads + 6};
+            recap::Format format;
+            format.grad = grad;
+            format.state = state;
+            format.param = rounding;
+            format.draws_for_states = state != Dtype::float32;
+            format.seed = tensors.size();
+            tensor.format = format;
+            tensors.push_back(tensor);
+          }
+        }
+      }
+    }
+    Twin twin(tensors);
+    check_step(twin);
+  }
+}
+
+TEST(formats_at_every_size_and_alignment) {
+  recap::Format format;
+  format.grad = Dtype::float16;
+  format.state = Dtype::bfloat16;
+  format.draws_for_states = true;
+  std::vector<Tensor> tensors;
+  for (const auto rounding : {recap::ParamRounding::remainder, recap::ParamRounding::stochastic}) {
+    format.param = rounding;
+    for (const int64_t first : {0, 1, 14, 4099}) {
+      format.first_element = first;
+      for (const int64_t size : {1, 3, 4, 5, 16, 1023, 1025, 2 * static_cast<int>(kTileSize) + 3}) {
+        for (const int shift : {0, 1, 2}) {
+          Tensor tensor{Update::adam_amsgrad, Dtype::bfloat16, size};
+          tensor.shift = {shift, 0, shift, 0, 1, 3};
+          tensor.format = format;
+          tensors.push_back(tensor);
+        }
+      }
+    }
+  }
+  Twin twin(tensors);
+  check_step(twin);
 }
 
 TEST(random_layouts) {

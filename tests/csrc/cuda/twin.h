@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -17,7 +18,7 @@
 #include "cpu/guarded.h"
 #include "cpu/problem.h"
 #include "cuda/engine.h"
-#include "numerics/storage.h"
+#include "numerics/rounding.h"
 
 inline std::vector<Update> all_updates() {
   std::vector<Update> updates;
@@ -29,15 +30,49 @@ inline std::vector<Dtype> all_dtypes() {
   return {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16};
 }
 
+constexpr int kTwinArrays = kArrays + 1;  // and the rest of a parameter in two arrays
+
 struct Tensor {
   Update update = Update::adam;
   Dtype dtype = Dtype::float32;
   int64_t size = 1;
   bool has_grad = true;
-  std::array<int, kArrays> shift =
-      {};        // by how many elements param, grad and states are misaligned
+  std::array<int, kTwinArrays> shift = {};  // by how many elements each array is misaligned
   int step = 3;  // tensors with the same update and step share their values
+  std::optional<recap::Format> format = {};
+
+  Dtype dtype_of(size_t array) const {
+    if (!format || array == 0) return dtype;
+    return array == 1 ? format->grad : array == kArrays ? rest_dtype(*format) : format->state;
+  }
+  bool has_rest() const {
+    return format && (format->param == recap::ParamRounding::remainder ||
+                      format->param == recap::ParamRounding::master);
+  }
+  bool uses(int array) const {
+    return array == kArrays ? has_rest() : array < 2 + states_of(update);
+  }
 };
+
+// Any format, of which there are some for each dtype but float64.
+inline void give_format(Tensor& tensor, std::mt19937& random) {
+  constexpr Dtype kStored[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
+  tensor.dtype = kStored[random() % 3];
+  recap::Format format;
+  format.grad = kStored[random() % 3];
+  format.state = kStored[random() % 3];
+  format.draws_for_states = format.state != Dtype::float32 && random() % 2;
+  format.seed = random();
+  format.first_element = random() % 3 ? 0 : random() % 1000;
+  if (tensor.dtype != Dtype::float32) {
+    const auto own = tensor.dtype == Dtype::bfloat16 ? recap::ParamRounding::remainder
+                                                     : recap::ParamRounding::master;
+    const recap::ParamRounding all[] = {recap::ParamRounding::nearest,
+                                        recap::ParamRounding::stochastic, own};
+    format.param = all[random() % 3];
+  }
+  tensor.format = format;
+}
 
 // 40 tensors of any update, dtype, alignment and size, with steps from `step()`.
 template <typename Step>
@@ -50,6 +85,7 @@ std::vector<Tensor> random_tensors(std::mt19937& random, Step&& step) {
     tensor.size = i % 10 ? random() % 700 : random() % (3 * recap::cuda::kTileSize);
     tensor.has_grad = random() % 5 != 0;
     tensor.step = static_cast<int>(step());
+    if (random() % 3 == 0) give_format(tensor, random);
     if (random() % 2) {
       for (int& shift : tensor.shift) shift = random() % 4;
     }
@@ -63,7 +99,9 @@ class Twin {
   struct Side {
     recap::Plan plan;
     recap::Step step;
-    std::vector<std::unique_ptr<Guarded>> arrays;  // kArrays per slot: param, grad, states
+    std::vector<std::unique_ptr<Guarded>>
+        arrays;  // kTwinArrays per slot: param, grad, states, rest
+    std::vector<std::unique_ptr<recap::Format>> formats;
   };
   Side cpu, cuda;
 
@@ -90,14 +128,15 @@ class Twin {
   std::string difference() {
     for (size_t i = 0; i < cpu.arrays.size(); ++i) {
       if (!cpu.arrays[i]) continue;
-      const Tensor& tensor = tensors_[i / kArrays];
+      const Tensor& tensor = tensors_[i / kTwinArrays];
       if (!cuda.arrays[i]->intact()) return name(i) + " was written beyond its end";
-      const int64_t element = recap::dtype_size(tensor.dtype);
+      const Dtype dtype = tensor.dtype_of(i % kTwinArrays);
+      const int64_t element = recap::dtype_size(dtype);
       for (int64_t at = 0; at < tensor.size; ++at) {
         const unsigned char* expected = cpu.arrays[i]->data() + at * element;
         const unsigned char* found = cuda.arrays[i]->data() + at * element;
         if (std::memcmp(expected, found, element) &&
-            !(is_nan(expected, tensor.dtype) && is_nan(found, tensor.dtype))) {
+            !(is_nan(expected, dtype) && is_nan(found, dtype))) {
           return name(i) + " differs at element " + std::to_string(at);
         }
       }
@@ -106,9 +145,9 @@ class Twin {
   }
 
   std::string name(size_t array) const {
-    const Tensor& tensor = tensors_[array / kArrays];
-    return "array " + std::to_string(array % kArrays) + " of slot " +
-           std::to_string(array / kArrays) + " (update " +
+    const Tensor& tensor = tensors_[array / kTwinArrays];
+    return "array " + std::to_string(array % kTwinArrays) + " of slot " +
+           std::to_string(array / kTwinArrays) + " (update " +
            std::to_string(static_cast<int>(tensor.update)) + ", dtype " +
            std::to_string(static_cast<int>(tensor.dtype)) + ", " + std::to_string(tensor.size) +
            " elements)";
@@ -116,7 +155,7 @@ class Twin {
 
   const std::vector<Tensor>& tensors() const { return tensors_; }
 
-  Guarded& gradient(size_t slot) { return *cuda.arrays[slot * kArrays + 1]; }
+  Guarded& gradient(size_t slot) { return *cuda.arrays[slot * kTwinArrays + 1]; }
 
   // The first slot whose gradient is not zero, if `clears(slot)` and it has one, or else is not
   // that of `before`; -1: none.
@@ -149,7 +188,7 @@ class Twin {
     for (size_t i = 0; i < cuda.arrays.size(); ++i) {
       const auto& array = cuda.arrays[i];
       if (!array || !array->size()) continue;
-      const bool written = tensors_[i / kArrays].has_grad && i % kArrays != 1;
+      const bool written = tensors_[i / kTwinArrays].has_grad && i % kTwinArrays != 1;
       for (const int stores : emulation::machine().watched.at(array->data()).stores) {
         if (stores != (written ? times : 0)) {
           return name(i) + " was stored " + std::to_string(stores) + " times";
@@ -174,30 +213,36 @@ class Twin {
   }
 
   static void add_slot(const Tensor& tensor, Side& side) {
-    const int64_t element = recap::dtype_size(tensor.dtype);
     recap::Slot slot;
     slot.size = tensor.size;
     slot.dtype = tensor.dtype;
-    for (int index = 0; index < kArrays; ++index) {
-      const bool used = index < 2 + states_of(tensor.update);
+    if (tensor.format) {
+      side.formats.push_back(std::make_unique<recap::Format>(*tensor.format));
+      slot.format = side.formats.back().get();
+    }
+    for (int index = 0; index < kTwinArrays; ++index) {
+      const int64_t element = recap::dtype_size(tensor.dtype_of(index));
+      const bool used = tensor.uses(index);
       side.arrays.push_back(
           used ? std::make_unique<Guarded>(tensor.size * element, tensor.shift[index] * element)
                : nullptr);
       void* data = used ? side.arrays.back()->data() : nullptr;
       if (index == 0) slot.param = data;
       if (index == 1) side.step.grads.push_back(tensor.has_grad ? data : nullptr);
-      if (index >= 2) slot.state[index - 2] = data;
+      if (index >= 2 && index < kArrays) slot.state[index - 2] = data;
+      if (index == kArrays && used) side.formats.back()->rest = data;
     }
     side.plan.slots.push_back(slot);
   }
 
   void fill(const Tensor& tensor) {
-    const int64_t element = recap::dtype_size(tensor.dtype);
-    for (size_t i = cpu.arrays.size() - kArrays; i < cpu.arrays.size(); ++i) {
+    for (size_t i = cpu.arrays.size() - kTwinArrays; i < cpu.arrays.size(); ++i) {
       if (!cpu.arrays[i]) continue;
+      const Dtype dtype = tensor.dtype_of(i % kTwinArrays);
+      const int64_t element = recap::dtype_size(dtype);
       for (int64_t at = 0; at < tensor.size; ++at) {
         unsigned char* to = cpu.arrays[i]->data() + at * element;
-        write_number(to, tensor.dtype, i % kArrays >= 2);
+        write_number(to, dtype, i % kTwinArrays >= 2);
         std::memcpy(cuda.arrays[i]->data() + at * element, to, element);
       }
     }

@@ -49,6 +49,9 @@ struct dim3 {
   unsigned x, y = 1, z = 1;
   explicit dim3(unsigned x) : x(x) {}
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -152,6 +155,10 @@ template <typename Word>
 Word __ldcg(const Word* address) {
   emulation::require_alignment(address, sizeof(Word));
   return *address;
+}
+template <typename Word>
+Word __ldca(const Word* address) {
+  return __ldcg(address);
 }
 template <typename Word>
 void __stcg(Word* address, Word value) {

@@ -1,0 +1,322 @@
+// How a thread block updates a tile of a slot with a format: its arrays are of several dtypes, and
+// rounded as the format says. The elements are floats between load and store, where update_tile has
+// them too.
+//
+//  * There is one body for each update: what a format says is asked while the kernel runs, by all
+//    threads of a block alike.
+//  * A thread has 4 elements that follow each other, of every array, whatever its dtype. They are
+//  16
+//    or 8 bytes, accessed at once if they are aligned, else one by one.
+//  * All loads are asked for before the first is converted.
+#pragma once
+
+#include "../numerics/rounding.h"
+#include "tile_update.cuh"
+
+namespace recap::cuda {
+
+constexpr int kOwn = 4;  // elements of a thread
+constexpr int kFormatChunk = kThreads * kOwn;
+
+// Elements of a tile that a thread has: those from `begin` on, `count` of them.
+struct Own {
+  int begin, count;
+
+  RECAP_DEVICE bool is_at_once(const void* array, int width) const {
+    return count == kOwn && reinterpret_cast<uintptr_t>(array) % (kOwn * width) == 0;
+  }
+};
+
+// Four numbers, each in a word of its own: a float, or what is stored of it in the lower bits.
+using Words = Share<float>;
+
+template <typename Stored>
+RECAP_DEVICE void load_one_by_one(const Stored* array, int count, Words& words) {
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    words.word[i] = i < count ? static_cast<uint32_t>(__ldca(array + i)) : 0u;
+  }
+}
+
+// 16-bit elements are spread out by `spread`, later.
+struct Raw {
+  Words words;
+  bool is_packed;
+};
+
+RECAP_DEVICE Raw load_own(const void* array, int width, Own own) {
+  const auto* const from = static_cast<const char*>(array) + own.begin * width;
+  const bool at_once = own.is_at_once(from, width);
+  Raw raw = {{}, width == 2 && at_once};
+  if (width == 4) {
+    if (at_once) {
+      raw.words = load_from<Words>(from);
+    } else {
+      load_one_by_one(reinterpret_cast<const unsigned int*>(from), own.count, raw.words);
+    }
+  } else if (at_once) {
+    const auto pair = load_from<uint2>(from);
+    raw.words.word[0] = pair.x;
+    raw.words.word[1] = pair.y;
+  } else {
+    load_one_by_one(reinterpret_cast<const unsigned short*>(from), own.count, raw.words);
+  }
+  return raw;
+}
+
+RECAP_DEVICE Words spread(const Raw& raw) {
+  Words words = raw.words;
+  if (raw.is_packed) {
+    words.word[3] = words.word[1] >> 16;
+    words.word[2] = words.word[1] & 0xffffu;
+    words.word[1] = words.word[0] >> 16;
+    words.word[0] &= 0xffffu;
+  }
+  return words;
+}
+
+RECAP_DEVICE void store_own(void* array, int width, Own own, const Words& words) {
+  auto* const to = static_cast<char*>(array) + own.begin * width;
+  const uint32_t* const word = words.word;
+  if (own.is_at_once(to, width)) {
+    if (width == 4) {
+      store_to(to, words);
+    } else {
+      store_to(to, uint2{word[0] | word[1] << 16, word[2] | word[3] << 16});
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if (i >= own.count) continue;
+    if (width == 4) {
+      store_to(to + 4 * i, word[i]);
+    } else {
+      store_to(to + 2 * i, static_cast<uint16_t>(word[i]));
+    }
+  }
+}
+
+RECAP_DEVICE int width_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+RECAP_DEVICE uint32_t float_of(Dtype dtype, uint32_t stored) {
+  switch (dtype) {
+    case Dtype::bfloat16: return float_bits(load(BFloat16{static_cast<uint16_t>(stored)}));
+    case Dtype::float16: return float_bits(load(Float16{static_cast<uint16_t>(stored)}));
+    default: return stored;
+  }
+}
+
+template <typename... Chance>
+RECAP_DEVICE uint32_t rounded(Dtype dtype, uint32_t bits, Chance... chance) {
+  const float value = float_from_bits(bits);
+  BFloat16 brain;
+  Float16 half;
+  switch (dtype) {
+    case Dtype::bfloat16: store(value, chance..., brain); return brain.bits;
+    case Dtype::float16: store(value, chance..., half); return half.bits;
+    default: return bits;
+  }
+}
+
+RECAP_DEVICE void to_floats(Dtype dtype, Words& words) {
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) words.word[i] = float_of(dtype, words.word[i]);
+}
+RECAP_DEVICE void to_nearest(Dtype dtype, Words& words) {
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) words.word[i] = rounded(dtype, words.word[i]);
+}
+
+// Rounds the numbers of two arrays by the words of one draw, where `first` and `second` say so.
+RECAP_DEVICE void by_chance(uint64_t key, uint64_t index, int number, Dtype dtype, bool first,
+                            Words& first_words, bool second, Words& second_words) {
+  Draw shared = {};
+  uint32_t power = 0;
+#pragma unroll 1
+  for (int i = 0; i < kOwn; ++i, ++index) {
+    if (i == 0 || index % kElementsOfDraw == 0) {
+      shared = draw(key, index, number);
+      power = power_of_multiplier(index);
+    }
+    uint32_t &one = first_words.word[0], &other = second_words.word[0];
+    if (first) one = rounded(dtype, one, chance(shared.words[0], power));
+    if (second) other = rounded(dtype, other, chance(shared.words[1], power));
+    rotate(first_words);
+    rotate(second_words);
+    power *= kMultiplier;
+  }
+}
+
+// A parameter that is stored in two arrays.
+RECAP_DEVICE void join(ParamRounding kind, Words& param, const Words& rest) {
+  if (kind != ParamRounding::remainder && kind != ParamRounding::master) return;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const auto stored = static_cast<uint16_t>(param.word[i]);
+    const uint32_t more = rest.word[i];
+    const float value = kind == ParamRounding::remainder
+                            ? load(BFloat16{stored}, static_cast<int16_t>(more))
+                            : load(Float16{stored}, float_from_bits(more));
+    param.word[i] = float_bits(value);
+  }
+}
+RECAP_DEVICE void part(ParamRounding kind, Words& param, Words& rest) {
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const float value = float_from_bits(param.word[i]);
+    if (kind == ParamRounding::remainder) {
+      BFloat16 upper;
+      int16_t lower;
+      store(value, upper, lower);
+      param.word[i] = upper.bits;
+      rest.word[i] = static_cast<uint16_t>(lower);
+    } else {
+      rest.word[i] = param.word[i];
+      param.word[i] = rounded(Dtype::float16, param.word[i]);
+    }
+  }
+}
+
+// The same object, as if it were not known yet: what is read of it is read anew. Kept from the
+// loads to the stores, addresses and values would take the registers that elements need.
+template <typename T>
+RECAP_DEVICE const T& anew(const T& object) {
+  const T* address = &object;
+  asm volatile("" : "+l"(address));
+  return *address;
+}
+
+// The arrays of a tile with a format.
+struct FormatArrays {
+  const TileEntry& tile;
+  const FormatEntry& format;
+
+  explicit RECAP_DEVICE FormatArrays(const TileEntry& of_tile)
+      : tile(anew(of_tile)), format(*static_cast<const FormatEntry*>(tile.state[0])) {}
+
+  RECAP_DEVICE void* from_first(const void* array, int width) const {
+    return const_cast<char*>(static_cast<const char*>(array)) + tile.begin * width;
+  }
+  RECAP_DEVICE bool has_rest() const {
+    return format.param == ParamRounding::remainder || format.param == ParamRounding::master;
+  }
+  RECAP_DEVICE int rest_width() const { return format.param == ParamRounding::remainder ? 2 : 4; }
+};
+
+template <typename Algorithm>
+RECAP_DEVICE void load_all(const FormatArrays& arrays, const void* grad, Own own,
+                           Chunk<Algorithm, float>& chunk) {
+  const auto& [tile, format] = arrays;
+  const Dtype dtype = tile.dtype, of_grad = format.grad, of_state = format.state_dtype;
+  const bool has_rest = arrays.has_rest();
+  const Raw param = load_own(tile.param, width_of(dtype), own);
+  const Raw gradient = load_own(arrays.from_first(grad, width_of(of_grad)), width_of(of_grad), own);
+  Raw rest = {}, state[kMaxStates];
+  if (has_rest) {
+    const int width = arrays.rest_width();
+    rest = load_own(arrays.from_first(format.rest, width), width, own);
+  }
+#pragma unroll
+  for (int k = 0; k < Algorithm::kStates; ++k) {
+    const int width = width_of(of_state);
+    state[k] = load_own(arrays.from_first(format.state[k], width), width, own);
+  }
+  chunk.param = spread(param);
+  if (has_rest) {
+    join(format.param, chunk.param, spread(rest));
+  } else {
+    to_floats(dtype, chunk.param);
+  }
+  chunk.grad = spread(gradient);
+  to_floats(of_grad, chunk.grad);
+#pragma unroll
+  for (int k = 0; k < Algorithm::kStates; ++k) {
+    chunk.state[k] = spread(state[k]);
+    to_floats(of_state, chunk.state[k]);
+  }
+}
+
+// Rounds what is drawn for, and leaves floats of the rest.
+template <typename Algorithm>
+RECAP_DEVICE void round_by_chance(const FormatArrays& arrays, const uint64_t* step, int begin,
+                                  Chunk<Algorithm, float>& chunk) {
+  const auto& [tile, format] = arrays;
+  if (!format.draws()) return;
+  constexpr int kStates = Algorithm::kStates;
+  const uint64_t key = rounding_key(format.seed, *step);
+  const uint64_t index = format.first_element + tile.begin + begin;
+  const bool for_states = format.draws_for_states;
+  const bool for_param = format.param == ParamRounding::stochastic;
+  Words none = {};
+  if (kStates > 0 && for_states) {
+    by_chance(key, index, 0, format.state_dtype, true, chunk.state[0], kStates > 1,
+              kStates > 1 ? chunk.state[1] : none);
+  }
+  if (for_param) by_chance(key, index, 1, tile.dtype, true, chunk.param, false, none);
+  if (kStates > 2 && for_states) {
+    by_chance(key, index, 1, format.state_dtype, false, none, true, chunk.state[2]);
+  }
+}
+
+template <typename Algorithm>
+RECAP_DEVICE void store_all(const FormatArrays& arrays, Own own, Chunk<Algorithm, float>& chunk) {
+  const auto& [tile, format] = arrays;
+  if (arrays.has_rest()) {
+    Words rest;
+    const int width = arrays.rest_width();
+    part(format.param, chunk.param, rest);
+    store_own(arrays.from_first(format.rest, width), width, own, rest);
+  } else if (format.param == ParamRounding::nearest) {
+    to_nearest(tile.dtype, chunk.param);
+  }
+  store_own(tile.param, width_of(tile.dtype), own, chunk.param);
+  const Dtype of_state = format.state_dtype;
+#pragma unroll
+  for (int k = 0; k < Algorithm::kStates; ++k) {
+    if (!format.draws_for_states) to_nearest(of_state, chunk.state[k]);
+    const int width = width_of(of_state);
+    store_own(arrays.from_first(format.state[k], width), width, own, chunk.state[k]);
+  }
+}
+
+// `step` is that of the slot, and read only if the format draws.
+template <typename Algorithm>
+RECAP_DEVICE void update_tile_in_format(const UpdateValues<float>& values, const TileEntry& tile,
+                                        const void* grad, const uint64_t* step) {
+  const int size = tile.size;
+#pragma unroll 1
+  for (int begin = threadIdx.x * kOwn; begin < size; begin += kFormatChunk) {
+    const Own own = {begin, size - begin < kOwn ? size - begin : kOwn};
+    Chunk<Algorithm, float> chunk;
+    load_all(FormatArrays(tile), grad, own, chunk);
+    chunk.update(anew(values).template of<Algorithm>());
+    round_by_chance(FormatArrays(tile), step, begin, chunk);
+    store_all(FormatArrays(tile), own, chunk);
+  }
+}
+
+RECAP_DEVICE void update_tile_in_format(Update update, const UpdateValues<float>& values,
+                                        const TileEntry& tile, const void* grad,
+                                        const uint64_t* step) {
+#define RECAP_CASE(name, ...) \
+  case Update::name:          \
+    return update_tile_in_format<typename UpdateType<Update::name>::type>(values, tile, grad, step);
+#define RECAP_NOT_HERE(name, ...) \
+  case Update::name: return;  // refused for parameters on these devices
+  switch (update) { RECAP_ELEMENT_UPDATES(RECAP_CASE) RECAP_ROW_UPDATES(RECAP_NOT_HERE) }
+#undef RECAP_NOT_HERE
+#undef RECAP_CASE
+}
+
+// As `clear_grad` does.
+RECAP_DEVICE void clear_grad_in_format(const TileEntry& tile, const void* grad) {
+  const int width = width_of(static_cast<const FormatEntry*>(tile.state[0])->grad);
+  void* const from = static_cast<char*>(const_cast<void*>(grad)) + tile.begin * width;
+  const int size = tile.size;
+  for (int begin = threadIdx.x * kOwn; begin < size; begin += kFormatChunk) {
+    store_own(from, width, {begin, size - begin < kOwn ? size - begin : kOwn}, Words{});
+  }
+}
+
+}  // namespace recap::cuda
