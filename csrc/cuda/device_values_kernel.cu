@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) update_til
   if (threadIdx.x == 0) find(header, grad, slot, found);
   __syncthreads();
   if (grad.bits && !found.skips) {
-    update_any_tile(*tile, found.values.update, found.values.float32, found.values.float64,
-                    &found.values.step, grad.address());
+    update_any_tile(*tile, header.formats, found.values.update, found.values.float32,
+                    found.values.float64, &found.values.step, grad.address());
   }
   // In a step that is skipped too: what is not finite would stay so whatever is added to it.
   if (header.clears_grads) {
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) update_til
       const SlotGrad of_slot =
           table<SlotGrad>(header, header.grads)[again.slot - header.first_slot];
       if (of_slot.bits && found.values.clears_grads)
-        clear_grad_of_any_tile(again, of_slot.address());
+        clear_grad_of_any_tile(again, header.formats, of_slot.address());
     }
   }
   // Not before the update, whose registers it would need.

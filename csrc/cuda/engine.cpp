@@ -55,7 +55,7 @@ class Engine::Implementation {
  public:
   Implementation(int device, const Plan& plan, cudaStream_t stream)
       : device_(device), launches_(plan), last_stream_(stream) {
-    DeviceTable table = make_device_table(plan);
+    const DeviceTable table = make_device_table(plan);
     CurrentDevice current(device_);
     check(cudaEventCreateWithFlags(&moved_, cudaEventDisableTiming), device_, "create an event");
     try {
@@ -113,14 +113,13 @@ class Engine::Implementation {
   }
 
   // One allocation and one copy: the ticket, in the place of a first entry, tiles and formats.
-  void upload(DeviceTable& table) {
+  void upload(const DeviceTable& table) {
     const size_t tile_bytes = (1 + table.tiles.size()) * sizeof(TileEntry);
     const size_t bytes = tile_bytes + table.formats.size() * sizeof(FormatEntry);
     void* memory = nullptr;
     check(cudaMallocAsync(&memory, bytes, last_stream_), device_, "allocate the table of tiles");
     ticket_ = static_cast<uint32_t*>(memory);
     tiles_ = static_cast<TileEntry*>(memory) + 1;
-    table.place_formats(reinterpret_cast<FormatEntry*>(static_cast<char*>(memory) + tile_bytes));
     auto source = std::make_unique<std::vector<char>>(bytes);
     const auto put = [to = source->data()](const auto& entries, size_t offset) {
       std::memcpy(to + offset, entries.data(), entries.size() * sizeof entries[0]);

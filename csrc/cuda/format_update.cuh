@@ -182,9 +182,9 @@ RECAP_DEVICE void part(ParamRounding kind, Words& param, Words& rest) {
 // loads to the stores, addresses and values would take the registers that elements need.
 template <typename T>
 RECAP_DEVICE const T& anew(const T& object) {
-  const T* address = &object;
-  asm volatile("" : "+l"(address));
-  return *address;
+  uint32_t zero = 0;
+  asm volatile("" : "+r"(zero));
+  return (&object)[zero];
 }
 
 // The arrays of a tile with a format.
@@ -192,8 +192,8 @@ struct FormatArrays {
   const TileEntry& tile;
   const FormatEntry& format;
 
-  explicit RECAP_DEVICE FormatArrays(const TileEntry& of_tile)
-      : tile(anew(of_tile)), format(*static_cast<const FormatEntry*>(tile.state[0])) {}
+  RECAP_DEVICE FormatArrays(const TileEntry& of_tile, const FormatEntry* formats)
+      : tile(anew(of_tile)), format(formats[tile.format()]) {}
 
   RECAP_DEVICE void* from_first(const void* array, int width) const {
     return const_cast<char*>(static_cast<const char*>(array)) + tile.begin * width;
@@ -283,25 +283,27 @@ RECAP_DEVICE void store_all(const FormatArrays& arrays, Own own, Chunk<Algorithm
 // `step` is that of the slot, and read only if the format draws.
 template <typename Algorithm>
 RECAP_DEVICE void update_tile_in_format(const UpdateValues<float>& values, const TileEntry& tile,
-                                        const void* grad, const uint64_t* step) {
+                                        const FormatEntry* formats, const void* grad,
+                                        const uint64_t* step) {
   const int size = tile.size;
 #pragma unroll 1
   for (int begin = threadIdx.x * kOwn; begin < size; begin += kFormatChunk) {
     const Own own = {begin, size - begin < kOwn ? size - begin : kOwn};
     Chunk<Algorithm, float> chunk;
-    load_all(FormatArrays(tile), grad, own, chunk);
+    load_all(FormatArrays(tile, formats), grad, own, chunk);
     chunk.update(anew(values).template of<Algorithm>());
-    round_by_chance(FormatArrays(tile), step, begin, chunk);
-    store_all(FormatArrays(tile), own, chunk);
+    round_by_chance(FormatArrays(tile, formats), step, begin, chunk);
+    store_all(FormatArrays(tile, formats), own, chunk);
   }
 }
 
 RECAP_DEVICE void update_tile_in_format(Update update, const UpdateValues<float>& values,
-                                        const TileEntry& tile, const void* grad,
-                                        const uint64_t* step) {
-#define RECAP_CASE(name, ...) \
-  case Update::name:          \
-    return update_tile_in_format<typename UpdateType<Update::name>::type>(values, tile, grad, step);
+                                        const TileEntry& tile, const FormatEntry* formats,
+                                        const void* grad, const uint64_t* step) {
+#define RECAP_CASE(name, ...)                                                                    \
+  case Update::name:                                                                             \
+    return update_tile_in_format<typename UpdateType<Update::name>::type>(values, tile, formats, \
+                                                                          grad, step);
 #define RECAP_NOT_HERE(name, ...) \
   case Update::name: return;  // refused for parameters on these devices
   switch (update) { RECAP_ELEMENT_UPDATES(RECAP_CASE) RECAP_ROW_UPDATES(RECAP_NOT_HERE) }
@@ -310,10 +312,12 @@ RECAP_DEVICE void update_tile_in_format(Update update, const UpdateValues<float>
 }
 
 // As `clear_grad` does.
-RECAP_DEVICE void clear_grad_in_format(const TileEntry& tile, const void* grad) {
-  const int width = width_of(static_cast<const FormatEntry*>(tile.state[0])->grad);
+RECAP_DEVICE void clear_grad_in_format(const TileEntry& tile, const FormatEntry* formats,
+                                       const void* grad) {
+  const int width = width_of(formats[tile.format()].grad);
   void* const from = static_cast<char*>(const_cast<void*>(grad)) + tile.begin * width;
   const int size = tile.size;
+#pragma unroll 1
   for (int begin = threadIdx.x * kOwn; begin < size; begin += kFormatChunk) {
     store_own(from, width, {begin, size - begin < kOwn ? size - begin : kOwn}, Words{});
   }

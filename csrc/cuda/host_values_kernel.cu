@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (!grad.bits) return;
   const uint32_t entry = grad.entry();
   const EntryUpdate update = table<EntryUpdate>(header, header.updates)[entry];
-  update_any_tile(tile, update.update(),
+  update_any_tile(tile, header.formats, update.update(),
                   table<UpdateValues<float>>(header, header.float32_values)[entry],
                   table<UpdateValues<double>>(header, header.float64_values)[entry],
                   table<uint64_t>(header, header.steps) + entry, grad.address());
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const TileEntry& again = header.tiles[block_number()];
     const SlotGrad of_slot = table<SlotGrad>(header, header.grads)[again.slot - header.first_slot];
     if (table<EntryUpdate>(header, header.updates)[of_slot.entry()].clears_grads()) {
-      clear_grad_of_any_tile(again, of_slot.address());
+      clear_grad_of_any_tile(again, header.formats, of_slot.address());
     }
   }
 }

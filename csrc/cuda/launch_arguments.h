@@ -15,15 +15,17 @@ namespace recap::cuda {
 // that a thread block must wait for before it asks for elements.
 struct alignas(16) TileEntry {
   void* param;
-  void* state[kMaxStates];  // if the slot has a format, the first is the address of that
+  void* state[kMaxStates];  // if the slot has a format, the first is its number
   int64_t begin;            // the first element's index in the slot, for the gradient
   uint32_t slot;
   uint16_t size;  // elements
   Dtype dtype;
   bool has_format;
+
+  RECAP_INLINE uintptr_t format() const { return reinterpret_cast<uintptr_t>(state[0]); }
 };
 
-// A slot's format, in device memory too, and its arrays but for param and gradient.
+// A slot's format, in device memory behind the tiles, and its arrays but for param and gradient.
 struct alignas(16) FormatEntry {
   void* state[kMaxStates];
   void* rest;
@@ -63,9 +65,10 @@ static_assert(kRowUpdates <= EntryUpdate::kClearsGrads);
 // The front of the parameter if values come from the host. Offsets are in bytes from the header's
 // own address.
 struct ArgumentsHeader {
-  const TileEntry* tiles;  // of the launch's first block
-  uint32_t first_slot;     // of `grads`
-  uint32_t grads;          // offset of SlotGrad, one per slot
+  const TileEntry* tiles;      // of the launch's first block
+  const FormatEntry* formats;  // all of them
+  uint32_t first_slot;         // of `grads`
+  uint32_t grads;              // offset of SlotGrad, one per slot
   uint32_t
       float64_values;  // offset of UpdateValues<double>, one per entry, if some slot needs them
   uint32_t float32_values;  // offset of UpdateValues<float>, one per entry
@@ -77,6 +80,7 @@ struct ArgumentsHeader {
 // The same if they come from the device. An entry is a group.
 struct DeviceArgumentsHeader {
   const TileEntry* tiles;
+  const FormatEntry* formats;
   const float *grad_scale, *found_inf;  // as in DeviceStep
   float* counts;                        // one per slot of the launch
   uint32_t* ticket;                     // how many blocks have read theirs; 0 between launches

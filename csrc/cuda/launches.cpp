@@ -48,6 +48,7 @@ DeviceTable make_device_table(const Plan& plan) {
     entry.has_format = slot.format != nullptr;
     if (slot.format) {
       if (is_next) table.formats.push_back(format_entry(slot));
+      entry.state[0] = reinterpret_cast<void*>(table.formats.size() - 1);
     } else {
       for (int k = 0; k < kMaxStates; ++k) {
         if (slot.state[k]) entry.state[k] = static_cast<char*>(slot.state[k]) + offset;
@@ -56,16 +57,6 @@ DeviceTable make_device_table(const Plan& plan) {
     table.tiles.push_back(entry);
   }
   return table;
-}
-
-void DeviceTable::place_formats(FormatEntry* formats) {
-  const TileEntry* before = nullptr;
-  for (TileEntry& tile : tiles) {
-    if (!tile.has_format) continue;
-    if (before && before->slot != tile.slot) ++formats;
-    tile.state[0] = formats;
-    before = &tile;
-  }
 }
 
 Launches::Launches(const Plan& plan) : slots_(static_cast<uint32_t>(plan.slots.size())) {
@@ -154,10 +145,15 @@ bool Launches::next(const Demand& demand) {
   return true;
 }
 
+const FormatEntry* Launches::formats_behind(const TileEntry* tiles) const {
+  return reinterpret_cast<const FormatEntry*>(tiles + first_tile_of_slot_[slots_]);
+}
+
 void Launches::write(const Step& step, const TileEntry* tiles, unsigned char* out) const {
   const size_t slots = end_ - begin_;
   ArgumentsHeader header;
   header.tiles = tiles + first_tile();
+  header.formats = formats_behind(tiles);
   header.first_slot = begin_;
   header.grads = sizeof header;
   header.float64_values = header.grads + slots * sizeof(SlotGrad);
@@ -191,6 +187,7 @@ void Launches::write(const DeviceStep& step, const TileEntry* tiles, uint32_t* t
   const size_t slots = end_ - begin_;
   DeviceArgumentsHeader header = {};
   header.tiles = tiles + first_tile();
+  header.formats = formats_behind(tiles);
   header.grad_scale = step.grad_scale;
   header.found_inf = step.found_inf;
   header.counts = step.counts + begin_;

@@ -9,17 +9,14 @@
 
 namespace recap::cuda {
 
-// What an engine keeps on its device.
+// What an engine keeps on its device, formats right behind tiles.
 struct DeviceTable {
   std::vector<TileEntry> tiles;
   std::vector<FormatEntry> formats;
-
-  // Writes into tiles where `formats` are on the device.
-  void place_formats(FormatEntry* formats);
 };
 
-// That of `plan`, whose formats have no place yet. Throws std::invalid_argument unless the tiles
-// are in slot order and none is larger than kTileSize.
+// That of `plan`. Throws std::invalid_argument unless the tiles are in slot order and none is
+// larger than kTileSize.
 DeviceTable make_device_table(const Plan& plan);
 
 class Launches {
@@ -39,8 +36,8 @@ class Launches {
   uint32_t blocks() const { return tiles() ? tiles() : 1; }
   size_t argument_bytes() const { return argument_bytes_; }
 
-  // Writes them to `out`, which is aligned to 8 bytes; `tiles` is the device table, and `ticket` a
-  // number in device memory.
+  // Writes them to `out`, which is aligned to 8 bytes; `tiles` begins the device table, and
+  // `ticket` a number in device memory.
   void write(const Step& step, const TileEntry* tiles, unsigned char* out) const;
   void write(const DeviceStep& step, const TileEntry* tiles, uint32_t* ticket,
              unsigned char* out) const;
@@ -65,6 +62,7 @@ class Launches {
   bool is_active(const Demand& demand, uint32_t slot) const;
   uint32_t next_active(const Demand& demand, uint32_t slot) const;  // `slot` or a later one
   bool accept(const Demand& demand, uint32_t slot);  // false: the slot does not fit any more
+  const FormatEntry* formats_behind(const TileEntry* tiles) const;
   void write_grads(const std::vector<const void*>& grads,
                    const std::vector<uint32_t>& entry_of_slot, unsigned char* out) const;
 

@@ -36,10 +36,13 @@ ARCHITECTURES = _shipped()
 
 MAX_REGISTERS = 80  # 3 blocks of 256 threads per multiprocessor
 MAX_PARAMETER = 32_764  # bytes, what a launch takes from CUDA 12.1 on
-# Arrays that one element of each of the 17 updates reads and writes, in each of 4 dtypes.
-LOADS = 4 * (2 * 4 + 2 * 5 + 2 * 3 + 2 * 2 + 4 * 3 + (2 * 3 + 2 * 4 + 5))
-# And the zeros of gradients that are cleared, of whatever dtype.
-STORES = 4 * (2 * 3 + 2 * 4 + 2 * 2 + 2 * 1 + 4 * 2 + (2 * 2 + 2 * 3 + 4)) + 1
+# States of each of the 17 updates, in the order of csrc/algorithms/updates.h. An element reads them,
+# the parameter and the gradient, and writes all but the last, in each of 4 dtypes; in a slot with a
+# format it has, besides, the rest of a parameter.
+STATES = (2, 2, 3, 3, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 3)
+LOADS = sum(4 * (2 + states) + (3 + states) for states in STATES)
+# And the zeros of gradients that are cleared, with a format and without.
+STORES = sum(4 * (1 + states) + (2 + states) for states in STATES) + 2
 
 # Included before the kernel, it marks every fma that the source asks for, and no other.
 _MARK = "// asked for"
