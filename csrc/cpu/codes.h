@@ -78,10 +78,15 @@ class FloatStates {
         scale = scale_of(largest_bits(of[k] + begin), !(kNeverNegative >> k & 1));
         inverse[k] = 1.0f / scale;
       }
-      if (size - begin >= kElementsOfScale) {
+      const int64_t end = begin + kElementsOfScale < size ? begin + kElementsOfScale : size;
+      if (end - begin == kElementsOfScale) {
         store_block(all, chances, begin, inverse);
       } else {
         store_rest(all, chances, begin, inverse);
+      }
+      for (int k = 0; k < kStates; ++k) {
+        if (inverse[k] == inverse[k]) continue;  // else `code_of` is 0
+        memset(static_cast<uint8_t*>(all.arrays.state[k]) + begin, 0, end - begin);
       }
     }
   }

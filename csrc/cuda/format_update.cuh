@@ -4,21 +4,23 @@
 //
 //  * There is one body for each update: what a format says is asked while the kernel runs, by all
 //    threads of a block alike.
-//  * A thread has 4 elements that follow each other, of every array, whatever its dtype. They are
-//  16
-//    or 8 bytes, accessed at once if they are aligned, else one by one.
+//  * A thread has 4 elements that follow each other, of every array, whatever its dtype: 16, 8 or 4
+//    bytes, accessed at once if they are aligned, else one by one.
 //  * All loads are asked for before the first is converted.
+//  * The elements of a warp are those that share the scale of 8-bit states.
 #pragma once
 
-#include "../numerics/rounding.h"
+#include "../numerics/codes.h"
 #include "tile_update.cuh"
 
 namespace recap::cuda {
 
 constexpr int kOwn = 4;  // elements of a thread
 constexpr int kFormatChunk = kThreads * kOwn;
+constexpr int kWarp = 32;
+static_assert(kWarp * kOwn == kElementsOfScale && kFormatChunk % kElementsOfScale == 0);
 
-// Elements of a tile that a thread has: those from `begin` on, `count` of them.
+// Elements of a tile that a thread has: those from `begin` on, `count` of them, perhaps none.
 struct Own {
   int begin, count;
 
@@ -38,35 +40,44 @@ RECAP_DEVICE void load_one_by_one(const Stored* array, int count, Words& words) 
   }
 }
 
-// 16-bit elements are spread out by `spread`, later.
+// Elements that were loaded at once are spread out by `spread`, later.
 struct Raw {
   Words words;
-  bool is_packed;
+  int packed;  // bytes of an element, if several are in a word; else 0
 };
 
 RECAP_DEVICE Raw load_own(const void* array, int width, Own own) {
   const auto* const from = static_cast<const char*>(array) + own.begin * width;
   const bool at_once = own.is_at_once(from, width);
-  Raw raw = {{}, width == 2 && at_once};
+  Raw raw = {{}, at_once && width < 4 ? width : 0};
   if (width == 4) {
     if (at_once) {
       raw.words = load_from<Words>(from);
     } else {
       load_one_by_one(reinterpret_cast<const unsigned int*>(from), own.count, raw.words);
     }
+  } else if (width == 2) {
+    if (at_once) {
+      const auto pair = load_from<uint2>(from);
+      raw.words.word[0] = pair.x;
+      raw.words.word[1] = pair.y;
+    } else {
+      load_one_by_one(reinterpret_cast<const unsigned short*>(from), own.count, raw.words);
+    }
   } else if (at_once) {
-    const auto pair = load_from<uint2>(from);
-    raw.words.word[0] = pair.x;
-    raw.words.word[1] = pair.y;
+    raw.words.word[0] = load_from<uint32_t>(from);
   } else {
-    load_one_by_one(reinterpret_cast<const unsigned short*>(from), own.count, raw.words);
+    load_one_by_one(reinterpret_cast<const unsigned char*>(from), own.count, raw.words);
   }
   return raw;
 }
 
 RECAP_DEVICE Words spread(const Raw& raw) {
   Words words = raw.words;
-  if (raw.is_packed) {
+  if (raw.packed == 1) {
+#pragma unroll
+    for (int i = kOwn - 1; i >= 0; --i) words.word[i] = words.word[0] >> 8 * i & 0xffu;
+  } else if (raw.packed == 2) {
     words.word[3] = words.word[1] >> 16;
     words.word[2] = words.word[1] & 0xffffu;
     words.word[1] = words.word[0] >> 16;
@@ -79,20 +90,19 @@ RECAP_DEVICE void store_own(void* array, int width, Own own, const Words& words)
   auto* const to = static_cast<char*>(array) + own.begin * width;
   const uint32_t* const word = words.word;
   if (own.is_at_once(to, width)) {
-    if (width == 4) {
-      store_to(to, words);
-    } else {
-      store_to(to, uint2{word[0] | word[1] << 16, word[2] | word[3] << 16});
+    switch (width) {
+      case 4: store_to(to, words); return;
+      case 2: store_to(to, uint2{word[0] | word[1] << 16, word[2] | word[3] << 16}); return;
+      default: store_to(to, word[0] | word[1] << 8 | word[2] << 16 | word[3] << 24); return;
     }
-    return;
   }
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     if (i >= own.count) continue;
-    if (width == 4) {
-      store_to(to + 4 * i, word[i]);
-    } else {
-      store_to(to + 2 * i, static_cast<uint16_t>(word[i]));
+    switch (width) {
+      case 4: store_to(to + 4 * i, word[i]); break;
+      case 2: store_to(to + 2 * i, static_cast<uint16_t>(word[i])); break;
+      default: store_to(to + i, static_cast<uint8_t>(word[i]));
     }
   }
 }
@@ -128,9 +138,22 @@ RECAP_DEVICE void to_nearest(Dtype dtype, Words& words) {
   for (int i = 0; i < kOwn; ++i) words.word[i] = rounded(dtype, words.word[i]);
 }
 
-// Rounds the numbers of two arrays by the words of one draw, where `first` and `second` say so.
-RECAP_DEVICE void by_chance(uint64_t key, uint64_t index, int number, Dtype dtype, bool first,
-                            Words& first_words, bool second, Words& second_words) {
+// How the numbers of an array are rounded by chance.
+struct Rounding {
+  bool is_asked_for;
+  Dtype dtype;
+  bool is_code, is_signed;  // a code, not of `dtype`
+  float inverse;            // of its scale
+
+  RECAP_DEVICE uint32_t round(uint32_t bits, uint32_t word, uint32_t power) const {
+    return is_code ? code_of(float_from_bits(bits), is_signed, inverse, random_bits(word, power))
+                   : rounded(dtype, bits, chance(word, power));
+  }
+};
+
+// Rounds those of two by the words of one draw.
+RECAP_DEVICE void by_chance(uint64_t key, uint64_t index, int number, const Rounding& first,
+                            Words& first_words, const Rounding& second, Words& second_words) {
   Draw shared = {};
   uint32_t power = 0;
 #pragma unroll 1
@@ -140,12 +163,28 @@ RECAP_DEVICE void by_chance(uint64_t key, uint64_t index, int number, Dtype dtyp
       power = power_of_multiplier(index);
     }
     uint32_t &one = first_words.word[0], &other = second_words.word[0];
-    if (first) one = rounded(dtype, one, chance(shared.words[0], power));
-    if (second) other = rounded(dtype, other, chance(shared.words[1], power));
+    if (first.is_asked_for) one = first.round(one, shared.words[0], power);
+    if (second.is_asked_for) other = second.round(other, shared.words[1], power);
     rotate(first_words);
     rotate(second_words);
     power *= kMultiplier;
   }
+}
+
+// The largest magnitude that a warp has, as bits.
+RECAP_DEVICE uint32_t largest_of_warp(const Words& words, int count) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const uint32_t bits = i < count ? words.word[i] & 0x7fffffffu : 0u;
+    largest = bits > largest ? bits : largest;
+  }
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, largest, lanes);
+    largest = other > largest ? other : largest;
+  }
+  return largest;
 }
 
 // A parameter that is stored in two arrays.
@@ -187,6 +226,19 @@ RECAP_DEVICE const T& anew(const T& object) {
   return (&object)[zero];
 }
 
+template <typename Algorithm>
+RECAP_DEVICE constexpr bool is_signed(int k) {
+  return !(Algorithm::kNeverNegative >> k & 1);
+}
+
+RECAP_DEVICE void from_codes(bool is_signed, float scale, Words& words) {
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const float value = load_code(static_cast<uint8_t>(words.word[i]), is_signed, scale);
+    words.word[i] = float_bits(value);
+  }
+}
+
 // The arrays of a tile with a format.
 struct FormatArrays {
   const TileEntry& tile;
@@ -201,6 +253,12 @@ struct FormatArrays {
   RECAP_DEVICE bool has_rest() const {
     return format.param == ParamRounding::remainder || format.param == ParamRounding::master;
   }
+  RECAP_DEVICE int state_width() const {
+    return format.has_codes ? 1 : width_of(format.state_dtype);
+  }
+  RECAP_DEVICE float* scale(int k, int begin) const {
+    return format.scale[k] + (tile.begin + begin) / kElementsOfScale;
+  }
   RECAP_DEVICE int rest_width() const { return format.param == ParamRounding::remainder ? 2 : 4; }
 };
 
@@ -213,14 +271,16 @@ RECAP_DEVICE void load_all(const FormatArrays& arrays, const void* grad, Own own
   const Raw param = load_own(tile.param, width_of(dtype), own);
   const Raw gradient = load_own(arrays.from_first(grad, width_of(of_grad)), width_of(of_grad), own);
   Raw rest = {}, state[kMaxStates];
+  float scale[kMaxStates] = {};
   if (has_rest) {
     const int width = arrays.rest_width();
     rest = load_own(arrays.from_first(format.rest, width), width, own);
   }
 #pragma unroll
   for (int k = 0; k < Algorithm::kStates; ++k) {
-    const int width = width_of(of_state);
+    const int width = arrays.state_width();
     state[k] = load_own(arrays.from_first(format.state[k], width), width, own);
+    if (format.has_codes && own.count > 0) scale[k] = load_from<float>(arrays.scale(k, own.begin));
   }
   chunk.param = spread(param);
   if (has_rest) {
@@ -233,29 +293,58 @@ RECAP_DEVICE void load_all(const FormatArrays& arrays, const void* grad, Own own
 #pragma unroll
   for (int k = 0; k < Algorithm::kStates; ++k) {
     chunk.state[k] = spread(state[k]);
-    to_floats(of_state, chunk.state[k]);
+    if (format.has_codes) {
+      from_codes(is_signed<Algorithm>(k), scale[k], chunk.state[k]);
+    } else {
+      to_floats(of_state, chunk.state[k]);
+    }
   }
+}
+
+// Stores the scale of a state, if it has one, and says how it is rounded.
+template <typename Algorithm>
+RECAP_DEVICE Rounding rounding_of(const FormatArrays& arrays, Own own, int k, const Words& words) {
+  const auto& format = arrays.format;
+  Rounding rounding = {format.draws_for_states, format.state_dtype, format.has_codes,
+                       is_signed<Algorithm>(k), 0.0f};
+  if (format.has_codes) {
+    const float scale = scale_of(largest_of_warp(words, own.count), rounding.is_signed);
+    rounding.inverse = divide(1.0f, scale);
+    if (threadIdx.x % kWarp == 0) store_to(arrays.scale(k, own.begin), scale);
+  }
+  return rounding;
 }
 
 // Rounds what is drawn for, and leaves floats of the rest.
 template <typename Algorithm>
-RECAP_DEVICE void round_by_chance(const FormatArrays& arrays, const uint64_t* step, int begin,
+RECAP_DEVICE void round_by_chance(const FormatArrays& arrays, const uint64_t* step, Own own,
                                   Chunk<Algorithm, float>& chunk) {
   const auto& [tile, format] = arrays;
   if (!format.draws()) return;
   constexpr int kStates = Algorithm::kStates;
   const uint64_t key = rounding_key(format.seed, *step);
-  const uint64_t index = format.first_element + tile.begin + begin;
-  const bool for_states = format.draws_for_states;
-  const bool for_param = format.param == ParamRounding::stochastic;
+  const uint64_t index = format.first_element + tile.begin + own.begin;
+  const Rounding not_at_all = {};
   Words none = {};
-  if (kStates > 0 && for_states) {
-    by_chance(key, index, 0, format.state_dtype, true, chunk.state[0], kStates > 1,
-              kStates > 1 ? chunk.state[1] : none);
+  if constexpr (kStates > 0) {
+    if (format.draws_for_states) {
+      const Rounding first = rounding_of<Algorithm>(arrays, own, 0, chunk.state[0]);
+      if constexpr (kStates > 1) {
+        const Rounding second = rounding_of<Algorithm>(arrays, own, 1, chunk.state[1]);
+        by_chance(key, index, 0, first, chunk.state[0], second, chunk.state[1]);
+      } else {
+        by_chance(key, index, 0, first, chunk.state[0], not_at_all, none);
+      }
+    }
   }
-  if (for_param) by_chance(key, index, 1, tile.dtype, true, chunk.param, false, none);
-  if (kStates > 2 && for_states) {
-    by_chance(key, index, 1, format.state_dtype, false, none, true, chunk.state[2]);
+  if (format.param == ParamRounding::stochastic) {
+    by_chance(key, index, 1, {true, tile.dtype, false, false, 0.0f}, chunk.param, not_at_all, none);
+  }
+  if constexpr (kStates > 2) {
+    if (format.draws_for_states) {
+      const Rounding third = rounding_of<Algorithm>(arrays, own, 2, chunk.state[2]);
+      by_chance(key, index, 1, not_at_all, none, third, chunk.state[2]);
+    }
   }
 }
 
@@ -275,7 +364,7 @@ RECAP_DEVICE void store_all(const FormatArrays& arrays, Own own, Chunk<Algorithm
 #pragma unroll
   for (int k = 0; k < Algorithm::kStates; ++k) {
     if (!format.draws_for_states) to_nearest(of_state, chunk.state[k]);
-    const int width = width_of(of_state);
+    const int width = arrays.state_width();
     store_own(arrays.from_first(format.state[k], width), width, own, chunk.state[k]);
   }
 }
@@ -286,13 +375,16 @@ RECAP_DEVICE void update_tile_in_format(const UpdateValues<float>& values, const
                                         const FormatEntry* formats, const void* grad,
                                         const uint64_t* step) {
   const int size = tile.size;
+  const int lane = threadIdx.x % kWarp;
+  // All threads of a warp, as long as one has elements: they find a scale together.
 #pragma unroll 1
-  for (int begin = threadIdx.x * kOwn; begin < size; begin += kFormatChunk) {
-    const Own own = {begin, size - begin < kOwn ? size - begin : kOwn};
+  for (int begin = threadIdx.x * kOwn; begin - lane * kOwn < size; begin += kFormatChunk) {
+    const int left = size - begin;
+    const Own own = {begin, left < 0 ? 0 : left < kOwn ? left : kOwn};
     Chunk<Algorithm, float> chunk;
     load_all(FormatArrays(tile, formats), grad, own, chunk);
     chunk.update(anew(values).template of<Algorithm>());
-    round_by_chance(FormatArrays(tile, formats), step, begin, chunk);
+    round_by_chance(FormatArrays(tile, formats), step, own, chunk);
     store_all(FormatArrays(tile, formats), own, chunk);
   }
 }

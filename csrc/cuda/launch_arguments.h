@@ -28,12 +28,14 @@ struct alignas(16) TileEntry {
 // A slot's format, in device memory behind the tiles, and its arrays but for param and gradient.
 struct alignas(16) FormatEntry {
   void* state[kMaxStates];
+  float* scale[kMaxStates];
   void* rest;
   uint64_t seed;
   int64_t first_element;
   Dtype grad, state_dtype;
   ParamRounding param;
   bool draws_for_states;
+  bool has_codes;
 
   RECAP_INLINE bool draws() const { return draws_for_states || param == ParamRounding::stochastic; }
 };

@@ -15,6 +15,7 @@ FormatEntry format_entry(const Slot& slot) {
   const Format& format = *slot.format;
   FormatEntry entry = {};
   std::copy(std::begin(slot.state), std::end(slot.state), entry.state);
+  for (int k = 0; k < kMaxStates; ++k) entry.scale[k] = static_cast<float*>(format.scale[k]);
   entry.rest = format.rest;
   entry.seed = format.seed;
   entry.first_element = format.first_element;
@@ -22,6 +23,7 @@ FormatEntry format_entry(const Slot& slot) {
   entry.state_dtype = format.state;
   entry.param = format.param;
   entry.draws_for_states = format.draws_for_states;
+  entry.has_codes = format.has_codes;
   return entry;
 }
 

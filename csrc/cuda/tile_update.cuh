@@ -80,6 +80,10 @@ RECAP_DEVICE void rotate(Share<T>& share) {
 template <size_t kBytes>
 struct Word;
 template <>
+struct Word<1> {
+  using type = unsigned char;
+};
+template <>
 struct Word<2> {
   using type = unsigned short;
 };

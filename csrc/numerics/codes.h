@@ -7,8 +7,8 @@
 //  * Of other states: a sign, and 3 bits of mantissa. What is less than code 1 becomes zero.
 //
 // To convert takes a few integer operations, since a code is the upper bits of a float. It is
-// rounded stochastically, as rounding.h describes. A block with a NaN or an infinity has no scale,
-// and becomes NaN.
+// rounded stochastically, as rounding.h describes. A block with a NaN or an infinity has NaN for
+// its scale, and becomes NaN.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,7 @@ constexpr uint32_t kSignedCodeShift = 20, kSignedCodeBias = 896;
 RECAP_INLINE float scale_of(uint32_t largest, bool is_signed) {
   constexpr float kLeast = 0x1p-120f;  // whose reciprocal is finite
   const float part = 1.0f / (is_signed ? kLargestOfSignedCode : kLargestOfCode);
+  if (largest >= 0x7f800000u) return float_from_bits(0x7fc00000u);
   const float scale = float_from_bits(largest) * part;
   return scale < kLeast ? kLeast : scale;
 }
@@ -43,8 +44,10 @@ RECAP_INLINE float load_code(uint8_t code, bool is_signed, float scale) {
   return float_from_bits(sign | (size == 0 ? 0u : bits)) * scale;
 }
 
-// `inverse` is that of the scale; `random`, 32 random bits, of which the upper ones count.
+// `inverse` is that of the scale; `random`, 32 random bits, of which the upper ones count. 0 if
+// there is no scale.
 RECAP_INLINE uint8_t code_of(float value, bool is_signed, float inverse, uint32_t random) {
+  if (inverse != inverse) return 0;
   const uint32_t bits = float_bits(value * inverse);
   if (!is_signed) {
     const uint32_t upper = (bits + (random >> (32 - kCodeShift))) >> kCodeShift;

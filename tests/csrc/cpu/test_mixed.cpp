@@ -453,8 +453,11 @@ TEST(codes_are_right_in_the_mean) {
 
 TEST(a_block_with_a_nan_becomes_nan) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  const float scale = recap::scale_of(recap::float_bits(nan), true);
-  CHECK(scale != scale);
+  for (const float value : {nan, std::numeric_limits<float>::infinity()}) {
+    const float scale = recap::scale_of(recap::float_bits(value), true);
+    CHECK(scale != scale);
+    CHECK_EQ(int{recap::code_of(-1.0f, true, 1.0f / scale, 0)}, 0);
+  }
 }
 
 }  // namespace

@@ -92,7 +92,8 @@ TEST(every_update_in_every_format) {
   for (const Dtype dtype : kStored) {
     std::vector<Tensor> tensors;
     for (const Dtype grad : kStored) {
-      for (const Dtype state : kStored) {
+      for (int kind = 0; kind < 4; ++kind) {
+        const Dtype state = kStored[kind % 3];
         for (int param = 0; param < 4; ++param) {
           const auto rounding = static_cast<ParamRounding>(param);
           if (rounding == ParamRounding::remainder && dtype != Dtype::bfloat16) continue;
@@ -104,7 +105,8 @@ TEST(every_update_in_every_format) {
             format.grad = grad;
             format.state = state;
             format.param = rounding;
-            format.draws_for_states = state != Dtype::float32;
+            format.has_codes = kind == 3;
+            format.draws_for_states = state != Dtype::float32 || format.has_codes;
             format.seed = tensors.size();
             tensor.format = format;
             tensors.push_back(tensor);
@@ -125,6 +127,8 @@ TEST(formats_at_every_size_and_alignment) {
   std::vector<Tensor> tensors;
   for (const auto rounding : {recap::ParamRounding::remainder, recap::ParamRounding::stochastic}) {
     format.param = rounding;
+    format.has_codes = rounding == recap::ParamRounding::stochastic;
+    format.state = format.has_codes ? Dtype::float32 : Dtype::bfloat16;
     for (const int64_t first : {0, 1, 14, 4099}) {
       format.first_element = first;
       for (const int64_t size : {1, 3, 4, 5, 16, 1023, 1025, 2 * static_cast<int>(kTileSize) + 3}) {

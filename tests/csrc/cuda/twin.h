@@ -18,7 +18,7 @@
 #include "cpu/guarded.h"
 #include "cpu/problem.h"
 #include "cuda/engine.h"
-#include "numerics/rounding.h"
+#include "numerics/codes.h"
 
 inline std::vector<Update> all_updates() {
   std::vector<Update> updates;
@@ -30,7 +30,8 @@ inline std::vector<Dtype> all_dtypes() {
   return {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16};
 }
 
-constexpr int kTwinArrays = kArrays + 1;  // and the rest of a parameter in two arrays
+// And the rest of a parameter in two arrays, and the scales of states.
+constexpr int kScales = kArrays + 1, kTwinArrays = kScales + recap::kMaxStates;
 
 struct Tensor {
   Update update = Update::adam;
@@ -43,13 +44,25 @@ struct Tensor {
 
   Dtype dtype_of(size_t array) const {
     if (!format || array == 0) return dtype;
+    if (array >= kScales) return Dtype::float32;
     return array == 1 ? format->grad : array == kArrays ? rest_dtype(*format) : format->state;
+  }
+  bool has_codes(size_t array) const {
+    return format && format->has_codes && array >= 2 && array < kArrays;
+  }
+  int64_t width_of(size_t array) const {
+    return has_codes(array) ? 1 : recap::dtype_size(dtype_of(array));
+  }
+  int64_t count_of(size_t array) const {
+    constexpr int kBlock = recap::kElementsOfScale;
+    return array < kScales ? size : (size + kBlock - 1) / kBlock;
   }
   bool has_rest() const {
     return format && (format->param == recap::ParamRounding::remainder ||
                       format->param == recap::ParamRounding::master);
   }
   bool uses(int array) const {
+    if (array >= kScales) return has_codes(array - kScales + 2) && uses(array - kScales + 2);
     return array == kArrays ? has_rest() : array < 2 + states_of(update);
   }
 };
@@ -62,6 +75,8 @@ inline void give_format(Tensor& tensor, std::mt19937& random) {
   format.grad = kStored[random() % 3];
   format.state = kStored[random() % 3];
   format.draws_for_states = format.state != Dtype::float32 && random() % 2;
+  format.has_codes = format.state == Dtype::float32 && random() % 2;
+  format.draws_for_states |= format.has_codes;
   format.seed = random();
   format.first_element = random() % 3 ? 0 : random() % 1000;
   if (tensor.dtype != Dtype::float32) {
@@ -131,12 +146,13 @@ class Twin {
       const Tensor& tensor = tensors_[i / kTwinArrays];
       if (!cuda.arrays[i]->intact()) return name(i) + " was written beyond its end";
       const Dtype dtype = tensor.dtype_of(i % kTwinArrays);
-      const int64_t element = recap::dtype_size(dtype);
-      for (int64_t at = 0; at < tensor.size; ++at) {
+      const size_t array = i % kTwinArrays;
+      const int64_t element = tensor.width_of(array);
+      for (int64_t at = 0; at < tensor.count_of(array); ++at) {
         const unsigned char* expected = cpu.arrays[i]->data() + at * element;
         const unsigned char* found = cuda.arrays[i]->data() + at * element;
         if (std::memcmp(expected, found, element) &&
-            !(is_nan(expected, dtype) && is_nan(found, dtype))) {
+            (tensor.has_codes(array) || !(is_nan(expected, dtype) && is_nan(found, dtype)))) {
           return name(i) + " differs at element " + std::to_string(at);
         }
       }
@@ -221,16 +237,17 @@ class Twin {
       slot.format = side.formats.back().get();
     }
     for (int index = 0; index < kTwinArrays; ++index) {
-      const int64_t element = recap::dtype_size(tensor.dtype_of(index));
+      const int64_t element = tensor.width_of(index), count = tensor.count_of(index);
       const bool used = tensor.uses(index);
       side.arrays.push_back(
-          used ? std::make_unique<Guarded>(tensor.size * element, tensor.shift[index] * element)
+          used ? std::make_unique<Guarded>(count * element, tensor.shift[index] * element)
                : nullptr);
       void* data = used ? side.arrays.back()->data() : nullptr;
       if (index == 0) slot.param = data;
       if (index == 1) side.step.grads.push_back(tensor.has_grad ? data : nullptr);
       if (index >= 2 && index < kArrays) slot.state[index - 2] = data;
       if (index == kArrays && used) side.formats.back()->rest = data;
+      if (index >= kScales && used) side.formats.back()->scale[index - kScales] = data;
     }
     side.plan.slots.push_back(slot);
   }
@@ -239,10 +256,15 @@ class Twin {
     for (size_t i = cpu.arrays.size() - kTwinArrays; i < cpu.arrays.size(); ++i) {
       if (!cpu.arrays[i]) continue;
       const Dtype dtype = tensor.dtype_of(i % kTwinArrays);
-      const int64_t element = recap::dtype_size(dtype);
-      for (int64_t at = 0; at < tensor.size; ++at) {
+      const size_t array = i % kTwinArrays;
+      const int64_t element = tensor.width_of(array);
+      for (int64_t at = 0; at < tensor.count_of(array); ++at) {
         unsigned char* to = cpu.arrays[i]->data() + at * element;
-        write_number(to, dtype, i % kTwinArrays >= 2);
+        if (tensor.has_codes(array)) {
+          *to = static_cast<unsigned char>(random_());
+        } else {
+          write_number(to, dtype, array >= 2);
+        }
         std::memcpy(cuda.arrays[i]->data() + at * element, to, element);
       }
     }

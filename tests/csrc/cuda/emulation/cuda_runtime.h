@@ -1,7 +1,8 @@
 // A cuda_runtime.h that runs on the CPU: found instead of the toolkit's, it lets the very sources
 // of the CUDA engine be compiled as ordinary C++ and executed.
 //
-// The threads of a block run one after the other, in their order. A barrier is therefore nothing at
+// The threads of a warp take turns, in their order: one runs until it meets the others in a
+// shuffle, or is over. Warps run one after the other. A barrier of a block is therefore nothing at
 // all, which is right for a kernel in which only the first thread writes what the block shares, and
 // only before the barrier; that is all the engine's kernels do. Blocks run one after the other too,
 // in an order that `shuffle_blocks` makes random.
@@ -59,6 +60,7 @@ struct alignas(16) uint4 {
 namespace emulation {
 
 constexpr int kDevices = 2;
+constexpr unsigned kWarp = 32;
 constexpr size_t kMaxArguments = 32764;
 
 struct Stream {
@@ -114,6 +116,13 @@ struct Machine {
 Machine& machine();
 inline thread_local dim3 thread{0}, block{0}, grid{0};
 
+// Calls `run` for each thread of a warp, `thread` being it, from `first` on.
+void run_warp(unsigned first, const std::function<void()>& run);
+
+// What the thread of the warp has given here whose number differs in the bits of `lanes`; all of
+// the warp's must be here.
+unsigned exchange(unsigned value, int lanes);
+
 inline void require_alignment(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) std::abort();
 }
@@ -136,6 +145,9 @@ void count_store(const Word* address) {
 #define threadIdx (emulation::thread)
 #define blockIdx (emulation::block)
 
+inline unsigned __shfl_xor_sync(unsigned, unsigned value, int lanes) {
+  return emulation::exchange(value, lanes);
+}
 inline void __syncthreads() {}
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
@@ -304,8 +316,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(const Arguments&), dim3 grid, dim3 t
     emulation::grid = grid;
     for (const unsigned block : emulation::block_order(grid.x)) {
       emulation::block.x = block;
-      for (emulation::thread.x = 0; emulation::thread.x < threads.x; ++emulation::thread.x) {
-        kernel(*copy);
+      for (unsigned first = 0; first < threads.x; first += emulation::kWarp) {
+        emulation::run_warp(first, [&] { kernel(*copy); });
       }
       if (emulation::machine().block_over) emulation::machine().block_over();
     }
