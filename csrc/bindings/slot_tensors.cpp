@@ -203,11 +203,6 @@ std::optional<SlotTensors::Refusal> SlotTensors::refusal_of_formats() const {
                               " is a DTensor, whose states cannot be of 8 bits, since blocks would "
                               "not end where shards do; set state_dtype to torch.bfloat16")};
   }
-  if (formats_.eight_bits && engine_for(param().device()) == EngineKind::cuda) {
-    return Refusal{false, text("parameter ", name_, " is on ", param().device(),
-                               ", where state_dtype='8bit' does not run yet; set it to "
-                               "torch.bfloat16")};
-  }
   if (by_rows_ || sparse_only_) {
     return Refusal{false, text("parameter ", name_,
                                " is updated by rows, which takes no "

@@ -2,8 +2,9 @@
 // rounded as the format says. The elements are floats between load and store, where update_tile has
 // them too.
 //
-//  * There is one body for each update: what a format says is asked while the kernel runs, by all
-//    threads of a block alike.
+//  * There is one body for all updates and formats, but for the arithmetic of the update itself:
+//  what
+//    a format says is asked while the kernel runs, by all threads of a block alike.
 //  * A thread has 4 elements that follow each other, of every array, whatever its dtype: 16, 8 or 4
 //    bytes, accessed at once if they are aligned, else one by one.
 //  * All loads are asked for before the first is converted.
@@ -226,9 +227,15 @@ RECAP_DEVICE const T& anew(const T& object) {
   return (&object)[zero];
 }
 
-template <typename Algorithm>
-RECAP_DEVICE constexpr bool is_signed(int k) {
-  return !(Algorithm::kNeverNegative >> k & 1);
+// Whether state k of an update may be negative.
+RECAP_DEVICE bool is_signed(Update update, int k) {
+#define RECAP_BIT_OF(name, ...)                                   \
+  | uint64_t{UpdateType<Update::name>::type::kNeverNegative & 7u} \
+          << 3 * static_cast<int>(Update::name)
+  constexpr uint64_t kBits = 0 RECAP_ELEMENT_UPDATES(RECAP_BIT_OF);
+#undef RECAP_BIT_OF
+  static_assert(3 * kUpdates <= 64);
+  return !(kBits >> (3 * static_cast<int>(update) + k) & 1);
 }
 
 RECAP_DEVICE void from_codes(bool is_signed, float scale, Words& words) {
@@ -262,52 +269,84 @@ struct FormatArrays {
   RECAP_DEVICE int rest_width() const { return format.param == ParamRounding::remainder ? 2 : 4; }
 };
 
-template <typename Algorithm>
-RECAP_DEVICE void load_all(const FormatArrays& arrays, const void* grad, Own own,
-                           Chunk<Algorithm, float>& chunk) {
+// The elements that a thread updates, as floats; states that there are not are 0.
+struct Elements {
+  Words param, grad, state[kMaxStates];
+};
+
+RECAP_DEVICE void load_all(const FormatArrays& arrays, Update update, const void* grad, Own own,
+                           Elements& elements) {
   const auto& [tile, format] = arrays;
   const Dtype dtype = tile.dtype, of_grad = format.grad, of_state = format.state_dtype;
   const bool has_rest = arrays.has_rest();
   const Raw param = load_own(tile.param, width_of(dtype), own);
   const Raw gradient = load_own(arrays.from_first(grad, width_of(of_grad)), width_of(of_grad), own);
-  Raw rest = {}, state[kMaxStates];
+  Raw rest = {}, state[kMaxStates] = {};
   float scale[kMaxStates] = {};
   if (has_rest) {
     const int width = arrays.rest_width();
     rest = load_own(arrays.from_first(format.rest, width), width, own);
   }
 #pragma unroll
-  for (int k = 0; k < Algorithm::kStates; ++k) {
+  for (int k = 0; k < kMaxStates; ++k) {
+    if (!format.state[k]) continue;
     const int width = arrays.state_width();
     state[k] = load_own(arrays.from_first(format.state[k], width), width, own);
     if (format.has_codes && own.count > 0) scale[k] = load_from<float>(arrays.scale(k, own.begin));
   }
-  chunk.param = spread(param);
+  elements.param = spread(param);
   if (has_rest) {
-    join(format.param, chunk.param, spread(rest));
+    join(format.param, elements.param, spread(rest));
   } else {
-    to_floats(dtype, chunk.param);
+    to_floats(dtype, elements.param);
   }
-  chunk.grad = spread(gradient);
-  to_floats(of_grad, chunk.grad);
+  elements.grad = spread(gradient);
+  to_floats(of_grad, elements.grad);
 #pragma unroll
-  for (int k = 0; k < Algorithm::kStates; ++k) {
-    chunk.state[k] = spread(state[k]);
+  for (int k = 0; k < kMaxStates; ++k) {
+    elements.state[k] = spread(state[k]);
     if (format.has_codes) {
-      from_codes(is_signed<Algorithm>(k), scale[k], chunk.state[k]);
+      from_codes(is_signed(update, k), scale[k], elements.state[k]);
     } else {
-      to_floats(of_state, chunk.state[k]);
+      to_floats(of_state, elements.state[k]);
     }
   }
 }
 
-// Stores the scale of a state, if it has one, and says how it is rounded.
 template <typename Algorithm>
-RECAP_DEVICE Rounding rounding_of(const FormatArrays& arrays, Own own, int k, const Words& words) {
+RECAP_DEVICE void update_elements(const UpdateValues<float>& values, Elements& elements) {
+  const auto& h = values.of<Algorithm>();
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    float param = elements.param.get(i), state[kMaxStates] = {};
+#pragma unroll
+    for (int k = 0; k < Algorithm::kStates; ++k) state[k] = elements.state[k].get(i);
+    Algorithm::update(h, elements.grad.get(i), param, state);
+    elements.param.set(i, param);
+#pragma unroll
+    for (int k = 0; k < Algorithm::kStates; ++k) elements.state[k].set(i, state[k]);
+  }
+}
+
+RECAP_DEVICE void update_elements(Update update, const UpdateValues<float>& values,
+                                  Elements& elements) {
+#define RECAP_CASE(name, ...) \
+  case Update::name:          \
+    return update_elements<typename UpdateType<Update::name>::type>(values, elements);
+#define RECAP_NOT_HERE(name, ...) \
+  case Update::name: return;  // refused for parameters on these devices
+  switch (update) { RECAP_ELEMENT_UPDATES(RECAP_CASE) RECAP_ROW_UPDATES(RECAP_NOT_HERE) }
+#undef RECAP_NOT_HERE
+#undef RECAP_CASE
+}
+
+// Stores the scale of a state, if it has one, and says how it is rounded.
+RECAP_DEVICE Rounding rounding_of(const FormatArrays& arrays, Update update, Own own, int k,
+                                  const Words& words) {
   const auto& format = arrays.format;
-  Rounding rounding = {format.draws_for_states, format.state_dtype, format.has_codes,
-                       is_signed<Algorithm>(k), 0.0f};
-  if (format.has_codes) {
+  Rounding rounding = {format.state[k] != nullptr, format.state_dtype, format.has_codes,
+                       is_signed(update, k), 0.0f};
+  if (format.has_codes && rounding.is_asked_for) {
     const float scale = scale_of(largest_of_warp(words, own.count), rounding.is_signed);
     rounding.inverse = divide(1.0f, scale);
     if (threadIdx.x % kWarp == 0) store_to(arrays.scale(k, own.begin), scale);
@@ -316,64 +355,52 @@ RECAP_DEVICE Rounding rounding_of(const FormatArrays& arrays, Own own, int k, co
 }
 
 // Rounds what is drawn for, and leaves floats of the rest.
-template <typename Algorithm>
-RECAP_DEVICE void round_by_chance(const FormatArrays& arrays, const uint64_t* step, Own own,
-                                  Chunk<Algorithm, float>& chunk) {
+RECAP_DEVICE void round_by_chance(const FormatArrays& arrays, Update update, const uint64_t* step,
+                                  Own own, Elements& elements) {
   const auto& [tile, format] = arrays;
   if (!format.draws()) return;
-  constexpr int kStates = Algorithm::kStates;
   const uint64_t key = rounding_key(format.seed, *step);
   const uint64_t index = format.first_element + tile.begin + own.begin;
-  const Rounding not_at_all = {};
-  Words none = {};
-  if constexpr (kStates > 0) {
-    if (format.draws_for_states) {
-      const Rounding first = rounding_of<Algorithm>(arrays, own, 0, chunk.state[0]);
-      if constexpr (kStates > 1) {
-        const Rounding second = rounding_of<Algorithm>(arrays, own, 1, chunk.state[1]);
-        by_chance(key, index, 0, first, chunk.state[0], second, chunk.state[1]);
-      } else {
-        by_chance(key, index, 0, first, chunk.state[0], not_at_all, none);
-      }
-    }
+  Words* const state = elements.state;
+  Rounding third = {};
+  if (format.draws_for_states) {
+    const Rounding first = rounding_of(arrays, update, own, 0, state[0]);
+    const Rounding second = rounding_of(arrays, update, own, 1, state[1]);
+    by_chance(key, index, 0, first, state[0], second, state[1]);
+    third = rounding_of(arrays, update, own, 2, state[2]);
   }
-  if (format.param == ParamRounding::stochastic) {
-    by_chance(key, index, 1, {true, tile.dtype, false, false, 0.0f}, chunk.param, not_at_all, none);
-  }
-  if constexpr (kStates > 2) {
-    if (format.draws_for_states) {
-      const Rounding third = rounding_of<Algorithm>(arrays, own, 2, chunk.state[2]);
-      by_chance(key, index, 1, not_at_all, none, third, chunk.state[2]);
-    }
+  const Rounding param = {format.param == ParamRounding::stochastic, tile.dtype, false, false,
+                          0.0f};
+  if (param.is_asked_for || third.is_asked_for) {
+    by_chance(key, index, 1, param, elements.param, third, state[2]);
   }
 }
 
-template <typename Algorithm>
-RECAP_DEVICE void store_all(const FormatArrays& arrays, Own own, Chunk<Algorithm, float>& chunk) {
+RECAP_DEVICE void store_all(const FormatArrays& arrays, Own own, Elements& elements) {
   const auto& [tile, format] = arrays;
   if (arrays.has_rest()) {
     Words rest;
     const int width = arrays.rest_width();
-    part(format.param, chunk.param, rest);
+    part(format.param, elements.param, rest);
     store_own(arrays.from_first(format.rest, width), width, own, rest);
   } else if (format.param == ParamRounding::nearest) {
-    to_nearest(tile.dtype, chunk.param);
+    to_nearest(tile.dtype, elements.param);
   }
-  store_own(tile.param, width_of(tile.dtype), own, chunk.param);
+  store_own(tile.param, width_of(tile.dtype), own, elements.param);
   const Dtype of_state = format.state_dtype;
 #pragma unroll
-  for (int k = 0; k < Algorithm::kStates; ++k) {
-    if (!format.draws_for_states) to_nearest(of_state, chunk.state[k]);
+  for (int k = 0; k < kMaxStates; ++k) {
+    if (!format.state[k]) continue;
+    if (!format.draws_for_states) to_nearest(of_state, elements.state[k]);
     const int width = arrays.state_width();
-    store_own(arrays.from_first(format.state[k], width), width, own, chunk.state[k]);
+    store_own(arrays.from_first(format.state[k], width), width, own, elements.state[k]);
   }
 }
 
 // `step` is that of the slot, and read only if the format draws.
-template <typename Algorithm>
-RECAP_DEVICE void update_tile_in_format(const UpdateValues<float>& values, const TileEntry& tile,
-                                        const FormatEntry* formats, const void* grad,
-                                        const uint64_t* step) {
+RECAP_DEVICE void update_tile_in_format(Update update, const UpdateValues<float>& values,
+                                        const TileEntry& tile, const FormatEntry* formats,
+                                        const void* grad, const uint64_t* step) {
   const int size = tile.size;
   const int lane = threadIdx.x % kWarp;
   // All threads of a warp, as long as one has elements: they find a scale together.
@@ -381,26 +408,12 @@ RECAP_DEVICE void update_tile_in_format(const UpdateValues<float>& values, const
   for (int begin = threadIdx.x * kOwn; begin - lane * kOwn < size; begin += kFormatChunk) {
     const int left = size - begin;
     const Own own = {begin, left < 0 ? 0 : left < kOwn ? left : kOwn};
-    Chunk<Algorithm, float> chunk;
-    load_all(FormatArrays(tile, formats), grad, own, chunk);
-    chunk.update(anew(values).template of<Algorithm>());
-    round_by_chance(FormatArrays(tile, formats), step, own, chunk);
-    store_all(FormatArrays(tile, formats), own, chunk);
+    Elements elements;
+    load_all(FormatArrays(tile, formats), update, grad, own, elements);
+    update_elements(update, anew(values), elements);
+    round_by_chance(FormatArrays(tile, formats), update, step, own, elements);
+    store_all(FormatArrays(tile, formats), own, elements);
   }
-}
-
-RECAP_DEVICE void update_tile_in_format(Update update, const UpdateValues<float>& values,
-                                        const TileEntry& tile, const FormatEntry* formats,
-                                        const void* grad, const uint64_t* step) {
-#define RECAP_CASE(name, ...)                                                                    \
-  case Update::name:                                                                             \
-    return update_tile_in_format<typename UpdateType<Update::name>::type>(values, tile, formats, \
-                                                                          grad, step);
-#define RECAP_NOT_HERE(name, ...) \
-  case Update::name: return;  // refused for parameters on these devices
-  switch (update) { RECAP_ELEMENT_UPDATES(RECAP_CASE) RECAP_ROW_UPDATES(RECAP_NOT_HERE) }
-#undef RECAP_NOT_HERE
-#undef RECAP_CASE
 }
 
 // As `clear_grad` does.

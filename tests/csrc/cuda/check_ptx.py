@@ -37,12 +37,13 @@ ARCHITECTURES = _shipped()
 MAX_REGISTERS = 80  # 3 blocks of 256 threads per multiprocessor
 MAX_PARAMETER = 32_764  # bytes, what a launch takes from CUDA 12.1 on
 # States of each of the 17 updates, in the order of csrc/algorithms/updates.h. An element reads them,
-# the parameter and the gradient, and writes all but the last, in each of 4 dtypes; in a slot with a
-# format it has, besides, the rest of a parameter.
+# the parameter and the gradient, and writes all but the last, in each of 4 dtypes. For slots with a
+# format there is one body more, which has as many states as there can be, and the rest of a
+# parameter.
 STATES = (2, 2, 3, 3, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 3)
-LOADS = sum(4 * (2 + states) + (3 + states) for states in STATES)
+LOADS = sum(4 * (2 + states) for states in STATES) + 3 + max(STATES)
 # And the zeros of gradients that are cleared, with a format and without.
-STORES = sum(4 * (1 + states) + (2 + states) for states in STATES) + 2
+STORES = sum(4 * (1 + states) for states in STATES) + 2 + max(STATES) + 2
 
 # Included before the kernel, it marks every fma that the source asks for, and no other.
 _MARK = "// asked for"
