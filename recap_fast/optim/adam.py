@@ -55,11 +55,14 @@ class FusedAdam(FusedOptimizer, optim.Adam):
             gradients. A sparse gradient has no rows afterwards. A step that a
             `torch.amp.GradScaler` does not call clears nothing, so leave
             ``step_supports_amp_scaling`` at None. torch's class has no such argument.
-        state_dtype: how moments and momenta are stored: ``torch.float32``, ``torch.bfloat16`` or
-            ``torch.float16``; None: as the parameter, rounded to nearest, as in torch. Otherwise
-            those of 16 bits are rounded stochastically, since an average that is rounded to nearest
-            stops moving once it changes by less than its last place. On the CPU only; torch's class
-            does not have it, nor the next three. Also keys of a param group.
+        state_dtype: how moments and momenta are stored: ``torch.float32``, ``torch.bfloat16``,
+            ``torch.float16`` or ``"8bit"``; None: as the parameter, rounded to nearest, as in
+            torch. Otherwise those of fewer bits than 32 are rounded stochastically, since an
+            average that is rounded to nearest stops moving once it changes by less than its last
+            place. ``"8bit"``: uint8 codes, and for each state one such as ``exp_avg_scale``
+            (float32, a number for each 128 elements in memory); parameters of less than 4,096
+            elements, or that are not contiguous, have float32 states, and DTensors are refused.
+            torch's class does not have it, nor the next three. Also keys of a param group.
         master_weights: 16-bit parameters are updated in float32: of bfloat16 the state
             ``param_remainder`` (int16) has the bits that the float has more, of float16 the state
             ``master_param`` (float32) has all of it.
