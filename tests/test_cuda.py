@@ -167,14 +167,14 @@ def test_what_a_step_changes_is_read_past_the_first_level_cache(ptx: str) -> Non
 
 
 @needs_nvcc
-def test_a_ticket_is_taken_behind_a_fence(kernel: str, ptx: str) -> None:
-    """What a block has read before stays before; and the last one writes behind another."""
+def test_a_ticket_is_taken_by_a_release(kernel: str, ptx: str) -> None:
+    """What a block has read before stays before; and the last one writes behind a fence."""
     tickets = check_ptx.tickets(ptx)
-    assert bool(tickets) == (kernel == "update_tiles_by_device_values")
-    assert all(check_ptx.is_fence(before) for before, _ in tickets)
-    fences = [line for line in ptx.splitlines() if check_ptx.is_fence(line)]
+    has_tickets = kernel == "update_tiles_by_device_values"
+    assert bool(tickets) == has_tickets
+    assert all("atom.add.release.gpu.global.u32" in ticket for ticket in tickets)
     sizes = len(check_ptx.parameter_sizes(ptx))
-    assert len(fences) == (len(tickets) + sizes if tickets else 0)
+    assert len(check_ptx.fences(ptx)) == (sizes if has_tickets else 0)
 
 
 @needs_nvcc

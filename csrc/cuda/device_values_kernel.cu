@@ -22,34 +22,77 @@ struct Found {
   bool is_last;  // of the launch's blocks to read what the step changes
 };
 
-RECAP_DEVICE double learning_rate(const DeviceGroup& group) {
-  if (!group.lr) return group.hyper.lr;
-  return group.lr_is_double ? load_from<double>(group.lr) : load_from<float>(group.lr);
+// Numbers that the step's last block changes. Unlike `load_from`, which the compiler may take for a
+// function of the address and move, this stays before the ticket.
+RECAP_DEVICE uint32_t load_before_ticket(const uint32_t* address) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+  return word;
+#else
+  return __ldcg(address);
+#endif
+}
+RECAP_DEVICE unsigned long long load_before_ticket(const unsigned long long* address) {
+#if defined(__CUDA_ARCH__)
+  unsigned long long word;
+  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(word) : "l"(address) : "memory");
+  return word;
+#else
+  return __ldcg(address);
+#endif
+}
+template <typename Value>
+RECAP_DEVICE Value load_before_ticket(const void* address) {
+  const auto word =
+      load_before_ticket(static_cast<const typename Word<sizeof(Value)>::type*>(address));
+  Value value;
+  memcpy(&value, &word, sizeof value);
+  return value;
 }
 
-RECAP_DEVICE bool take_last_ticket(const DeviceArgumentsHeader& header) {
-  if (header.block_count == 1) return true;
-  __threadfence();  // what was read before stays before
-  return atomicAdd(header.ticket, 1u) == header.block_count - 1;
+RECAP_DEVICE double learning_rate(const DeviceGroup& group) {
+  if (!group.lr) return group.hyper.lr;
+  return group.lr_is_double ? load_before_ticket<double>(group.lr)
+                            : load_before_ticket<float>(group.lr);
+}
+
+// How many blocks have taken one before. What was read before stays before: the addition releases.
+// A fence would do too, but it also throws the block's table entry out of the first-level cache,
+// and nothing could be computed until it is over.
+RECAP_DEVICE uint32_t take_ticket(const DeviceArgumentsHeader& header) {
+  if (header.block_count == 1) return 0;
+#if defined(__CUDA_ARCH__)
+  uint32_t before;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(header.ticket)
+               : "memory");
+  return before;
+#else
+  return atomicAdd(header.ticket, 1u);
+#endif
 }
 
 // `grad` is that of `slot`, if the block updates a tile of it.
 RECAP_DEVICE void find(const DeviceArgumentsHeader& header, SlotGrad grad, uint32_t slot,
                        Found& found) {
-  found.skips = header.found_inf && load_from<float>(header.found_inf) != 0.0f;
-  found.step = header.rates.step ? load_from<int64_t>(header.rates.step) : 0;
+  const uint32_t last = header.block_count - 1;
+  found.skips = header.found_inf && load_before_ticket<float>(header.found_inf) != 0.0f;
+  found.step = header.rates.step ? load_before_ticket<int64_t>(header.rates.step) : 0;
   if (!grad.bits) {
-    found.is_last = take_last_ticket(header);
+    found.is_last = take_ticket(header) == last;
     return;
   }
   const DeviceGroup& group = table<DeviceGroup>(header, header.groups)[grad.entry()];
-  const double count = load_from<float>(header.counts + slot);
+  const double count = load_before_ticket<float>(header.counts + slot);
   const double lr = learning_rate(group);
-  const double grad_scale = header.grad_scale ? load_from<float>(header.grad_scale) : 1.0;
-  found.is_last = take_last_ticket(header);
+  const double grad_scale = header.grad_scale ? load_before_ticket<float>(header.grad_scale) : 1.0;
+  const uint32_t ticket = take_ticket(header);
   const StepInputs inputs = {lr, count + 1.0, count == 0.0, gradient_factor(grad_scale, 1.0)};
   const auto correction = [](double beta, double step) { return bias_correction(beta, step); };
   compute_values(group.hyper, inputs, correction, found.values);
+  found.is_last = ticket == last;
 }
 
 // All threads of the last block.
@@ -81,6 +124,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) update_til
   SlotGrad grad;
   uint32_t slot = 0;
   if (blockIdx.x < header.tile_count) {
+    prefetch_entry(tile);
     slot = tile->slot - header.first_slot;
     grad = table<SlotGrad>(header, header.grads)[slot];
   }

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const ArgumentsHeader& header = arguments.header;
   // A reference: as a copy, its unused parts would hold registers.
   const TileEntry& tile = header.tiles[blockIdx.x];
+  prefetch_entry(&tile);
   const uint32_t slot = tile.slot - header.first_slot;
   const SlotGrad grad = table<SlotGrad>(header, header.grads)[slot];
   if (!grad.bits) return;

@@ -284,6 +284,18 @@ RECAP_DEVICE uint32_t block_number() {
   return block;
 }
 
+// Asks for a table entry, which lies in two sectors of memory. A block reads first one field of it
+// and then, depending on that, others: without this, each would be a trip of its own.
+RECAP_DEVICE void prefetch_entry(const TileEntry* tile) {
+#if defined(__CUDA_ARCH__)
+  const auto* const bytes = reinterpret_cast<const char*>(tile);
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(bytes));
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(bytes + sizeof(TileEntry) - 1));
+#else
+  (void)tile;
+#endif
+}
+
 // Leaves zeros in the gradient of a tile that was updated, or whose step is skipped. Every thread
 // writes what it alone has read, so that none waits for another.
 RECAP_DEVICE void clear_grad(const TileEntry& tile, const void* grad) {

@@ -25,7 +25,6 @@ from recap_fast.keyed.fused import FusedCombinedOptimizer
 from recap_fast.optim import FusedAdam, FusedLion, FusedSGD
 from recap_fast.torch_classes import TORCH_CLASSES
 
-
 NAMES = ["tower.weight", "tower.bias", "momentum", "plain", "signs"]
 SHAPES = [(2, 3), (3,), (300,), (5, 2), ()]
 FORMATS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,6 @@ from recap_fast.optim import FusedAdam, FusedLion, FusedOptimizer, FusedSGD, flo
 from tests.support.formats import SHORT, UPDATES, Formats, fused, parameter
 from tests.support.optimizers import TORCH, assert_same, for_loop, numbers, same_bits
 
-
 KINDS = {
     "none": Formats(torch.float32, torch.float32),
     "short states": Formats(torch.float32, torch.float32, torch.bfloat16),

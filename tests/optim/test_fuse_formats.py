@@ -22,7 +22,6 @@ from tests.support.formats import (
 )
 from tests.support.optimizers import FUSED, TORCH, numbers, parameters, set_grads
 
-
 KINDS = {
     "short states": Formats(torch.float32, torch.float32, torch.bfloat16),
     "remainder": Formats(torch.bfloat16, torch.bfloat16, torch.float32, "master"),

@@ -13,7 +13,6 @@ from recap_fast.optim import FusedAdam, FusedSGD
 from tests.support.formats import SHORT, master_of
 from tests.support.optimizers import numbers
 
-
 COUNT = 100_000
 # How far between two numbers of 16 bits a result is.
 PARTS = [1 / 8192, 0.1, 0.5, 0.75, 1 - 1 / 1024]

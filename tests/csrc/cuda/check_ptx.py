@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -36,9 +35,9 @@ ARCHITECTURES = _shipped()
 
 MAX_REGISTERS = 80  # 3 blocks of 256 threads per multiprocessor
 MAX_PARAMETER = 32_764  # bytes, what a launch takes from CUDA 12.1 on
-# States of each of the 17 updates, in the order of csrc/algorithms/updates.h. An element reads them,
-# the parameter and the gradient, and writes all but the last, in each of 4 dtypes. For slots with a
-# format there is one body more, which has as many states as there can be, and the rest of a
+# States of each of the 17 updates, in the order of csrc/algorithms/updates.h. An element reads
+# them, the parameter and the gradient, and writes all but the last, in each of 4 dtypes. For slots
+# with a format there is one body more, which has as many states as there can be, and the rest of a
 # parameter.
 STATES = (2, 2, 3, 3, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 3)
 LOADS = sum(4 * (2 + states) for states in STATES) + 3 + max(STATES)
@@ -147,14 +146,13 @@ def instructions(ptx: str, pattern: str) -> list[str]:
     return [line for line in ptx.splitlines() if begins.match(line)]
 
 
-def tickets(ptx: str) -> list[tuple[str, str]]:
-    """Each atomic operation, behind the fence or the access to global memory that precedes it."""
-    pattern = r"membar\.gl|fence\.sc\.gpu|(ld|st|atom)\.(\w+\.)*global"
-    return [pair for pair in pairwise(instructions(ptx, pattern)) if "atom." in pair[1]]
+def tickets(ptx: str) -> list[str]:
+    """The additions by which blocks take tickets."""
+    return instructions(ptx, r"atom\.")
 
 
-def is_fence(instruction: str) -> bool:
-    return re.match(r"\s*(membar\.gl|fence\.sc\.gpu);", instruction) is not None
+def fences(ptx: str) -> list[str]:
+    return instructions(ptx, r"(membar\.gl|fence\.sc\.gpu);")
 
 
 def is_asked_for(instruction: str) -> bool:
