@@ -179,6 +179,24 @@ def test_a_ticket_is_taken_by_a_release(kernel: str, ptx: str) -> None:
 
 @needs_nvcc
 @pytest.mark.long
+@pytest.mark.skipif(check_ptx.find_cuobjdump() is None, reason="no cuobjdump")
+@pytest.mark.parametrize("architecture", ["90"])
+def test_nothing_is_thrown_out_of_the_cache_before_the_update(
+    kernel: str, architecture: str
+) -> None:
+    """PTX does not tell it: ptxas makes it a part of fences. The last block has one, at the end."""
+    for code in check_ptx.machine_code(kernel, architecture):
+        names = [instruction.split()[0] for instruction in code]
+        throws = [i for i, name in enumerate(names) if name.startswith("CCTL.IVALL")]
+        tickets = [i for i, name in enumerate(names) if name.startswith("ATOMG")]
+        assert len(throws) <= 1
+        assert bool(tickets) == bool(throws) == (kernel == "update_tiles_by_device_values")
+        assert all(ticket < throw for ticket in tickets for throw in throws)
+        assert not [name for name in names if name.startswith(("STL", "LDL"))]
+
+
+@needs_nvcc
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", OLDEST_AND_NEWEST)
 def test_only_the_source_asks_for_fma(kernel: str, architecture: str) -> None:
     found = check_ptx.fmas(check_ptx.read_marked_ptx(kernel, architecture))

@@ -62,8 +62,17 @@ __device__ __forceinline__ double marked_fma(double a, double b, double c) {{
 """
 
 
+def _find(tool: str) -> str | None:
+    return shutil.which(tool) or shutil.which(tool, path="/usr/local/cuda/bin")
+
+
 def find_nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return _find("nvcc")
+
+
+def find_cuobjdump() -> str | None:
+    """It is in the toolkit; nvcc of a package may come without it (nvidia-cuda-cuobjdump)."""
+    return _find("cuobjdump")
 
 
 def _run(source: Path, *arguments: str | Path, flags: Sequence[str] = FLAGS) -> str:
@@ -138,6 +147,18 @@ def read_marked_ptx(kernel: str, architecture: str, flags: Sequence[str] = FLAGS
         options = [f"-arch=compute_{architecture}", "-ptx", "-o", ptx, "-include", marks]
         _run(SOURCES[kernel], *options, flags=flags)
         return ptx.read_text()
+
+
+def machine_code(kernel: str, architecture: str) -> list[list[str]]:
+    """The instructions of a kernel for each size of parameter, as ptxas has ordered them."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        _run(SOURCES[kernel], f"-arch=sm_{architecture}", "-cubin", "-o", cubin)
+        command = [str(find_cuobjdump()), "-sass", str(cubin)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = text.split("Function :")[1:]
+    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z][\w.]+[^;]*)")
+    return [instruction.findall(function) for function in functions]
 
 
 def instructions(ptx: str, pattern: str) -> list[str]:
