@@ -58,36 +58,61 @@ RECAP_INLINE uint32_t largest_of(NativeOf<uint32_t, kCount> each) {
   }
 }
 
-// The states of up to kPiece elements; bit k of kNeverNegative says it of state k.
+// The states of a block while they are floats; bit k of kNeverNegative says it of state k.
 template <int kStates, unsigned kNeverNegative>
-class FloatStates {
+class BlockOfStates {
  public:
-  alignas(64) float of[kStates][kPiece];
+  RECAP_INLINE void load(const MixedArrays& all, int64_t i, Floats* state) const {
+    each_state<0>([&](auto k) __attribute__((always_inline)) {
+      const auto* const codes = static_cast<const uint8_t*>(all.arrays.state[k()]);
+      state[k()] = load_codes<is_signed<k()>>(codes + i, *all.scale[k()]);
+    });
+  }
 
-  RECAP_INLINE void load(const MixedArrays& all) {
-    each_state<0>([&](auto k) { load<k()>(all); });
+  RECAP_INLINE void keep(int64_t i, const Floats* state) {
+    each_state<0>([&](auto k) __attribute__((always_inline)) {
+      write(of_[k()] + i, state[k()].v);
+      const Words bits = state[k()].bits() & 0x7fffffffu;
+      largest_[k()] = bits > largest_[k()] ? bits : largest_[k()];
+    });
+  }
+
+  // Has elements from there on be none.
+  void end_at(int64_t count) {
+    for (int k = 0; k < kStates; ++k) {
+      for (int64_t i = count; i < kElementsOfScale; ++i) of_[k][i] = 0;
+      largest_[k] = Words{};
+      for (int i = 0; i < kElementsOfScale; i += N) {
+        const Words bits = read<Words>(of_[k] + i) & 0x7fffffffu;
+        largest_[k] = bits > largest_[k] ? bits : largest_[k];
+      }
+    }
   }
 
   template <typename C>
-  RECAP_INLINE void store(const MixedArrays& all, C chances) {
-    const int64_t size = all.arrays.size;
-    for (int64_t begin = 0; begin < size; begin += kElementsOfScale) {
-      float inverse[kStates];
-      for (int k = 0; k < kStates; ++k) {
-        float& scale = all.scale[k][begin / kElementsOfScale];
-        scale = scale_of(largest_bits(of[k] + begin), !(kNeverNegative >> k & 1));
-        inverse[k] = 1.0f / scale;
-      }
-      const int64_t end = begin + kElementsOfScale < size ? begin + kElementsOfScale : size;
-      if (end - begin == kElementsOfScale) {
-        store_block(all, chances, begin, inverse);
-      } else {
-        store_rest(all, chances, begin, inverse);
-      }
-      for (int k = 0; k < kStates; ++k) {
-        if (inverse[k] == inverse[k]) continue;  // else `code_of` is 0
-        memset(static_cast<uint8_t*>(all.arrays.state[k]) + begin, 0, end - begin);
-      }
+  RECAP_INLINE void store(const MixedArrays& all, C chances) const {
+    float inverse[kStates];
+    each_state<0>([&](auto k) __attribute__((always_inline)) {
+      const float scale = scale_of(largest_of<N>(largest_[k()]), is_signed<k()>);
+      *all.scale[k()] = scale;
+      inverse[k()] = 1.0f / scale;
+    });
+#pragma GCC unroll 1
+    for (int i = 0; i < kElementsOfScale; i += N) {
+      const typename C::Pair first = chances.random(0);
+      typename C::Pair second{};
+      if constexpr (kStates > 2) second = chances.random(1);
+      chances.go_on();
+      each_state<0>([&](auto k) __attribute__((always_inline)) {
+        const Words random = k() < 2 ? first.of[k() % 2] : second.of[1];
+        const Floats value = read<NativeOf<float, N>>(of_[k()] + i);
+        const Words codes = codes_of<is_signed<k()>>(value, inverse[k()], random);
+        store_bytes<N>(codes, static_cast<uint8_t*>(all.arrays.state[k()]) + i);
+      });
+    }
+    for (int k = 0; k < kStates; ++k) {
+      if (inverse[k] == inverse[k]) continue;  // else `code_of` is 0
+      memset(all.arrays.state[k], 0, kElementsOfScale);
     }
   }
 
@@ -103,77 +128,8 @@ class FloatStates {
     }
   }
 
-  // Behind them, zeros up to the end of the block.
-  template <int k>
-  RECAP_INLINE void load(const MixedArrays& all) {
-    const auto* const codes = static_cast<const uint8_t*>(all.arrays.state[k]);
-    const int64_t size = all.arrays.size;
-    int64_t i = 0;
-#pragma GCC unroll 1
-    for (; i + N <= size; i += N) {
-      write(of[k] + i, load_codes<is_signed<k>>(codes + i, all.scale[k][i / kElementsOfScale]).v);
-    }
-    for (; i < size; ++i) {
-      of[k][i] = load_code(codes[i], is_signed<k>, all.scale[k][i / kElementsOfScale]);
-    }
-    for (; i % kElementsOfScale != 0; ++i) of[k][i] = 0;
-  }
-
-  static RECAP_INLINE uint32_t largest_bits(const float* values) {
-    Words found{};
-    for (int i = 0; i < kElementsOfScale; i += N) {
-      const Words bits = read<Words>(values + i) & 0x7fffffffu;
-      found = bits > found ? bits : found;
-    }
-    return largest_of<N>(found);
-  }
-
-  template <typename C>
-  RECAP_INLINE void store_block(const MixedArrays& all, C& chances, int64_t begin,
-                                const float* inverse) {
-#pragma GCC unroll 1
-    for (int64_t i = begin; i < begin + kElementsOfScale; i += N) {
-      store_vector(chances, i, inverse, [&](int k, Words codes) __attribute__((always_inline)) {
-        store_bytes<N>(codes, static_cast<uint8_t*>(all.arrays.state[k]) + i);
-      });
-    }
-  }
-
-  // Of a block that is not whole.
-  template <typename C>
-  RECAP_INLINE void store_rest(const MixedArrays& all, C& chances, int64_t begin,
-                               const float* inverse) {
-#pragma GCC unroll 1
-    for (int64_t i = begin; i < all.arrays.size; i += N) {
-      store_vector(chances, i, inverse, [&](int k, Words codes) __attribute__((always_inline)) {
-        for (int lane = 0; lane < N && i + lane < all.arrays.size; ++lane) {
-          static_cast<uint8_t*>(all.arrays.state[k])[i + lane] = static_cast<uint8_t>(codes[lane]);
-        }
-      });
-    }
-  }
-
-  template <typename C, typename Put>
-  RECAP_INLINE void store_vector(C& chances, int64_t i, const float* inverse, const Put& put) {
-    const typename C::Pair first = chances.random(0);
-    typename C::Pair second{};
-    if constexpr (kStates > 2) second = chances.random(1);
-    chances.go_on();
-    each_state<0>([&](auto k) __attribute__((always_inline)) {
-      const Words random = k() < 2 ? first.of[k() % 2] : second.of[1];
-      const Floats value = read<NativeOf<float, N>>(of[k()] + i);
-      put(k(), codes_of<is_signed<k()>>(value, inverse[k()], random));
-    });
-  }
-};
-
-template <unsigned kNeverNegative>
-class FloatStates<0, kNeverNegative> {
- public:
-  float* of[1];
-  void load(const MixedArrays&) {}
-  template <typename C>
-  void store(const MixedArrays&, C) {}
+  alignas(64) float of_[kStates][kElementsOfScale];
+  Words largest_[kStates] = {};
 };
 
 }  // namespace

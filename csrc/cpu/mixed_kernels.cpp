@@ -10,6 +10,17 @@
 namespace recap::cpu {
 namespace {
 
+#if defined(__F16C__)
+// Cuts bits off, of numbers of less than 2^16.
+RECAP_INLINE void store_cut(NativeOf<float, N> value, Float16* to) {
+#if defined(__AVX512F__)
+  write(to, _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(value), _MM_FROUND_TO_ZERO));
+#else
+  write(to, _mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_ZERO));
+#endif
+}
+#endif
+
 // As `store` of rounding.h does.
 RECAP_INLINE void store_by_chance(Floats value, Words chance, BFloat16* to) {
   write(to, narrow_upper<N>(add_to_numbers(value, chance)));
@@ -18,17 +29,22 @@ RECAP_INLINE void store_by_chance(Floats value, Words chance, Float16* to) {
   using Signed = NativeOf<int32_t, N>;
   using Native = NativeOf<float, N>;
   const Words bits = value.bits(), magnitude = bits & 0x7fffffffu;
-  const Words normal = (magnitude - 0x38000000u + (chance >> 3)) >> 13;
-  const Native units = bit_cast<Native>(magnitude) * 0x1p24f;
-  const Native clamped = units < 1024.0f ? units : Native{};
-  const Signed whole = __builtin_convertvector(clamped, Signed);
-  const Native rest = (clamped - __builtin_convertvector(whole, Native)) * 0x1p16f;
-  const Native limit = __builtin_convertvector(bit_cast<Signed>(chance), Native) + 0.5f;
-  const Words subnormal = bit_cast<Words>(whole) + (rest > limit ? Words{} + 1u : Words{});
-  Words half = magnitude >= 0x38800000u ? normal : subnormal;
+  const Native added = __builtin_convertvector(bit_cast<Signed>(chance >> 2), Native) * 0x1p-38f;
+  const Native small = bit_cast<Native>(magnitude) + added;
+  const auto is_normal = magnitude >= 0x38800000u;
+  Words sum = is_normal ? magnitude + (chance >> 3) : bit_cast<Words>(small);
+#if defined(__F16C__)
+  sum = sum >= 0x47800000u ? Words{} + 0x7f800000u : sum;
+  sum = value.v == value.v ? sum : Words{} + 0x7fc00000u;
+  store_cut(bit_cast<Native>(sum | (bits & 0x80000000u)), to);
+#else
+  const Native units = (is_normal ? Native{} : small) * 0x1p24f;
+  const Words subnormal = bit_cast<Words>(__builtin_convertvector(units, Signed));
+  Words half = is_normal ? (sum - 0x38000000u) >> 13 : subnormal;
   half = half < 0x7c00u ? half : Words{} + 0x7c00u;
   half = value.v == value.v ? half : Words{} + 0x7e00u;
   write(to, narrow<N>(((bits >> 16) & 0x8000u) | half));
+#endif
 }
 
 // Adds remainders to what is in the upper half, as `load` of rounding.h does.
@@ -177,11 +193,11 @@ void update_rest(const H& h, const MixedArrays& all, const AnyFormat& format, in
   }
 }
 
-template <Dtype kDtype, ParamRounding kParam, Dtype kGrad, Dtype kState>
+template <Dtype kDtype, ParamRounding kParam, Dtype kGrad, Dtype kState = Dtype::float32>
 struct KnownFormat {
   static constexpr Dtype dtype = kDtype, grad = kGrad, state = kState;
   static constexpr ParamRounding param = kParam;
-  static constexpr bool draws_for_states = true;
+  static constexpr bool draws_for_states = true;  // float32: as codes
 
   static bool is(const AnyFormat& format) {
     return format.dtype == dtype && format.grad == grad && format.state == state &&
@@ -225,27 +241,109 @@ void update_all(const Values& values, const MixedArrays& all, const AnyFormat& f
     update_rest<Algorithm>(values.float32.of<Algorithm>(), all, format, done);
 }
 
-// States of 8 bits are floats in the first-level cache meanwhile.
+// Elements of `all` from `begin` on, a multiple of a block.
+RECAP_INLINE MixedArrays from_block(const MixedArrays& all, const AnyFormat& format,
+                                    int64_t begin) {
+  const auto advance = [begin](void* array, int64_t width) {
+    return array ? static_cast<char*>(array) + begin * width : nullptr;
+  };
+  MixedArrays block = all;
+  block.arrays.param = advance(all.arrays.param, dtype_size(format.dtype));
+  block.arrays.grad = advance(const_cast<void*>(all.arrays.grad), dtype_size(format.grad));
+  block.rest = advance(all.rest, dtype_size(rest_dtype(format)));
+  for (int k = 0; k < kMaxStates; ++k) {
+    block.arrays.state[k] = advance(all.arrays.state[k], 1);
+    if (all.scale[k]) block.scale[k] = all.scale[k] + begin / kElementsOfScale;
+  }
+  block.index += begin;
+  return block;
+}
+
+template <typename Algorithm>
+using StatesOf = BlockOfStates<Algorithm::kStates, Algorithm::kNeverNegative>;
+
+template <typename Algorithm, typename H, typename F, typename C>
+RECAP_INLINE void update_block(const H& h, const MixedArrays& block, const F& format, C chances,
+                               StatesOf<Algorithm>& states) {
+#pragma GCC unroll 1
+  for (int i = 0; i < kElementsOfScale; i += N) {
+    Floats param = load_param(block, format, i), state[kMaxStates];
+    states.load(block, i, state);
+    Algorithm::update(h, load_as(format.grad, block.arrays.grad, i), param, state);
+    states.keep(i, state);
+    Words chance{};
+    if (format.param == ParamRounding::stochastic) chance = chances.drawn(1).of[0];
+    chances.go_on();
+    store_param(block, format, param, chance, i);
+  }
+}
+
+// Of less elements than a block has, filled up with zeros elsewhere.
+template <typename Algorithm, typename H>
+void update_part_of_block(const H& h, const MixedArrays& part, const AnyFormat& format,
+                          int64_t count) {
+  alignas(64) char buffers[3 + kMaxStates][kElementsOfScale * sizeof(float)] = {};
+  struct {
+    void* from;
+    int64_t width;
+  } const arrays[] = {{part.arrays.param, dtype_size(format.dtype)},
+                      {const_cast<void*>(part.arrays.grad), dtype_size(format.grad)},
+                      {part.rest, dtype_size(rest_dtype(format))},
+                      {part.arrays.state[0], 1},
+                      {part.arrays.state[1], 1},
+                      {part.arrays.state[2], 1}};
+  MixedArrays block = part;
+  block.arrays = {buffers[0], buffers[1], {buffers[3], buffers[4], buffers[5]}, kElementsOfScale};
+  block.rest = buffers[2];
+  constexpr int kArrays = 3 + Algorithm::kStates;
+  for (int k = 0; k < kArrays; ++k) {
+    if (arrays[k].from) memcpy(buffers[k], arrays[k].from, count * arrays[k].width);
+  }
+  const Chances<false> chances(part.key, part.index);
+  StatesOf<Algorithm> states;
+  update_block<Algorithm>(h, block, format, chances, states);
+  states.end_at(count);
+  states.store(block, chances);
+  for (int k = 0; k < kArrays; ++k) {
+    if (arrays[k].from && k != 1) memcpy(arrays[k].from, buffers[k], count * arrays[k].width);
+  }
+}
+
+template <typename Algorithm, bool kShare, typename F>
+void update_blocks(const Values& values, const MixedArrays& all, const AnyFormat& any,
+                   const F& format) {
+  with_values<Algorithm, float>(values, [&](const auto& h) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+    for (int64_t begin = 0; begin + kElementsOfScale <= all.arrays.size;
+         begin += kElementsOfScale) {
+      const MixedArrays block = from_block(all, any, begin);
+      const Chances<kShare> chances(block.key, block.index);
+      StatesOf<Algorithm> states;
+      update_block<Algorithm>(h, block, format, chances, states);
+      states.store(block, chances);
+    }
+  });
+}
+
+// States of 8 bits are floats in the first-level cache, a block at a time.
 template <typename Algorithm>
 void update_with_codes(const Values& values, const MixedArrays& all, const AnyFormat& format) {
-  FloatStates<Algorithm::kStates, Algorithm::kNeverNegative> states;
-  states.load(all);
-  if (format.dtype == Dtype::float32 && format.grad == Dtype::float32) {
-    ArraysOf<float> arrays{
-        static_cast<float*>(all.arrays.param), static_cast<const float*>(all.arrays.grad), {}};
-    for (int k = 0; k < Algorithm::kStates; ++k) arrays.state[k] = states.of[k];
-    update_in_cache<Algorithm>(values, arrays, all.arrays.size);
+  constexpr auto kFloat = Dtype::float32, kShort = Dtype::bfloat16;
+  using Plain = KnownFormat<kFloat, ParamRounding::nearest, kFloat>;
+  using WithRemainder = KnownFormat<kShort, ParamRounding::remainder, kShort>;
+  if (all.index % N != 0) {
+    update_blocks<Algorithm, false>(values, all, format, format);
+  } else if (Plain::is(format)) {
+    update_blocks<Algorithm, true>(values, all, format, Plain());
+  } else if (WithRemainder::is(format)) {
+    update_blocks<Algorithm, true>(values, all, format, WithRemainder());
   } else {
-    MixedArrays wide = all;
-    for (int k = 0; k < Algorithm::kStates; ++k) wide.arrays.state[k] = states.of[k];
-    AnyFormat inner = format;
-    inner.has_codes = inner.draws_for_states = false;
-    update_all<Algorithm>(values, wide, inner);
+    update_blocks<Algorithm, true>(values, all, format, format);
   }
-  if (all.index % N == 0) {
-    states.store(all, Chances<true>(all.key, all.index));
-  } else {
-    states.store(all, Chances<false>(all.key, all.index));
+  const int64_t done = all.arrays.size / kElementsOfScale * kElementsOfScale;
+  if (done < all.arrays.size) {
+    update_part_of_block<Algorithm>(values.float32.of<Algorithm>(), from_block(all, format, done),
+                                    format, all.arrays.size - done);
   }
 }
 
@@ -253,11 +351,10 @@ template <typename Algorithm>
 void mixed_kernel(const Values& values, const MixedArrays& arrays) {
   const MixedArrays all = arrays;  // copies, which no store can change
   const AnyFormat format{*all.format, all.dtype};
-  if (Algorithm::kStates > 0 && format.has_codes) {
-    update_with_codes<Algorithm>(values, all, format);
-  } else {
-    update_all<Algorithm>(values, all, format);
+  if constexpr (Algorithm::kStates > 0) {
+    if (format.has_codes) return update_with_codes<Algorithm>(values, all, format);
   }
+  update_all<Algorithm>(values, all, format);
 }
 
 }  // namespace

@@ -69,20 +69,19 @@ RECAP_INLINE void store(float value, uint32_t chance, BFloat16& out) {
   out.bits = static_cast<uint16_t>((float_bits(value) + (value == value ? chance : 0u)) >> 16);
 }
 
-// The same; below 2^-14 the chance is exact to 2^-16.
+// The same: `chance` is added to what falls off, and the sum cut. Below 2^-14, where 2^-24 is the
+// last place, the upper 14 bits of it are: then what has no more than that stays exactly as it is.
 RECAP_INLINE void store(float value, uint32_t chance, Float16& out) {
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - 0x38000000u + (chance >> 3)) >> 13;
-  // Subnormal: in units of 2^-24, of which float holds these exactly.
-  const float units = float_from_bits(magnitude) * 0x1p24f;
-  const float clamped = units < 1024.0f ? units : 0.0f;
-  const int32_t whole = static_cast<int32_t>(clamped);
-  const float rest = (clamped - static_cast<float>(whole)) * 0x1p16f;
-  const bool up = rest > static_cast<float>(static_cast<int32_t>(chance)) + 0.5f;
-  const uint32_t subnormal = static_cast<uint32_t>(whole) + (up ? 1u : 0u);
-  uint32_t half = magnitude >= 0x38800000u ? normal : subnormal;
+  const float added = static_cast<float>(static_cast<int32_t>(chance >> 2)) * 0x1p-38f;
+  const float small = float_from_bits(magnitude) + added;
+  const bool is_normal = magnitude >= 0x38800000u;
+  const uint32_t sum = is_normal ? magnitude + (chance >> 3) : float_bits(small);
+  const float units = (is_normal ? 0.0f : small) * 0x1p24f;
+  const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(units));
+  uint32_t half = is_normal ? (sum - 0x38000000u) >> 13 : subnormal;
   half = half < 0x7c00u ? half : 0x7c00u;
   out.bits = static_cast<uint16_t>(sign | (value != value ? 0x7e00u : half));
 }

@@ -122,16 +122,15 @@ def stochastic(values: Tensor, dtype: torch.dtype, chance: Words) -> Tensor:
 
 
 def _stochastic_half(flat: Any, bits: Words, chance: Words) -> Any:
-    """Of the 13 bits that fall off a normal number, and of 16 beyond 2^-24 of a subnormal one."""
+    """Of the 13 bits that fall off a normal number, and of 14 beyond 2^-24 of a subnormal one."""
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     magnitude = bits & np.uint32(0x7FFFFFFF)
     is_normal = magnitude >= np.uint32(0x38800000)
     rebased = np.where(is_normal, magnitude, np.uint32(0x38800000)) - np.uint32(0x38000000)
     normal = (rebased + (chance >> np.uint32(3))) >> np.uint32(13)
-    units = np.where(is_normal, 0.0, np.abs(flat).astype(np.float64)) * 2.0**24
-    whole = np.floor(units)
-    is_up = (units - whole) * 2.0**16 > chance + 0.5
-    half = np.where(is_normal, normal, (whole + is_up).astype(np.uint32))
+    added = (chance >> np.uint32(2)).astype(np.float32) * np.float32(2.0**-38)
+    small = np.where(is_normal, np.float32(0), np.abs(flat)) + added
+    half = np.where(is_normal, normal, (small * np.float32(2.0**24)).astype(np.uint32))
     half = np.where(np.isnan(flat), np.uint32(0x7E00), np.minimum(half, np.uint32(0x7C00)))
     return (sign | half).astype(np.uint16)
 
