@@ -72,7 +72,7 @@ def _hash_of(name: str) -> Any:
 
 
 class Chances(NamedTuple):
-    """16 random bits for each element of a parameter and of its states, as words of 32 bits."""
+    """Random bits for each element of a parameter and of its states, as words of 32 bits."""
 
     states: tuple[Words, Words, Words]
     param: Words
@@ -100,7 +100,7 @@ def chances(seed: int, name: str, step: int, size: int) -> Chances:
             drawn = _mixed_bits(key + _GOLDEN * (place + np.uint64(number)))
             for shift in (0, 32):
                 word = (drawn >> np.uint64(shift)).astype(np.uint32)
-                words.append((word * powers) >> np.uint32(16))
+                words.append(word * powers)
     first, second, param, third = words
     return Chances((first, second, third), param)
 
@@ -109,7 +109,11 @@ def chances(seed: int, name: str, step: int, size: int) -> Chances:
 
 
 def stochastic(values: Tensor, dtype: torch.dtype, chance: Words) -> Tensor:
-    """Rounds float32 values up where `chance` says so, in the order of their elements."""
+    """Rounds float32 values up where `chance` says so, in the order of their elements.
+
+    Of its 32 bits, the upper 16 count.
+    """
+    chance = chance >> np.uint32(16)
     flat = values.detach().reshape(-1).numpy()
     bits = flat.view(np.uint32)
     if dtype == torch.bfloat16:
@@ -133,6 +137,55 @@ def _stochastic_half(flat: Any, bits: Words, chance: Words) -> Any:
     half = np.where(is_normal, normal, (small * np.float32(2.0**24)).astype(np.uint32))
     half = np.where(np.isnan(flat), np.uint32(0x7E00), np.minimum(half, np.uint32(0x7C00)))
     return (sign | half).astype(np.uint16)
+
+
+# --- codes ---------------------------------------------------------------------------------------
+
+EIGHT_BITS = "8bit"
+_NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg")
+BLOCK = 128
+
+
+def numbers_of_codes(name: str) -> Any:
+    """What codes of a state stand for if their scale is 1: floats of 4 bits of exponent."""
+    mantissa = 4 if name in _NEVER_NEGATIVE else 3
+    codes = np.arange(16 * 2**mantissa)
+    values = np.ldexp(1 + (codes % 2**mantissa) / 2**mantissa, codes // 2**mantissa - 15)
+    values[0] = 0
+    return values if name in _NEVER_NEGATIVE else np.concatenate([values, -values])
+
+
+def from_codes(name: str, codes: Tensor, scales: Tensor) -> Tensor:
+    """float32, of the shape of ``codes``."""
+    values = numbers_of_codes(name).astype(np.float32)[codes.reshape(-1).numpy()]
+    of_elements = np.repeat(scales.numpy(), BLOCK)[: codes.numel()]
+    return torch.from_numpy(values * of_elements).reshape(codes.shape)
+
+
+def to_codes(name: str, values: Tensor, bits: Words) -> tuple[Tensor, Tensor]:
+    """Codes and scales, rounded by 32 random bits for each element."""
+    numbers = numbers_of_codes(name)
+    is_signed = name not in _NEVER_NEGATIVE
+    sizes = numbers[: len(numbers) // (1 + is_signed)]
+    flat = values.detach().reshape(-1).numpy()
+    padded = np.pad(np.abs(flat), (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
+    scales = padded.max(1) * np.float32(1 / np.float32(sizes[-1]))
+    scales = np.maximum(scales, np.float32(2.0**-120))
+    shares = flat * np.repeat(np.float32(1) / scales, BLOCK)[: flat.size]
+    size = np.abs(shares).astype(np.float64)
+    below = np.clip(np.searchsorted(sizes, size, side="right") - 1, 0, len(sizes) - 2)
+    part = (size - sizes[below]) / (sizes[below + 1] - sizes[below])
+    # As many of the bits count as a float has behind those of the code.
+    used = 20 if is_signed else 19
+    up = part + (bits >> np.uint32(32 - used)).astype(np.float64) * 2.0**-used >= 1
+    codes = below + up
+    if is_signed:
+        codes = np.where(size < sizes[1], np.where(codes > 0, 0, codes), codes)
+        codes = codes + 128 * np.signbit(shares)
+    else:
+        codes = np.where(size < sizes[1], size > 0, codes)
+    stored = torch.from_numpy(codes.astype(np.uint8)).reshape(values.shape)
+    return stored, torch.from_numpy(scales)
 
 
 def master_of(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -162,7 +215,7 @@ class Formats(NamedTuple):
 
     param: torch.dtype
     grad: torch.dtype
-    state: torch.dtype | None = None
+    state: Any = None
     param_options: str = "nearest"
 
     @property
@@ -171,7 +224,8 @@ class Formats(NamedTuple):
         return {**own, **PARAM_OPTIONS[self.param_options]}
 
     @property
-    def stored_state(self) -> torch.dtype:
+    def stored_state(self) -> Any:
+        """A dtype, or `EIGHT_BITS`."""
         return self.state or self.param
 
     @property
@@ -185,7 +239,7 @@ class Formats(NamedTuple):
     @property
     def draws_for_states(self) -> bool:
         is_asked_for = self.state is not None or self.has_master or self.draws_for_param
-        return is_asked_for and self.stored_state in SHORT
+        return is_asked_for and self.stored_state in (*SHORT, EIGHT_BITS)
 
 
 class Stored(NamedTuple):
@@ -230,7 +284,7 @@ def expected_step(
     param.grad = grad.float()
     optimizer = for_loop(algorithm, [param], **options)
     if before.state:
-        state = {each: before.state[each].float() for each in names}
+        state = {each: _as_float(each, before.state) for each in names}
         if "step" in before.state:
             state["step"] = before.state["step"].clone()
         optimizer.state[param] = state
@@ -241,6 +295,9 @@ def expected_step(
     for value, own, chance in _states_with_chances(algorithm, optimizer.state[param], drawn):
         is_drawn = formats.draws_for_states
         to = formats.stored_state
+        if to == EIGHT_BITS:
+            after[own], after[f"{own}_scale"] = to_codes(own, value, chance)
+            continue
         after[own] = stochastic(value, to, chance) if is_drawn else value.to(to)
     result = param.detach()
     if formats.has_master and formats.param == torch.float16:
@@ -255,11 +312,23 @@ def expected_step(
     return Stored(result.to(formats.param), after)
 
 
+def _as_float(name: str, state: Mapping[str, Tensor]) -> Tensor:
+    if state[name].dtype == torch.uint8:
+        return from_codes(name, state[name], state[f"{name}_scale"])
+    return state[name].float()
+
+
 def _states_with_chances(
     algorithm: str, state: Mapping[str, Tensor], drawn: Chances
 ) -> list[tuple[Tensor, str, Words]]:
     names = [name for name in _STATES[algorithm] if state.get(name) is not None]
     return [(state[name], name, drawn.states[index]) for index, name in enumerate(names)]
+
+
+def numbers_apart(name: str, codes: Tensor) -> Tensor:
+    """Codes in the order of their numbers, as int32."""
+    wide = codes.to(torch.int32)
+    return wide if name in _NEVER_NEGATIVE else torch.where(wide < 128, wide, 128 - wide)
 
 
 def assert_stored(actual: Stored, expected: Stored, formats: Formats) -> None:
@@ -281,6 +350,12 @@ def assert_stored(actual: Stored, expected: Stored, formats: Formats) -> None:
     }
     for what, (found, wanted) in pairs.items():
         assert found.dtype == wanted.dtype, what
+        if found.dtype == torch.uint8:
+            apart = (found.to(torch.int32) - wanted.to(torch.int32)).abs()
+            assert int(apart.count_nonzero()) <= max(2, apart.numel() // 100), what
+            apart = (numbers_apart(what, found) - numbers_apart(what, wanted)).abs()
+            assert int(apart.max()) <= 1, what
+            continue
         if found.dtype not in SHORT:
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, msg=what)
             continue

@@ -30,7 +30,7 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     for name, kind in TORCH.items()
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 # Whether CPU tensors are stepped by the emulated CUDA engine, see tests/conftest.py.
 EMULATED = "RECAP_FAST_TEST_EXTENSION" in os.environ and "cuda" in build_info()["engines"]
