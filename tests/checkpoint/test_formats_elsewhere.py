@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recap_fast import build_optimizer, reference
-from recap_fast.checkpoint import load, save
+from recap_fast.checkpoint import CheckpointMismatchError, load, save
 from recap_fast.config import OptimizerConfig
 from tests.checkpoint.small_training_state import Small, Training
 
@@ -97,3 +97,47 @@ def test_a_saved_seed_counts(tmp_path: Path) -> None:
         own = _training(1, torch.bfloat16, formats)
         load(tmp_path, *own.all)
         assert {group.get("rounding_seed") for group in own.optimizer.param_groups} == {seed}
+
+
+def _wide(seed: int, **section: Any) -> Training:
+    torch.manual_seed(seed)
+    model = nn.Linear(100, 50)
+    return Training(model, *build_optimizer(model, {"adam": {"lr": 0.1, **section}}))
+
+
+def _train_wide(training: Training, seed: int) -> None:
+    for param in training.model.parameters():
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
+    training.optimizer.step()
+
+
+def test_codes_are_saved_as_they_are_and_training_goes_on_with_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    saved, resumed = _wide(0, state_dtype="8bit"), _wide(1, state_dtype="8bit")
+    _train_wide(saved, 1)
+    save(tmp_path, 1, *saved.all)
+    load(tmp_path, *resumed.all)
+    for training in (saved, resumed):
+        _train_wide(training, 2)
+    assert saved.optimizer.state[saved.model.weight]["exp_avg"].dtype == torch.uint8
+    for one, other in zip(saved.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    first, second = _states(saved), _states(resumed)
+    for name, state in first.items():
+        assert all(torch.equal(value, second[name][key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [("8bit", "bfloat16"), (None, "8bit")])
+def test_a_checkpoint_file_does_not_convert_codes(
+    tmp_path: Path, before: str | None, after: str
+) -> None:
+    """Its tensors are loaded into those in use; `load_state_dict` converts."""
+    saved, own = _wide(0, state_dtype=before), _wide(1, state_dtype=after)
+    for training in (saved, own):
+        _train_wide(training, 1)
+    save(tmp_path, 1, *saved.all)
+    unchanged = [param.clone() for param in own.model.parameters()]
+    with pytest.raises(CheckpointMismatchError, match=r"'exp_avg' of 'weight' was .*uint8"):
+        load(tmp_path, *own.all)
+    assert all(torch.equal(a, b) for a, b in zip(unchanged, own.model.parameters(), strict=True))
