@@ -18,9 +18,9 @@ from recap_fast.config import (
     EmbeddingOptimizerConfig,
     OptimizerConfig,
     RecapOptimizerConfig,
-    as_optimizer_config,
 )
-from recap_fast.keyed import CombinedOptimizer
+from recap_fast.keyed import CombinedOptimizer, leaves
+from recap_fast.reference_formats import maker, name_parameters
 from recap_fast.scheduler import RecapLRShim
 from recap_fast.table_optimizers import LazyAdamW, RowwiseAdagrad
 from recap_fast.torch_classes import *  # noqa: F403
@@ -30,7 +30,7 @@ __all__ = ["LazyAdamW", "RowwiseAdagrad", "build_optimizer", *torch_classes.__al
 
 _CLASSES = OptimizerClasses(
     by_algorithm={
-        **TORCH_CLASSES,
+        **{algorithm: maker(algorithm) for algorithm in TORCH_CLASSES},
         "rowwise_adagrad": RowwiseAdagrad,
         "lazy_adamw": LazyAdamW,
     },
@@ -55,25 +55,12 @@ def build_optimizer(
     3. a `CombinedOptimizer` holds these and the model's fused optimizer, if it has one;
     4. a `RecapLRShim` sets the rate of every param group, at step 0 and after each step.
 
-    The classes of torch have no `state_dtype`, `master_weights`, `stochastic_rounding` and
-    `rounding_seed`: a section that sets one is a ValueError too, which names it.
+    Parameters and states are stored in the same formats, with the same random bits, by
+    `recap_fast.reference_formats`.
     """
-    optimizer_config = as_optimizer_config(optimizer_config)
-    _check_formats(optimizer_config)
-    return assemble(
+    optimizer, scheduler = assemble(
         model, optimizer_config, emb_optimizer_config, _CLASSES, clip_grad_norm=clip_grad_norm
     )
-
-
-def _check_formats(optimizer_config: RecapOptimizerConfig | OptimizerConfig) -> None:
-    """Raises ValueError if a section asks for what the classes of torch do not have."""
-    chosen = {"optimizer_config": optimizer_config.algorithm}
-    for key, entry in optimizer_config.groups.items():
-        if entry.algorithm is not None:
-            chosen[f"optimizer_config.groups[{key!r}]"] = entry.algorithm
-    for where, (algorithm, section) in chosen.items():
-        for field, value in section.formats.items():
-            raise ValueError(
-                f"{where}.{algorithm}.{field} is {value!r}, which recap_fast.reference does not "
-                "have: leave it out, or use recap_fast.build_optimizer"
-            )
+    for inner in leaves(optimizer):
+        name_parameters(optimizer.params, inner)
+    return optimizer, scheduler

@@ -21,11 +21,11 @@ ELEMENTS_OF_SCALE: Final = 128
 FEWEST: Final = 4096
 """Elements of a parameter that has such states; those of smaller ones are float32."""
 
-_NEVER_NEGATIVE: Final = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+NEVER_NEGATIVE: Final = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 _OTHERS: Final = frozenset({"exp_avg", "grad_avg", "momentum_buffer"})
 _LEAST_SCALE: Final = 2.0**-120  # whose reciprocal is finite
 
-SCALES: Final = frozenset(f"{name}_scale" for name in _NEVER_NEGATIVE | _OTHERS)
+SCALES: Final = frozenset(f"{name}_scale" for name in NEVER_NEGATIVE | _OTHERS)
 """Names of scales in a parameter's state."""
 
 
@@ -77,19 +77,30 @@ def encoded(name: str, values: Tensor) -> tuple[Tensor, Tensor]:
     """
     flat = values.detach().reshape(-1).float()
     magnitudes = flat.abs()
-    padding = -flat.numel() % ELEMENTS_OF_SCALE
-    blocks = torch.nn.functional.pad(magnitudes, (0, padding)).view(-1, ELEMENTS_OF_SCALE)
     table = _values(name).to(values.device)
-    sizes = table if name in _NEVER_NEGATIVE else table[:128]
-    scales = (blocks.amax(1) / sizes[-1]).clamp_(min=_LEAST_SCALE)
+    sizes = table if name in NEVER_NEGATIVE else table[:128]
+    scales = scales_of(name, flat)
     shares = magnitudes / _of_elements(scales, flat.numel())
     codes = torch.bucketize(shares, (sizes[1:] + sizes[:-1]) / 2)
-    if name in _NEVER_NEGATIVE:
+    if name in NEVER_NEGATIVE:
         # A second moment that becomes zero would make a step as large as eps allows.
         codes = codes.maximum((magnitudes > 0).long())
     else:
         codes += 128 * flat.signbit()
     return codes.to(torch.uint8).view(values.shape), scales
+
+
+def scales_of(name: str, flat: Tensor) -> Tensor:
+    """Returns the scales of the float32 values of a state, of one dimension.
+
+    That of a block with a NaN or an infinity is NaN.
+    """
+    padding = -flat.numel() % ELEMENTS_OF_SCALE
+    blocks = torch.nn.functional.pad(flat.abs(), (0, padding)).view(-1, ELEMENTS_OF_SCALE)
+    largest = 1.9375 if name in NEVER_NEGATIVE else 1.875
+    part = torch.tensor(largest).reciprocal().to(flat.device)
+    scales = (blocks.amax(1) * part).clamp_(min=_LEAST_SCALE)
+    return torch.where(scales.isfinite(), scales, torch.nan)
 
 
 def _of_elements(scales: Tensor, count: int) -> Tensor:
@@ -99,7 +110,7 @@ def _of_elements(scales: Tensor, count: int) -> Tensor:
 @cache
 def _values(name: str) -> Tensor:
     """By code, before the scale."""
-    if name in _NEVER_NEGATIVE:
+    if name in NEVER_NEGATIVE:
         return _minifloats(4)
     sizes = _minifloats(3)
     return torch.cat([sizes, -sizes])

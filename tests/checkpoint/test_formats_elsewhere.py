@@ -34,7 +34,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def _training(seed: int, dtype: torch.dtype, formats: str) -> Training:
-    """A parameter for each algorithm; of the reference, which has no formats, or in some."""
+    """A parameter for each algorithm; of the reference without formats, or in some."""
     own = FORMATS.get(formats, {})
     groups = {
         name: {"pattern": f"^{name}$", algorithm: {"lr": 0.1, **options, **own}}

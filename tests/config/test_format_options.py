@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from recap_fast import build_optimizer, load_optimizer_config, reference
+from recap_fast import build_optimizer, load_optimizer_config
 from recap_fast.config import AdamConfig, OptimizerConfig, as_optimizer_config
 
 ALGORITHMS = ["adam", "adamw", "adagrad", "sgd", "rmsprop", "lion"]
@@ -126,24 +126,3 @@ def test_parameters_that_cannot_have_them_are_refused_by_group(form: str) -> Non
     config = FORMS[form]("adam", {"state_dtype": "bfloat16"})
     with pytest.raises(ValueError, match=r"group '\w+': state_dtype=torch\.bfloat16: .*float64"):
         build_optimizer(_model().double(), config)
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"state_dtype": "float32"},
-        {"master_weights": True},
-        {"stochastic_rounding": True},
-        {"rounding_seed": 1},
-    ],
-)
-@forms
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_reference_has_none_of_them(name: str, form: str, section: dict[str, Any]) -> None:
-    (field,) = section
-    with pytest.raises(ValueError, match=rf"optimizer_config\.{name}\.{field} is"):
-        reference.build_optimizer(_model(), FORMS[form](name, section))
-    config = FORMS[form]("sgd", {})
-    config["groups"] = {"last": {"pattern": "^1", **{name: FORMS[form](name, section)[name]}}}
-    with pytest.raises(ValueError, match=rf"groups\['last'\]\.{name}\.{field} is"):
-        reference.build_optimizer(_model(), config)
