@@ -29,7 +29,7 @@ _COLUMNS: Final = 2
 _LABEL_WIDTH: Final = 19  # characters; a longer one takes the panels' room
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
     """Raises ImportError if matplotlib is not installed."""
     import matplotlib
 
@@ -69,7 +69,7 @@ def draw_steps(results: Mapping[str, Any], path: Path) -> Path:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     panels = _panels(results)
     rows = -(-len(panels) // _COLUMNS)
     figure, grid = pyplot.subplots(rows, _COLUMNS, figsize=(10, 1.6 * rows + 0.9), squeeze=False)
@@ -106,7 +106,7 @@ def draw_growth(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for curves in growth:
