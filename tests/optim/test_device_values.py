@@ -95,6 +95,37 @@ def test_values_of_the_device_have_the_bits_of_the_host(update: str, device: tor
             assert torch.equal(state.cpu(), host.state[mine][key].cpu()), key
 
 
+@pytest.mark.parametrize(
+    ("dtype", "formats"),
+    [
+        (torch.float32, {"state_dtype": torch.bfloat16}),
+        (torch.float32, {"state_dtype": "8bit"}),
+        (torch.bfloat16, {"master_weights": True}),
+        (torch.bfloat16, {"stochastic_rounding": True}),
+    ],
+)
+@pytest.mark.parametrize("update", ["adam", "sgd"])
+def test_chances_are_those_of_the_host(
+    update: str, dtype: torch.dtype, formats: dict[str, Any], device: torch.device
+) -> None:
+    """They follow from step counts, of which SGD has none but for them."""
+    options = {"momentum": 0.9} if update == "sgd" else {}
+    runs = []
+    for capturable in (False, True):
+        params = [nn.Parameter(numbers(s, 0, dtype).to(device)) for s in ((50, 100), (7,))]
+        named = [(f"p{i}", param) for i, param in enumerate(params)]
+        optimizer = FUSED[update](named, lr=0.01, **options, **formats, capturable=capturable)
+        for step in range(5):
+            for i, param in enumerate(params):
+                param.grad = numbers(param.shape, 10 * step + i, dtype).to(device)
+            if step == 2:
+                params[0].grad = None  # its count stands still
+            optimizer.step()
+        states = (v for p in params for _, v in sorted(optimizer.state[p].items()))
+        runs.append([*params, *(state.cpu() for state in states)])
+    _assert_same_bits(*runs)
+
+
 def test_step_counts_are_on_the_device(device: torch.device) -> None:
     params = parameters(2, device=device)
     optimizer = FusedAdam(params, capturable=True)
