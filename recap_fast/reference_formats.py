@@ -285,8 +285,10 @@ class StoredInFormats(Optimizer):
         step = int(state["step"]) if draws else 0
         random = random_bits(group.get("rounding_seed", 0), name, step, param.numel())
         rest = rest_name(group, param)
+        order = _order_in_memory(param)
         if rest is None and group.get("stochastic_rounding"):
-            param.copy_(rounded(wide.contiguous(), param.dtype, random.param))
+            wide = wide.permute(order).contiguous()
+            param.permute(order).copy_(rounded(wide, param.dtype, random.param))
         elif rest is not None and param.dtype == torch.bfloat16:
             upper, state[rest][...] = _parts(wide.contiguous())
             param.copy_(upper)
@@ -297,15 +299,15 @@ class StoredInFormats(Optimizer):
         is_asked_for = has_formats(group)
         dtype = state_dtype_of(group, param)
         for place, key in enumerate(names):
-            value = values[key].contiguous()
+            value = values[key].permute(order).contiguous()
             if dtype == torch.uint8:
                 codes, scales = to_codes(key, value, random.states[place])
                 state[key].copy_(codes)
                 state[scale_name(key)].copy_(scales)
             elif is_asked_for and draws and dtype in _SHORT:
-                state[key].copy_(rounded(value, dtype, random.states[place]))
+                state[key].permute(order).copy_(rounded(value, dtype, random.states[place]))
             else:
-                state[key].copy_(value)
+                state[key].copy_(values[key])
 
 
 def _has_format(group: Mapping[str, Any], param: Tensor) -> bool:
@@ -316,6 +318,12 @@ def _has_format(group: Mapping[str, Any], param: Tensor) -> bool:
     )
     is_other = param.grad is not None and param.grad.dtype != param.dtype
     return bool(is_asked_for or is_other or group.get("state_dtype") is not None)
+
+
+def _order_in_memory(param: Tensor) -> list[int]:
+    """Its dimensions, in the order in which its elements are counted."""
+    strides = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
+    return sorted(range(param.dim()), key=lambda dim: -strides[dim])
 
 
 def _as_float(state: Mapping[str, Any], key: str) -> Any:
