@@ -93,6 +93,7 @@ class Format:
 
 _SHORT: Final = torch.bfloat16
 _STATES: Final = {"state_dtype": _SHORT}
+_CODES: Final = {"state_dtype": "8bit"}
 
 FORMATS: Final[Mapping[str, Format]] = {
     OWN: Format(),
@@ -101,6 +102,10 @@ FORMATS: Final[Mapping[str, Format]] = {
     "bfloat16, master_weights": Format(_SHORT, _SHORT, _STATES | {"master_weights": True}),
     "bfloat16, stochastic_rounding": Format(
         _SHORT, _SHORT, _STATES | {"stochastic_rounding": True}
+    ),
+    "8-bit states": Format(options=_CODES),
+    "bfloat16, master_weights, 8-bit states": Format(
+        _SHORT, _SHORT, _CODES | {"master_weights": True}
     ),
     "float16 states": Format(options={"state_dtype": torch.float16}),
     TORCH: Format(of=_torch_fused),
