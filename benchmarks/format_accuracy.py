@@ -1,11 +1,12 @@
 """What formats of states and parameters cost in accuracy: `python -m benchmarks.format_accuracy`.
 
-Some minutes. Writes `benchmarks/results/formats/`, and from it the figures and the picture of
-`docs/formats.md`.
+The better part of an hour on 2 cores, some minutes with `--steps 250`. Writes
+`benchmarks/results/formats/`, and from it the figures and the picture of `docs/formats.md`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -323,7 +324,11 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    results = measure(data.load(), steps=2000, seeds=3)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=2000, help="of each training")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings in each format")
+    arguments = parser.parse_args()
+    results = measure(data.load(), arguments.steps, arguments.seeds)
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{machine.name(results['machine'])}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
