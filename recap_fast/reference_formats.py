@@ -27,14 +27,13 @@ from recap_fast.state.formats import (
     SEED,
     STATE_DTYPES,
     StateDtype,
-    check_formats,
     format_options,
     has_formats,
     is_rounded_by_chance,
     rest_name,
     state_dtype_of,
 )
-from recap_fast.state.loading import fit_formats, in_own_formats
+from recap_fast.state.loading import in_own_formats, take_formats
 from recap_fast.state.memory import StateMemory
 from recap_fast.state.new import counts_steps, new_state
 from recap_fast.torch_classes import TORCH_CLASSES
@@ -212,12 +211,7 @@ class StoredInFormats(Optimizer):
         self.names: dict[Tensor, str] = {}
         """Of parameters, for their chances."""
         options = format_options(state_dtype, master_weights, stochastic_rounding, rounding_seed)
-        self.defaults.update(options)
-        for group in self.param_groups:
-            for key, value in options.items():
-                group.setdefault(key, value)
-            check_formats(group)
-        fit_formats(self)
+        take_formats(self, options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As that of the native class."""

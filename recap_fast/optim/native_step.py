@@ -16,7 +16,7 @@ from recap_fast.optim.hooks import observed
 from recap_fast.optim.left_to_torch import LeftToTorch
 from recap_fast.optim.stepper import Stepper
 from recap_fast.state.formats import FORMAT_OPTIONS, SEED, StateDtype, check_formats, format_options
-from recap_fast.state.loading import fit_formats, in_own_formats
+from recap_fast.state.loading import in_own_formats, take_formats
 from recap_fast.state.memory import Shares, StateMemory
 
 logger = logging.getLogger("recap_fast")
@@ -201,12 +201,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _take_formats(self, options: dict[str, Any]) -> None:
         """Gives all param groups the format options that they lack, and converts what there is."""
-        self.defaults.update(options)
-        for group in self.param_groups:
-            for key, value in options.items():
-                group.setdefault(key, value)
-            check_formats(group)
-        fit_formats(self)
+        take_formats(self, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's.

@@ -16,6 +16,7 @@ from recap_fast.state.codes import SCALES, decoded, encoded, is_encoded, scale_n
 from recap_fast.state.formats import (
     REST,
     added_states,
+    check_formats,
     has_formats,
     is_rounded_by_chance,
     new_rest,
@@ -101,6 +102,20 @@ def with_own_formats(
         if isinstance(own[name], Tensor):
             found[name] = renew(name, torch.empty_like(own[name]), param)
     return found
+
+
+def take_formats(optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+    """Gives all param groups the format options that they lack, and converts what there is.
+
+    Raises:
+        TypeError, ValueError: parameters cannot be stored so.
+    """
+    optimizer.defaults.update(options)
+    for group in optimizer.param_groups:
+        for key, value in options.items():
+            group.setdefault(key, value)
+        check_formats(group)
+    fit_formats(optimizer)
 
 
 def fit_formats(optimizer: torch.optim.Optimizer, drop_counts: bool = False) -> None:
