@@ -26,7 +26,8 @@ struct FormatOptions {
   int64_t seed = 0;  // `rounding_seed`
 
   bool operator==(const FormatOptions& other) const {
-    return state == other.state && eight_bits == other.eight_bits && master_weights == other.master_weights &&
+    return state == other.state && eight_bits == other.eight_bits &&
+           master_weights == other.master_weights &&
            stochastic_rounding == other.stochastic_rounding && seed == other.seed;
   }
 

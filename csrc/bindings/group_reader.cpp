@@ -220,15 +220,16 @@ void GroupReader::read_format(int option, py::handle value) {
     default: break;
   }
   formats_.state = std::nullopt;
-  formats_.eight_bits = PyUnicode_Check(value.ptr()) &&
-                        PyUnicode_CompareWithASCIIString(value.ptr(), "8bit") == 0;
+  formats_.eight_bits =
+      PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), "8bit") == 0;
   if (value.is_none() || formats_.eight_bits) return;
   if (THPDtype_Check(value.ptr())) {
     formats_.state = dtype_of(reinterpret_cast<THPDtype*>(value.ptr())->scalar_type);
   }
   if (!formats_.state) {
-    throw py::value_error(name_ + ": 'state_dtype' is " + std::string(py::repr(value)) +
-                          "; it must be None, torch.float32, torch.bfloat16, torch.float16 or '8bit'");
+    throw py::value_error(
+        name_ + ": 'state_dtype' is " + std::string(py::repr(value)) +
+        "; it must be None, torch.float32, torch.bfloat16, torch.float16 or '8bit'");
   }
 }
 

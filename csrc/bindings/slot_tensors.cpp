@@ -191,9 +191,10 @@ std::optional<SlotTensors::Refusal> SlotTensors::refusal_of_formats() const {
                         ", with state_dtype=float64; it takes float32, bfloat16 and float16")};
   }
   if (is_double && formats_.eight_bits) {
-    return Refusal{true, text("parameter ", name_, " is float64, whose states are float64 too, with ",
-                              "state_dtype='8bit'; leave state_dtype at None in its param group. "
-                              "Parameters of float32, bfloat16 and float16 take it")};
+    return Refusal{true,
+                   text("parameter ", name_, " is float64, whose states are float64 too, with ",
+                        "state_dtype='8bit'; leave state_dtype at None in its param group. "
+                        "Parameters of float32, bfloat16 and float16 take it")};
   }
   if (is_double || !formats_.of(*dtype_of(param()), *dtype_of(param()), true, true, name_)) {
     return std::nullopt;
@@ -348,8 +349,8 @@ void SlotTensors::take_state(const Hyper& hyper) {
                "dict into an optimizer that was made with that state_dtype"));
     } else if (state.device() != param().device() ||
                (!formats_.are_given && state.scalar_type() != type) ||
-               !(is_state_type(state.scalar_type()) || type == at::kByte) || state.sizes() != param().sizes() ||
-               state.layout() != at::kStrided) {
+               !(is_state_type(state.scalar_type()) || type == at::kByte) ||
+               state.sizes() != param().sizes() || state.layout() != at::kStrided) {
       throw std::runtime_error(text("the state '", key, "' of parameter ", name_, " is ",
                                     state.dtype(), " ", state.sizes(), " on ", state.device(),
                                     ", the parameter ", param().dtype(), " ", param().sizes(),
